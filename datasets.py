@@ -1,0 +1,497 @@
+"""Images for pre-training and evaluation: the built-in `shapes`, torchvision's small sets, any folder.
+
+A *source* reads one image as it is; `Images` turns a source into items, cropped and flipped in uint8.
+Every item is a dict of image [3, H, W] uint8, label, index, box (x1, y1, x2, y2 as fractions of the whole
+image), flip, broken (see `Images`), and the instance map on request. `normalize` does the rest on the
+device, a batch at a time.
+
+All randomness of an item is a function of (seed, epoch, index): a run is the same for any number of workers
+and processes, and one resumed is the same as one never stopped.
+"""
+
+import functools
+import math
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+try:  # torchvision has announced that it will drop its decoders; Pillow, which it brings, takes over then
+    from torchvision.io import decode_image
+except ImportError:
+    decode_image = None
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as all the papers normalise
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MIN_SIDE = 8  # pixels; an image with a shorter side is taken for a broken one
+SMALL = 96  # pixels; up to here images are evaluated whole, and recipes shrink
+
+
+class UsageError(ValueError):
+    """A user's mistake, told in one line: which file or flag, what it was, what it may be."""
+
+
+def seed_of(*keys):
+    """Non-negative ints -> one 64-bit seed that depends on all of them."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+
+
+def normalize(images):
+    """uint8 [B, 3, H, W] -> float32 of ImageNet's mean 0 and standard deviation 1, on the images' device."""
+    return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+
+
+def denormalize(images):
+    """The inverse of `normalize`, clipped to floats in [0, 1]: what a picture shows."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return (images.float() * std + mean).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sources: len(source), source.read(i) -> dict(image=uint8 [3, H, W], label=int, instances=optional [H, W]),
+# source.name(i) for messages, source.classes, source.image_size (its natural one), source.description
+
+# The built-in scenes: a textured background with 3 to 5 textured objects that partly hide each other. The largest,
+# near the centre, is the main object, and its shape is the label; colours and textures say nothing about it.
+
+def star(u, v):
+    """A pentagram: the points inside at least four of its five half-planes."""
+    angles = [0.4 * math.pi * k for k in range(5)]
+    return sum((math.cos(a) * u + math.sin(a) * v < 0.309).view(np.uint8) for a in angles) >= 4
+
+
+def flower(u, v):
+    """Six petals around a disc; by symmetry two of the petals stand for all."""
+    u, v = abs(u), abs(v)
+    petals = np.minimum((u - 0.66) ** 2 + v * v, (u - 0.33) ** 2 + (v - 0.57) ** 2)
+    return (petals < 0.08) | (u * u + v * v < 0.3)
+
+
+# Which points belong to a shape; u and v count radii from its centre. All shapes lie inside the
+# unit circle, because an object is evaluated only inside the bounding box of that circle.
+SHAPES = {
+    "disc": lambda u, v: u * u + v * v < 0.72,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.7,
+    "triangle": lambda u, v: np.maximum(-v, 0.866 * abs(u) + 0.5 * v) < 0.5,
+    "star": star,
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.27) & (np.maximum(abs(u), abs(v)) < 0.93),
+    "ring": lambda u, v: abs(u * u + v * v - 0.58) < 0.28,
+    "crescent": lambda u, v: (u * u + v * v < 0.92) & ((u - 0.5) ** 2 + v * v > 0.5),
+    "heart": lambda u, v: u * u + (v + 0.25 - 0.75 * np.sqrt(abs(u))) ** 2 < 0.54,
+    "flower": flower,
+    "hourglass": lambda u, v: (abs(v) < 0.76) & (abs(u) < 0.75 * abs(v) + 0.06),
+}
+SHAPE_CLASSES = tuple(SHAPES)
+
+
+def wave(x):
+    """A sine-like wave of period 1, made of exactly rounded operations: same bits everywhere."""
+    x = x - np.rint(x)
+    return x * (8 - 16 * abs(x))
+
+
+TEXTURES = (  # how much of the second colour; p and q count periods along two axes
+    lambda p, q: 0 * p,  # flat
+    lambda p, q: 0.5 + 0.5 * wave(0.15 * p),  # gradient
+    lambda p, q: 0.5 + 0.5 * wave(p),  # soft stripes
+    lambda p, q: wave(p) > 0,  # stripes
+    lambda p, q: wave(p) * wave(q) > 0,  # checks
+    lambda p, q: wave(p) + wave(q) > 0.8,  # dots
+)
+
+
+@functools.cache
+def pixel_centres(size):
+    return (np.arange(size, dtype=np.float32) + 0.5) / size
+
+
+def project(x, y, axes):
+    """The pixels (x, y) along each axis (angle, scale, offset): [axes, rows, columns]."""
+    axes = [(scale * math.cos(angle), scale * math.sin(angle), offset) for angle, scale, offset in axes]
+    cosines, sines, offsets = np.array(axes, np.float32).T[:, :, None]
+    return (cosines * x)[:, None, :] + (sines * y + offsets)[:, :, None]
+
+
+def pick(rng, options):
+    return options[int(rng.random() * len(options))]
+
+
+def new_colour(rng, *others):
+    """A random colour that stands out against the others."""
+    while True:
+        colour = [255 * rng.random() for _ in range(3)]
+        if all(sum(abs(a - b) for a, b in zip(colour, other)) > 180 for other in others):
+            return colour
+
+
+def background(rng, size, colour):
+    """The colour plus three tinted waves, from coarse and strong to fine and faint."""
+    pixels = pixel_centres(size)
+    axes = [(2 * math.pi * rng.random(), f * rng.uniform(0.6, 1.4), rng.random()) for f in (1, 4, 11)]
+    tints = [[strength * rng.uniform(-1, 1) for _ in range(3)] for strength in (64, 38, 26)]
+    mean, *tints = np.array([colour, *tints], np.float32)[:, :, None, None]
+    return sum((t * w for t, w in zip(tints, wave(project(pixels, pixels, axes)))), start=mean)
+
+
+def paint(rng, image, instances, colour, number, shape, x, y, radius):
+    """Draws one object over what is there, nearly upright, with a random texture."""
+    size, pixels = len(instances), pixel_centres(len(instances))
+    columns = slice(max(0, int((x - radius) * size)), int((x + radius) * size) + 1)
+    rows = slice(max(0, int((y - radius) * size)), int((y + radius) * size) + 1)
+    turn, texture_turn, frequency = rng.uniform(-0.25, 0.25), 2 * math.pi * rng.random(), rng.uniform(6, 13)
+    axes = [(turn, 1 / radius, 0), (turn + math.pi / 2, 1 / radius, 0)]
+    axes += [(texture_turn, frequency, rng.random()), (texture_turn + math.pi / 2, frequency, 0)]
+    u, v, p, q = project(pixels[columns] - x, pixels[rows] - y, axes)
+    mask = SHAPES[shape](u, v)
+    weight = pick(rng, TEXTURES)(p, q).astype(np.float32)
+    contrast = [0.7 * (255 * rng.random() - c) for c in colour]
+    colour, contrast = np.array([colour, contrast], np.float32)[:, :, None, None]
+    np.copyto(image[:, rows, columns], colour + contrast * weight, where=mask)
+    np.copyto(instances[rows, columns], number, where=mask)
+
+
+def layout(rng):
+    """The main object and all objects in drawing order, as (number, shape, x, y, radius)."""
+    x, y, radius = rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58), rng.uniform(0.28, 0.42)
+    main = 1, pick(rng, SHAPE_CLASSES), x, y, radius
+    others = [shape for shape in SHAPE_CLASSES if shape != main[1]]
+    objects = []
+    for number in range(2, pick(rng, (4, 5, 6))):
+        angle, distance = 2 * math.pi * rng.random(), rng.uniform(0.8 * radius, 0.6)
+        centre = x + distance * math.cos(angle), y + distance * math.sin(angle)
+        centre = (min(max(c, 0.04), 0.96) for c in centre)
+        objects.append((number, pick(rng, others), *centre, rng.uniform(0.1, 0.19)))
+    # At most two distractors lie over the main object, so that most of it stays visible.
+    objects.insert(len(objects) - pick(rng, (0, 1, 2)), main)
+    return main, objects
+
+
+def render_scene(seed: int, size: int = 64) -> tuple[np.ndarray, int, np.ndarray]:
+    """One scene, a pure function of (seed, size); another size shows the same scene.
+
+    Returns the image (uint8, [3, size, size]), the class of the main object (an index into
+    SHAPE_CLASSES) and the instance map (uint8, [size, size]). The map marks visible pixels:
+    0 is background, 1 always the main object, and 2.. the others in drawing order, without gaps.
+    """
+    rng = random.Random(int(seed))
+    main, objects = layout(rng)
+    base = [rng.uniform(40, 215) for _ in range(3)]
+    main_colour = new_colour(rng, base)
+    image, instances = background(rng, size, base), np.zeros((size, size), np.uint8)
+    for item in objects:
+        colour = main_colour if item is main else new_colour(rng, base, main_colour)
+        paint(rng, image, instances, colour, *item)
+    numbers = [0] + [n for n in range(1, len(objects) + 1) if n in instances.tobytes()]
+    if len(numbers) <= len(objects):  # something is fully hidden
+        instances = np.searchsorted(numbers, instances).astype(np.uint8)
+    grain = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
+    image += grain.astype(np.float32) / 12 - 10
+    return image.clip(0, 255).astype(np.uint8), SHAPE_CLASSES.index(main[1]), instances
+
+
+class Shapes:
+    """The built-in scenes as a source; see `render_scene`. Scenes of the val split never appear in the others."""
+
+    classes = list(SHAPE_CLASSES)
+
+    def __init__(self, split="pretrain", image_size=64, length=None):
+        self.first, self.length = (10**9, 1024) if split == "val" else (0, 4096)
+        self.length = length or self.length
+        self.image_size = image_size
+        self.kept = {}  # scenes once rendered, if they are small: drawing one takes longer than cropping it
+        self.description = f"shapes: {len(self)} built-in scenes of {image_size}x{image_size}, {len(self.classes)} classes"
+
+    def __len__(self):
+        return self.length
+
+    def read(self, index):
+        if index in self.kept:
+            return dict(self.kept[index])
+        image, label, instances = render_scene(self.first + index, self.image_size)
+        item = dict(image=torch.from_numpy(image), label=label, instances=torch.from_numpy(instances))
+        if self.image_size <= 64:
+            self.kept[index] = item
+        return dict(item)
+
+    def name(self, index):
+        return f"scene {index}"
+
+
+class Arrays:
+    """A torchvision dataset that holds its images as one array, [N, 32, 32, 3] (CIFAR) or [N, 3, 96, 96] (STL-10)."""
+
+    def __init__(self, dataset, name):
+        data = torch.from_numpy(dataset.data)
+        self.data = data if data.shape[1] == 3 else data.permute(0, 3, 1, 2)
+        labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+        self.labels, self.classes = np.asarray(labels).astype(int), list(dataset.classes)
+        self.image_size, self.title = self.data.shape[-1], name
+        self.description = f"{name}: {len(self)} images of {self.image_size}x{self.image_size}, {len(self.classes)} classes"
+
+    def __len__(self):
+        return len(self.data)
+
+    def read(self, index):
+        return dict(image=self.data[index].contiguous(), label=int(self.labels[index]))
+
+    def name(self, index):
+        return f"{self.title} image {index}"
+
+
+def decode(path):
+    """An image file of any kind -> uint8 RGB [3, H, W]; the EXIF rotation is applied.
+
+    Raises OSError, RuntimeError or ValueError if the file cannot be decoded.
+    """
+    if decode_image is None or path.lower().endswith((".bmp", ".tif", ".tiff")):  # what torchvision does not decode
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    image = decode_image(path, mode="RGB", apply_exif_orientation=True)
+    if image.ndim == 4:  # an animation: its first frame
+        image = image[0]
+    return TF.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNGs come as uint16
+
+
+class Files:
+    """Image files below a folder with their labels. Paths are kept as one byte array: workers share its memory."""
+
+    def __init__(self, root, paths, labels, classes, description):
+        self.root, self.classes, self.image_size, self.description = root, classes, 224, description
+        self.paths, self.labels = np.array([os.fsencode(p) for p in paths]), np.asarray(labels)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, index):
+        return dict(image=decode(self.name(index)), label=int(self.labels[index]))
+
+    def name(self, index):
+        return os.path.join(self.root, os.fsdecode(self.paths[index].item()))
+
+
+def find_images(folder):
+    """All image files below a folder, at any depth, as sorted relative paths."""
+    found = []
+    for where, _, names in os.walk(folder, followlinks=True):
+        found += [os.path.relpath(os.path.join(where, n), folder) for n in names if n.lower().endswith(EXTENSIONS)]
+    return sorted(found)
+
+
+def folder_of_classes(folder, classes=None):
+    """(paths, labels, classes): a class for every subfolder with images, numbered by sorted name."""
+    paths = find_images(folder)
+    names = [p.split(os.sep)[0] for p in paths]
+    classes = classes or sorted(set(names))
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise UsageError(f"{folder} has the class {unknown[0]!r}, which its train folder has not")
+    number = {name: i for i, name in enumerate(classes)}
+    return paths, [number[n] for n in names], classes
+
+
+def load_folder(root, split):
+    """A folder of one of three layouts -> Files; `split` is "pretrain" (all there is to train on), "train" or "val".
+
+    - train/ and val/ with a folder per class (ImageNet; Tiny ImageNet with its val_annotations.txt);
+    - a folder per class: every tenth image of a class is the val split;
+    - plain images at any depth: no labels, one split.
+    """
+    if not os.path.isdir(root):
+        raise UsageError(f"--data {root}: no such folder, and not one of {', '.join(NAMED)}")
+    train, val = (os.path.join(root, s) for s in ("train", "val"))
+    if os.path.isdir(train):
+        folder, layout = train, "train/ and val/ with a folder per class"
+        if any(os.sep not in p for p in find_images(train)):
+            raise UsageError(f"--data {root}: images lie directly in {train}; it must have a folder per class")
+        paths, labels, classes = folder_of_classes(train)
+        if split == "val":
+            if not os.path.isdir(val):
+                raise UsageError(f"--data {root}: there is a train folder but no val folder")
+            annotations = os.path.join(val, "val_annotations.txt")
+            folder = val
+            if os.path.isfile(annotations):  # Tiny ImageNet: file name, class, box
+                rows = [line.split("\t") for line in Path(annotations).read_text().splitlines() if line]
+                number = {name: i for i, name in enumerate(classes)}
+                paths = [os.path.join("images", r[0]) for r in rows]
+                labels = [number[r[1]] for r in rows]
+            else:
+                paths, labels, _ = folder_of_classes(val, classes)
+    else:
+        folder, paths = root, find_images(root)
+        if paths and all(os.sep in p for p in paths):
+            layout = "a folder per class"
+            paths, labels, classes = folder_of_classes(root)
+            if split != "pretrain":
+                seen, chosen = dict.fromkeys(range(len(classes)), 0), []
+                for i, label in enumerate(labels):
+                    seen[label] += 1
+                    if (seen[label] % 10 == 0) == (split == "val"):
+                        chosen.append(i)
+                paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
+        else:
+            layout, labels, classes = "plain images, no labels", [0] * len(paths), []
+    if not paths:
+        raise UsageError(f"--data {root}: no images in {folder} for the {split} split (looked for {' '.join(EXTENSIONS)})")
+    description = f"{root}: {layout}, {len(paths)} images, {len(classes)} classes"
+    return Files(folder, paths, labels, classes, description)
+
+
+def load_named(name, split, root):
+    """torchvision's CIFAR-10, CIFAR-100 or STL-10, downloaded below `root` if it is not there."""
+    try:
+        if name == "stl10":
+            stl_split = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
+            return Arrays(torchvision.datasets.STL10(root, stl_split, download=True), "STL-10")
+        dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        return Arrays(dataset(root, train=split != "val", download=True), name.upper().replace("CIFAR", "CIFAR-"))
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--data {name}: could not download it into {root}/ or read it there ({error})") from None
+
+
+NAMED = ("shapes", "cifar10", "cifar100", "stl10")
+
+
+def load_data(name, split="pretrain", image_size=None, root="data"):
+    """What --data names -> a source. split: "pretrain" (labels unused), "train" or "val".
+
+    Raises UsageError if there is no such data, or no images in it.
+    """
+    if name == "shapes":
+        return Shapes(split, pair_max(image_size) or 64)
+    return load_named(name, split, root) if name in NAMED else load_folder(name, split)
+
+
+def pair_max(size):
+    """The longer side of an int or (height, width) size; None stays None."""
+    return size if size is None or isinstance(size, int) else max(size)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Items and batches
+
+
+class Images(torch.utils.data.Dataset):
+    """Items of a source for one way of looking at its images.
+
+    view: "crop" a random resized crop and flip (training); "center" the largest centred crop, of 7/8 the side for
+        large images, as the papers evaluate; "whole" the full image, resized.
+    crop_scale: area of the random crop, as fractions of the image's.
+    augment: a transforms.v2 transform of the cropped uint8 image, such as RandAugment.
+    instances: whether items carry the instance map of a source that has one, cropped exactly as the image.
+
+    Keys are an index or (epoch, index), which changes the random view from epoch to epoch. In the place of a file
+    that cannot be decoded comes the next that can; `index` says which, and `broken` is the bad one's (else -1).
+    """
+
+    def __init__(self, source, image_size, view="crop", crop_scale=(0.2, 1.0), seed=0, augment=None, instances=False):
+        self.source, self.view, self.seed, self.augment = source, view, seed, augment
+        self.size = list(image_size) if not isinstance(image_size, int) else [image_size, image_size]
+        self.random_crop = v2.RandomResizedCrop(self.size, scale=crop_scale)
+        self.keys = ("image", "instances") if instances else ("image",)
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, index):
+        """(item, index, broken): the source's item at index, or at the next place where one can be read."""
+        for shift in range(min(100, len(self))):
+            at = (index + shift) % len(self)
+            try:
+                item = self.source.read(at)
+                if min(item["image"].shape[-2:]) < MIN_SIDE:
+                    raise ValueError("{2}x{1} pixels, too small".format(*item["image"].shape))
+                return item, at, index if shift else -1
+            except UsageError:
+                raise
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "cannot be decoded as an image"
+        raise UsageError(f"{self.source.name(index)} and the images after it are broken; the last: {reason}")
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        item, index, broken = self.read(index)
+        image = tv_tensors.Image(item["image"])
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+        H, W = image.shape[-2:]
+        top, left, height, width = self.choose_box(image, H, W)
+        flip = self.view == "crop" and bool(torch.rand(()) < 0.5)
+        out = dict(label=item["label"], index=index, broken=broken, flip=flip,
+                   box=torch.tensor([left / W, top / H, (left + width) / W, (top + height) / H]))
+        maps = {"image": image, "instances": tv_tensors.Mask(item["instances"]) if "instances" in item else None}
+        for name in self.keys:
+            if maps[name] is None:
+                raise UsageError(f"{self.source.description.split(':')[0]} has no instance maps")
+            x = TF.resized_crop(maps[name], top, left, height, width, self.size,
+                                interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+            out[name] = TF.horizontal_flip(x) if flip else x
+        if self.augment is not None:
+            out["image"] = self.augment(out["image"])
+        torch.set_rng_state(state)
+        return out
+
+    def choose_box(self, image, H, W):
+        """The crop (top, left, height, width) in pixels."""
+        if self.view == "crop":
+            return self.random_crop.get_params(image, self.random_crop.scale, self.random_crop.ratio)
+        if self.view == "whole":
+            return 0, 0, H, W
+        share = 1.0 if max(self.size) <= SMALL else 224 / 256
+        scale = share * min(H / self.size[0], W / self.size[1])
+        height, width = max(1, round(scale * self.size[0])), max(1, round(scale * self.size[1]))
+        return (H - height) // 2, (W - width) // 2, height, width
+
+
+class EpochBatches:
+    """Batch sampler: keys (epoch, index), a seeded permutation an epoch, its last incomplete batch dropped.
+
+    A step's batch is cut into micro-batches of `micro_batch` images, dealt to the processes in turn, so that
+    2 processes see what 1 process sees that accumulates 2 micro-batches. Set `.epoch` before each epoch.
+    """
+
+    def __init__(self, num_images, batch_size, micro_batch, seed=0, rank=0, world_size=1):
+        self.num_images, self.batch_size, self.micro_batch = num_images, batch_size, micro_batch
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+
+    def __len__(self):
+        return self.num_images // self.batch_size * (self.batch_size // self.micro_batch // self.world_size)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        steps = self.num_images // self.batch_size
+        for step in order[: steps * self.batch_size].view(steps, -1, self.micro_batch):
+            for micro in step[self.rank :: self.world_size]:
+                yield [(self.epoch, i) for i in micro.tolist()]
+
+
+def make_loader(dataset, workers=0, pin_memory=False, **options):
+    """A DataLoader whose workers, if any, live as long as it does. options: batch_sampler=... or batch_size=..."""
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin_memory,
+                                       persistent_workers=workers > 0, **options)
+
+
+class BrokenFiles:
+    """Names each broken file once, and raises UsageError when more than 1% of the images are broken."""
+
+    def __init__(self, source, echo=print):
+        self.source, self.echo, self.found = source, echo, set()
+
+    def watch(self, broken):
+        """broken: [B], the items' `broken` entries of one batch, on the CPU."""
+        for index in set(broken[broken >= 0].tolist()) - self.found:
+            self.found.add(index)
+            self.echo(f"broken image, another takes its place: {self.source.name(index)}")
+        if len(self.found) > 0.01 * len(self.source):
+            raise UsageError(f"{len(self.found)} of {len(self.source)} images are broken, more than 1%: "
+                             f"{self.source.name(min(self.found))} is one")

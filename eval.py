@@ -1,0 +1,476 @@
+"""Evaluation of a checkpoint: `python eval.py CHECKPOINT --task linear --data /imagenet`.
+
+Tasks: knn, linear, finetune (accuracies, as one JSON line last), reconstruct, attention (PNG pictures). CHECKPOINT is
+checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state dict, or `random`: an untrained encoder.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import v2
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import mim
+from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, Images, UsageError, decode, denormalize, load_data,
+                      make_loader, normalize, pair_max, seed_of)
+from train import (PRECISIONS, Parser, build_method, check_choice, draw_reconstruction, exit_with_one_line,
+                   image_size_flag, learning_rate, load_run, method_parameters, add_method_flags, parameter_groups,
+                   picture_images, settle_machine, write_atomically)
+
+# ---------------------------------------------------------------------------------------------------------
+# Recipes: the papers' on large images, ours (in the second table) for images of up to 96 pixels
+
+RECIPES = {
+    # MAE, Table 10: LARS without weight decay
+    "linear": dict(epochs=90, batch_size=16384, base_lr=0.1, warmup_epochs=10, pool="cls"),
+    # MAE, Table 9, for ViT-B; the larger models' layer decay is 0.75
+    "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
+                     drop_path=0.1, label_smoothing=0.1, pool="mean"),
+    "knn": dict(k=20, temperature=0.07, pool="cls"),
+    "reconstruct": dict(count=8),
+    "attention": dict(count=4, query=0),
+}
+SMALL_RECIPES = {
+    "linear": dict(epochs=30, batch_size=256, base_lr=20.0, warmup_epochs=2),
+    "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
+}
+HELP = dict(epochs="passes over the training images", batch_size="images per step", base_lr="learning rate per 256 images",
+            warmup_epochs="linear warm-up", weight_decay="of AdamW", layer_decay="learning rate factor from a block to the "
+            "one below", drop_path="stochastic depth of the last block", label_smoothing="of the cross-entropy",
+            pool="feature of an image: cls (class token) or mean (of the patches)", k="neighbours", temperature="of the votes",
+            count="images in the picture", query="whose attention: 0 the class token, 1+i patch i")
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., 2017, arXiv:1708.03888), as MAE's linear probe uses it.
+
+    SGD with momentum in which the gradient of a weight matrix is scaled to trust * |w| / |g|; biases are not scaled.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                gradient = p.grad
+                if p.ndim > 1:
+                    w, g = p.norm(), gradient.norm()
+                    gradient = gradient * torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(gradient)
+                p.add_(momentum, alpha=-group["lr"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints and features
+
+
+def report(path, missing, left_over):
+    """Says on stderr what a checkpoint lacked, and what of it was not used."""
+    for what, names in (("missing", missing), ("left over", left_over)):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            print(f"{path}: {what}: {', '.join(names[:4])}{more}", file=sys.stderr)
+
+
+def open_encoder(settings):
+    """The ViT to evaluate, from settings["checkpoint"] or untrained; raises UsageError if it cannot be had."""
+    path, size, drop_path = settings["checkpoint"], settings.get("image_size"), settings.get("drop_path", 0.0)
+    try:
+        if path == "random":
+            torch.manual_seed(settings["seed"])
+            size = size or load_data(settings["data"], "val").image_size
+            small, shapes = pair_max(size) <= SMALL, settings["data"] == "shapes"
+            model = settings.get("model", "nano" if shapes else "tiny" if small else "base")
+            check_choice("--model", model, list(mim.SIZES))
+            patch_size = settings.get("patch_size", max(1, pair_max(size) // 8) if small else 16)
+            return mim.ViT(size, patch_size, **mim.SIZES[model], drop_path=drop_path)
+        for flag in ("model", "patch_size"):
+            if flag in settings:
+                raise UsageError(f"--{flag.replace('_', '-')} is for an untrained encoder; {path} brings its own")
+        content = mim.load_file(path)
+        if size is None and isinstance(content, dict) and isinstance(content.get("args"), dict):
+            size = content["args"].get("image_size")  # the only record of a grid that is not square
+        encoder, names = mim.vit_from_checkpoint(content, size, drop_path=drop_path)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    report(path, *names)
+    return encoder
+
+
+def open_method(settings, overrides):
+    """The whole method, decoder included: from a run's checkpoint.pt, or the MAE release's file with decoder."""
+    path = settings["checkpoint"]
+    if path == "random":
+        raise UsageError("--task reconstruct needs a pre-trained model with its decoder, not random")
+    try:
+        content = mim.load_file(path)
+        if isinstance(content, dict) and isinstance(content.get("args"), dict) and "method_options" in content["args"]:
+            run = dict(content["args"])
+            unknown = [k for k in overrides if k not in run["method_options"]]
+            if unknown:
+                raise UsageError(f"--{unknown[0].replace('_', '-')} is no argument of {run['method']}, which {path} holds")
+            run["method_options"] = run["method_options"] | overrides
+            method = build_method(run)
+            method.load_state_dict(content["model"])
+            return method
+        state = mim.read_checkpoint(content)
+        if not any(k.startswith("decoder_blocks.") for k in state):
+            raise ValueError("it has an encoder only; --task reconstruct needs checkpoint.pt, or an MAE with its decoder")
+        encoder, _ = mim.vit_from_checkpoint(state)
+        decoder_dim = state["decoder_embed.weight"].shape[0]
+        depth = len({k.split(".")[1] for k in state if k.startswith("decoder_blocks.")})
+        method = mim.MAE(encoder, decoder_dim=decoder_dim, decoder_depth=depth, decoder_heads=16, **overrides)
+        report(path, *mim.load_mae(method, state))
+        return method
+    except UsageError:
+        raise
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UsageError(str(error) if str(path) in str(error) else f"{path}: {str(error).splitlines()[0]}") from None
+
+
+@torch.no_grad()
+def extract(encoder, dataset, pool, machine, label="features"):
+    """All images of a dataset -> features [n, D] and labels [n], on the device."""
+    device, amp, workers = machine
+    broken, features, labels = BrokenFiles(dataset.source, tqdm.write), [], []
+    encoder.eval()
+    for batch in tqdm(make_loader(dataset, workers, batch_size=256), desc=label, leave=False):
+        broken.watch(batch["broken"])
+        with amp():
+            features.append(encoder.features(normalize(batch["image"].to(device)), pool).float())
+        labels.append(batch["label"].to(device))
+    return torch.cat(features), torch.cat(labels)
+
+
+def accuracies(logits, labels):
+    """Top-1 and, with at least 5 classes, top-5 accuracy in percent."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    top = dict(top1=round(100 * hits[:, 0].float().mean().item(), 2))
+    return top | (dict(top5=round(100 * hits.any(1).float().mean().item(), 2)) if logits.shape[1] >= 5 else {})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tasks: each takes the settings and the machine (device, autocast, workers) and returns what the JSON line reports
+
+
+def labelled(settings, split, size, view="center", **options):
+    """The labelled images of --data as items; raises UsageError if they have no labels."""
+    source = load_data(settings["data"], split, size)
+    if len(source.classes) < 2:
+        raise UsageError(f"--task {settings['task']} needs labels: a folder per class; {source.description}")
+    print(source.description, file=sys.stderr)
+    return Images(source, size, view, seed=settings["seed"], **options)
+
+
+def knn_logits(train_features, train_labels, features, num_classes, k=20, temperature=0.07):
+    """Votes [n, num_classes] of the k nearest training features by cosine, weighted exp(cosine / temperature)."""
+    train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
+    votes = torch.zeros(len(features), num_classes, device=features.device)
+    for some, rows in zip(features.split(1024), votes.split(1024)):
+        similarity, nearest = (some @ train_features.T).topk(min(k, len(train_features)), dim=1)
+        rows.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+    return votes
+
+
+def knn(settings, machine):
+    """k-nearest-neighbour classification on frozen features (Wu et al., 2018, arXiv:1805.01978: cosine, weights exp(s/T))."""
+    encoder = open_encoder(settings).to(machine[0])
+    datasets = [labelled(settings, split, encoder.image_size) for split in ("train", "val")]
+    known, labels = extract(encoder, datasets[0], settings["pool"], machine, "train features")
+    new, truth = extract(encoder, datasets[1], settings["pool"], machine, "val features")
+    votes = knn_logits(known, labels, new, len(datasets[0].source.classes), settings["k"], settings["temperature"])
+    return accuracies(votes, truth)
+
+
+def train_batches(train, batches, encoder, pool, machine, cached=None):
+    """One epoch of the probe's training, a step at a time: (features [b, D], labels [b]) on the device.
+
+    cached: (features, labels) of all images; otherwise each batch is read and encoded, in pieces that fit.
+    """
+    device, amp, workers = machine
+    if cached:
+        for keys in batches:
+            ids = torch.tensor([index for _, index in keys], device=device)
+            yield cached[0][ids], cached[1][ids]
+        return
+    pieces = []
+    for batch in make_loader(train, workers, batch_sampler=batches):
+        with torch.no_grad(), amp():
+            features = encoder.features(normalize(batch["image"].to(device)), pool).float()
+        pieces.append((features, batch["label"].to(device)))
+        if len(pieces) == batches.batch_size // batches.micro_batch:
+            yield tuple(torch.cat(x) for x in zip(*pieces))
+            pieces = []
+
+
+def linear(settings, machine):
+    """Linear probe (MAE, Table 10): frozen encoder, batch norm without affine, linear layer, LARS.
+
+    cache_features: the training images are encoded once, from the evaluation view, instead of anew in every epoch
+    from random crops and flips.
+    """
+    device = machine[0]
+    encoder = open_encoder(settings).to(device).eval().requires_grad_(False)
+    cache = settings["cache_features"]
+    train = labelled(settings, "train", encoder.image_size, "center" if cache else "crop", crop_scale=(0.08, 1.0))
+    val = labelled(settings, "val", encoder.image_size)
+    cached = extract(encoder, train, settings["pool"], machine, "train features") if cache else None
+    torch.manual_seed(settings["seed"])
+    head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
+                         nn.Linear(encoder.embed_dim, len(train.source.classes))).to(device)
+    nn.init.normal_(head[1].weight, std=0.01)
+    nn.init.zeros_(head[1].bias)
+    batch_size, epochs, lr = fit_batch(settings, train), settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
+    optimizer = LARS(head.parameters(), lr=lr)
+    piece = max(c for c in range(1, min(512, batch_size) + 1) if batch_size % c == 0)
+    batches = EpochBatches(len(train), batch_size, batch_size if cache else piece, settings["seed"])
+    steps = len(train) // batch_size
+    progress = tqdm(total=epochs * steps, desc="linear probe")
+    for epoch in range(epochs):
+        batches.epoch = epoch
+        for features, labels in train_batches(train, batches, encoder, settings["pool"], machine, cached):
+            optimizer.param_groups[0]["lr"] = learning_rate(progress.n, epochs * steps, settings["warmup_epochs"] * steps, lr)
+            F.cross_entropy(head(features), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.update()
+    progress.close()
+    features, labels = extract(encoder, val, settings["pool"], machine, "val features")
+    with torch.no_grad():
+        return accuracies(head.eval()(features), labels) | dict(features="cached" if cache else "augmented")
+
+
+def fit_batch(settings, train):
+    """The batch size, at most the number of training images; settings are told."""
+    settings["batch_size"] = min(settings["batch_size"], len(train))
+    return settings["batch_size"]
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear classifier on its class token or, behind a new norm, the mean of its patches."""
+
+    def __init__(self, encoder, num_classes, pool="mean"):
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        # With mean pooling the norm comes after the mean (MAE and BEiT), so the encoder's own steps aside.
+        self.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        if pool == "mean":
+            encoder.norm = nn.Identity()
+        self.head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE's fine-tuning code: starts from near-equal logits
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        return self.head(self.fc_norm(self.encoder.features(images, self.pool)))
+
+
+def layer_groups(model, weight_decay, layer_decay):
+    """Parameter groups with `lr_scale` = layer_decay^(layers above): BEiT's layer-wise learning rate decay.
+
+    The patch embedding and tokens are layer 0, block i is layer i+1, the head is above all and keeps the full rate.
+    """
+    depth, groups = len(model.encoder.blocks), []
+    layers = [[model.encoder.patch_embed], *([b] for b in model.encoder.blocks), [model.encoder.norm, model.fc_norm, model.head]]
+    for number, modules in enumerate(layers):
+        for group in parameter_groups(nn.ModuleList(modules), weight_decay):
+            groups.append(group | dict(lr_scale=layer_decay ** (depth + 1 - number)))
+    tokens = [model.encoder.cls_token, model.encoder.pos_embed]
+    groups.append(dict(params=[p for p in tokens if p.requires_grad], weight_decay=0.0, lr_scale=layer_decay ** (depth + 1)))
+    return [g for g in groups if g["params"]]
+
+
+def finetune(settings, machine):
+    """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, RandAugment, mixup and cutmix, random erasing."""
+    device, amp, workers = machine
+    augment = v2.Compose([v2.RandAugment(2, 9, fill=[round(255 * m) for m in MEAN]),
+                          v2.RandomErasing(0.25, value=[round(255 * m) for m in MEAN])])
+    encoder = open_encoder(settings)
+    train = labelled(settings, "train", encoder.image_size, "crop", crop_scale=(0.08, 1.0), augment=augment)
+    val = labelled(settings, "val", encoder.image_size)
+    num_classes = len(train.source.classes)
+    torch.manual_seed(settings["seed"])
+    encoder.pos_embed.requires_grad_(True)  # as in MAE's fine-tuning
+    model = Classifier(encoder, num_classes, settings["pool"]).to(device)
+    batch_size, epochs, peak = fit_batch(settings, train), settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
+    optimizer = torch.optim.AdamW(layer_groups(model, settings["weight_decay"], settings["layer_decay"]), lr=peak,
+                                  betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)])
+    batches = EpochBatches(len(train), batch_size, batch_size, settings["seed"])
+    loader, broken = make_loader(train, workers, batch_sampler=batches), BrokenFiles(train.source, tqdm.write)
+    steps = len(train) // batch_size
+    progress = tqdm(total=epochs * steps, desc="fine-tuning")
+    for epoch in range(epochs):
+        batches.epoch = epoch
+        model.train()
+        for batch in loader:
+            broken.watch(batch["broken"])
+            torch.manual_seed(seed_of(settings["seed"], progress.n))
+            images, targets = mix(normalize(batch["image"].to(device)), batch["label"].to(device))
+            lr = learning_rate(progress.n, epochs * steps, settings["warmup_epochs"] * steps, peak, minimum=1e-6)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            with amp():
+                loss = F.cross_entropy(model(images).float(), targets, label_smoothing=settings["label_smoothing"])
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            progress.update()
+            progress.set_postfix_str(f"loss {loss.item():.4f}")
+            if not math.isfinite(loss.item()):
+                raise UsageError(f"the loss is {loss.item()} at step {progress.n}, learning rate {lr:.3g}: try a lower --base-lr")
+    progress.close()
+    model.eval()
+    outputs = []
+    with torch.no_grad(), amp():
+        for batch in tqdm(make_loader(val, workers, batch_size=256), desc="val", leave=False):
+            outputs.append((model(normalize(batch["image"].to(device))).float(), batch["label"].to(device)))
+    return accuracies(*(torch.cat(x) for x in zip(*outputs)))
+
+
+def pictured(settings, size):
+    """The images of a picture, normalised: those of --images, or `count` spread over --data's val split."""
+    if "images" in settings:
+        images = Images(FileList(settings["images"]), size, "center")
+        return normalize(torch.stack([images[i]["image"] for i in range(len(images))]))
+    return picture_images(Images(load_data(settings["data"], "val", size), size, "center"), settings["count"])
+
+
+class FileList:
+    """A source of single files, each of which must be readable."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, index):
+        try:
+            return dict(image=decode(self.paths[index]), label=0)
+        except (OSError, RuntimeError, ValueError):
+            reason = "cannot be decoded as an image" if Path(self.paths[index]).is_file() else "no such file"
+            raise UsageError(f"--images {self.paths[index]}: {reason}") from None
+
+    def name(self, index):
+        return self.paths[index]
+
+
+def reconstruct(settings, machine):
+    """A picture of image, masked image and reconstruction. The method's own flags override the run's."""
+    device, amp, _ = machine
+    method = open_method(settings, settings["method_options"]).to(device).eval()
+    images = pictured(settings, method.encoder.image_size).to(device)
+    torch.manual_seed(settings["seed"])
+    with torch.no_grad(), amp():
+        grid = draw_reconstruction(method, images)
+    write_atomically(settings["output"], lambda to: save_image(grid, to, format="png"))
+    return dict(picture=str(settings["output"]))
+
+
+def heat(images, attention):
+    """Images [n, 3, H, W] in [0, 1] and maps [n, gh, gw] -> images under the map, black-red-yellow-white."""
+    attention = F.interpolate(attention[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)
+    attention = attention / attention.amax((2, 3), keepdim=True).clamp_min(1e-12)
+    colour = (3 * attention - torch.arange(3.0, device=images.device).view(3, 1, 1)).clamp(0, 1)
+    return 0.4 * images + 0.6 * colour
+
+
+def attention(settings, machine):
+    """A picture of the last block's attention over the image: a row an image, then the mean of the heads, then each head."""
+    device, amp, _ = machine
+    encoder = open_encoder(settings).to(device).eval()
+    if not 0 <= settings["query"] <= encoder.num_patches:
+        raise UsageError(f"--query {settings['query']}: it may be 0 (class token) to {encoder.num_patches} (last patch)")
+    images = pictured(settings, encoder.image_size).to(device)
+    with torch.no_grad(), amp():
+        maps = encoder.last_attention(images, settings["query"]).unflatten(2, encoder.grid)
+    maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
+    shown = denormalize(images)
+    rows = [torch.cat([image[None], heat(image.expand(len(m), -1, -1, -1), m)]) for image, m in zip(shown, maps)]
+    zoom = max(1, 96 // shown.shape[-1])
+    grid = make_grid(F.interpolate(torch.cat(rows), scale_factor=zoom, mode="nearest"), nrow=len(rows[0]), pad_value=1.0)
+    write_atomically(settings["output"], lambda to: save_image(grid, to, format="png"))
+    return dict(picture=str(settings["output"]))
+
+
+TASKS = dict(knn=knn, linear=linear, finetune=finetune, reconstruct=reconstruct, attention=attention)
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv):
+    """Command line -> what the user gave; arguments of pre-training methods (for reconstruct) in method_options."""
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="a file, or `random`")
+    parser.add_argument("--task", help=", ".join(TASKS))
+    parser.add_argument("--data", default="shapes", help="as in train.py")
+    parser.add_argument("--images", nargs="+", help="image files for a picture, instead of --data")
+    parser.add_argument("--model", help="size of an untrained encoder")
+    parser.add_argument("--image-size", type=int, nargs="+", help="pixels (default: the checkpoint's)")
+    parser.add_argument("--patch-size", type=int, help="of an untrained encoder")
+    parser.add_argument("--cache-features", action="store_true", help="linear: encode the training images once")
+    parser.add_argument("--output", help="the picture's file (default: TASK.png beside the checkpoint)")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--precision")
+    recipe = {k: v for r in RECIPES.values() for k, v in r.items()}
+    for name, value in recipe.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), help=HELP[name])
+    options = {k: p for m in mim.METHODS for k, p in method_parameters(m).items()}
+    add_method_flags(parser.add_argument_group("overrides of the run's method, for reconstruct"), options)
+    given = {k: v for k, v in vars(parser.parse_all(argv)).items() if v is not None}
+    if "task" not in given:
+        raise UsageError(f"--task is missing; it may be {', '.join(TASKS)}")
+    check_choice("--task", given["task"], list(TASKS))
+    given["method_options"] = {k: given.pop(k) for k in options if k in given}
+    if "image_size" in given:
+        given["image_size"] = image_size_flag(given["image_size"])
+    return given
+
+
+def main(argv):
+    """One evaluation, from the command line to its JSON line."""
+    given = parse(argv)
+    task, began = given["task"], time.perf_counter()
+    device, precision, workers = settle_machine(given)
+    size = given.get("image_size")
+    if task in SMALL_RECIPES and size is None:
+        size = open_encoder(dict(given)).image_size
+    recipe = RECIPES[task] | (SMALL_RECIPES.get(task, {}) if size is not None and pair_max(size) <= SMALL else {})
+    for name in given["method_options"] if task != "reconstruct" else ():
+        raise UsageError(f"--{name.replace('_', '-')} is for --task reconstruct")
+    for name in {k for r in RECIPES.values() for k in r} & given.keys():
+        if name not in recipe:
+            raise UsageError(f"--{name.replace('_', '-')} is no setting of --task {task}")
+        if name not in ("query", "warmup_epochs", "weight_decay", "drop_path", "label_smoothing") and name != "pool" and given[name] <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {given[name]}")
+    settings = recipe | dict(precision=precision) | given
+    if "pool" in settings:
+        check_choice("--pool", settings["pool"], ["cls", "mean"])
+    beside = Path(".") if given["checkpoint"] == "random" else Path(given["checkpoint"]).parent
+    settings["output"] = Path(given.get("output", beside / f"{task}.png"))
+    amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
+    result = TASKS[task](settings, (device, amp, workers))
+    kept = {k: settings[k] for k in recipe if k in settings}
+    print(json.dumps(dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"], **kept, seed=given["seed"],
+                          device=str(device), precision=precision, seconds=round(time.perf_counter() - began, 1))))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_with_one_line("eval.py", lambda: main(sys.argv[1:])))

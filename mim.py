@@ -1,0 +1,661 @@
+"""Masked image modeling, one class a paper: MAE, SimMIM and AMT on a plain Vision Transformer.
+
+The file reads top to bottom: tensor helpers, the ViT, loading weights, masking functions, losses, and
+then one class a paper, simplest first. A class and the named pieces above it run elsewhere unchanged.
+
+Notation: B images [B, 3, H, W]; p the patch side in pixels; N = gh * gw patches on a (gh, gw) grid; D the
+encoder's width; `ids_*` integer index tensors [B, n] into 0..N-1 in raster order. Every method returns a
+dict with the same keys: `loss`, `pred` [B, n_masked, p*p*3], `ids_visible`, `ids_masked`.
+"""
+
+import argparse
+import math
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth, roi_align
+
+# ---------------------------------------------------------------------------------------------------------
+# Patches and index tensors
+
+
+def patchify(images, patch_size):
+    """[B, C, H, W] -> [B, N, p*p*C]: patches in raster order, inside a patch (row, column, channel)."""
+    B, C, H, W = images.shape
+    p = patch_size
+    if H % p or W % p:
+        raise ValueError(f"image height and width must be divisible by patch_size={p}, got {H}x{W}")
+    x = images.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+
+
+def unpatchify(patches, patch_size, grid):
+    """[B, N, p*p*C] -> [B, C, gh*p, gw*p], the inverse of `patchify` for a (gh, gw) grid."""
+    B, (gh, gw), p = len(patches), grid, patch_size
+    x = patches.reshape(B, gh, gw, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, gh * p, gw * p)
+
+
+def take(x, ids):
+    """The rows `ids` [B, n] of x [B, N, D] -> [B, n, D]."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def put(x, ids, rows):
+    """A copy of x [B, N, D] in which the rows `ids` [B, n] are `rows` (broadcast to [B, n, D])."""
+    ids = ids.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    return x.scatter(1, ids, rows.to(x.dtype).expand_as(ids))
+
+
+def pair(size):
+    """An int or a (height, width) pair -> (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Vision Transformer
+
+
+def sincos_position_embedding(dim, grid):
+    """Fixed 2-D sine-cosine table [1, 1 + gh*gw, dim] for a (gh, gw) grid; the class token's row is zero.
+
+    The first half of the channels encodes the column, the second half the row; inside a half all sines come
+    first, then all cosines, at frequencies 1 / 10000^(i / (dim/4)).
+    """
+    if dim % 4:
+        raise ValueError(f"a 2-D sine-cosine embedding needs a width divisible by 4, got {dim}")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing="ij")
+    angles = [torch.outer(x.flatten(), omega) for x in (column, row)]
+    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)
+
+
+class PatchEmbed(nn.Module):
+    """Images [B, 3, H, W] -> one linear projection per patch [B, N, D]."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"a width of {dim} cannot be split into {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split_heads(self, x):
+        B, L, D = x.shape
+        return self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x):
+        q, k, v = self.split_heads(x)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(x)
+
+    def weights(self, x, query):
+        """The attention of token number `query` to all tokens: [B, heads, L], rows sum to one."""
+        q, k, _ = self.split_heads(x)
+        logits = q[:, :, query : query + 1] @ k.transpose(-2, -1)
+        return (logits.squeeze(2).float() / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_weights(module):
+    """Xavier-uniform Linear layers with zero biases; apply with `module.apply(init_weights)`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al., ICLR 2021, arXiv:2010.11929) as MAE sets it up.
+
+    Pre-norm blocks, a class token, a fixed sine-cosine position embedding. Parameter names and shapes are
+    those of timm's VisionTransformer, so that weights travel both ways with `strict=True`.
+
+    image_size: pixels, an int or (height, width), divisible by patch_size.
+    drop_path: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+                 drop_path=0.0):
+        super().__init__()
+        self.image_size, self.patch_size, self.embed_dim = pair(image_size), patch_size, embed_dim
+        H, W = self.image_size
+        if min(H, W) < 1 or patch_size < 1 or H % patch_size or W % patch_size:
+            raise ValueError(f"image_size must be a positive multiple of patch_size={patch_size}, got {H}x{W}")
+        self.grid = (H // patch_size, W // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(embed_dim, self.grid), requires_grad=False)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates])
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.apply(init_weights)
+        # The patch projection is a Linear layer in disguise: its fan-in is a whole patch.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(embed_dim, -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, images):
+        """Images [B, 3, H, W] -> patch embeddings [B, N, D], without positions."""
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError("this ViT takes images of {}x{} pixels, got {}x{}".format(
+                *self.image_size, *images.shape[-2:]))
+        return self.patch_embed(images)
+
+    def sequence(self, tokens, ids=None):
+        """Patch embeddings [B, N, D] -> the blocks' input [B, 1+n, D]: positions, choice, class token."""
+        x = tokens + self.pos_embed[:, 1:]
+        if ids is not None:
+            x = take(x, ids)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([cls, x], dim=1)
+
+    def encode(self, tokens, ids=None):
+        """Patch embeddings [B, N, D] (masked ones may have been replaced) -> latents [B, 1+n, D]."""
+        x = self.sequence(tokens, ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images, ids=None):
+        """Images [B, 3, H, W] -> latents [B, 1+n, D] of the class token and the patches `ids` [B, n] (all)."""
+        return self.encode(self.embed(images), ids)
+
+    def features(self, images, pool: Literal["cls", "mean"] = "cls"):
+        """One vector an image, [B, D]: the class token or the mean of the patches."""
+        x = self(images)
+        return x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
+
+    def last_attention(self, images, query=0):
+        """The last block's attention of one token (0: class token, 1+i: patch i) to the patches: [B, heads, N]."""
+        x = self.sequence(self.embed(images))
+        for block in self.blocks[:-1]:
+            x = block(x)
+        block = self.blocks[-1]
+        return block.attn.weights(block.norm1(x), query)[..., 1:]
+
+
+SIZES = {  # embed_dim, depth, num_heads; `nano` is for CPUs and tests, the others are the literature's
+    "nano": dict(embed_dim=128, depth=6, num_heads=4),
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16),  # with patch_size=14
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading weights
+
+
+def load_file(path):
+    """A checkpoint file -> what torch.save wrote; tensors and plain types only. ValueError in one line if it cannot be read."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the MAE release stores its arguments as one
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # a broken file raises whatever its bytes happen to spell
+        raise ValueError(f"cannot read {path}: not a whole PyTorch checkpoint of plain tensors ({type(error).__name__})") from None
+
+
+def read_checkpoint(source):
+    """A checkpoint file, or what it held, -> its plain state dict of tensors.
+
+    Takes this project's checkpoint.pt and encoder.pt, the MAE release's files ({"model": ...}) and timm's state
+    dicts. ValueError, in one line, for anything else.
+    """
+    state = source if isinstance(source, dict) else load_file(source)
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise ValueError("there is no state dict of tensors in it")
+    return tensors
+
+
+def encoder_prefix(state):
+    """What stands before the ViT's parameter names in a state dict: "", "encoder.", "base.encoder.", ..."""
+    suffix = "patch_embed.proj.weight"
+    found = [k.removesuffix(suffix) for k in state if k.endswith(suffix)]
+    if not found:
+        raise ValueError(f"no Vision Transformer in these weights: no parameter is named {suffix}")
+    return found[0]
+
+
+def resize_position_embedding(table, grid):
+    """Bicubic resizing of a table [1, 1+N, D] (class token first, square grid) to a (gh, gw) grid."""
+    side = math.isqrt(table.shape[1] - 1)
+    if side * side != table.shape[1] - 1:
+        raise ValueError(f"cannot resize a position table of {table.shape[1] - 1} patches: not a square grid")
+    patches = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+def load_weights(module, state, grid, may_miss=()):
+    """Loads `state` into `module` and returns (missing, left_over), two lists of names.
+
+    Position tables of another number of patches, taken for a square grid, are resized to `grid`. Raises ValueError, and
+    loads nothing, if a shape differs or if a parameter is missing whose name does not start with one of `may_miss`.
+    """
+    own = module.state_dict()
+    state = dict(state)
+    for key in [k for k in own if k.endswith("pos_embed") and k in state]:
+        table = state[key]
+        if table.ndim == 3 and table.shape[-1] == own[key].shape[-1] and table.shape != own[key].shape:
+            state[key] = resize_position_embedding(table, grid)
+    for key in own:
+        if key in state and state[key].shape != own[key].shape:
+            raise ValueError(f"{key} is {list(state[key].shape)} in the checkpoint, {list(own[key].shape)} here: "
+                             "another model or patch size")
+    missing = [k for k in own if k not in state]
+    if any(not k.startswith(tuple(may_miss)) for k in missing):
+        lacking = [k for k in missing if not k.startswith(tuple(may_miss))]
+        raise ValueError(f"the checkpoint lacks {len(lacking)} of {len(own)} parameters, {lacking[0]} first")
+    module.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+    return missing, [k for k in state if k not in own]
+
+
+def load_encoder(encoder, source):
+    """Loads a ViT from any checkpoint that `read_checkpoint` takes; returns (missing, left_over) names.
+
+    A missing last norm is allowed: models fine-tuned with mean pooling do without. A decoder or a
+    classifier is left over.
+    """
+    state = read_checkpoint(source)
+    prefix = encoder_prefix(state)
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    outside = [k for k in state if not k.startswith(prefix)]
+    missing, left_over = load_weights(encoder, inside, encoder.grid, may_miss=("norm.",))
+    return missing, left_over + outside
+
+
+def load_mae(mae, source):
+    """Loads an MAE with its decoder, from the MAE release's full files or ours; returns (missing, left_over)."""
+    state = read_checkpoint(source)
+    outer = encoder_prefix(state).removesuffix("encoder.")
+    state = {k.removeprefix(outer): v for k, v in state.items()}
+    own = ("encoder.", "decoder_", "mask_token")  # the release's encoder has no prefix
+    return load_weights(mae, {k if k.startswith(own) else f"encoder.{k}": v for k, v in state.items()}, mae.encoder.grid)
+
+
+def vit_from_checkpoint(source, image_size=None, num_heads=None, drop_path=0.0):
+    """Builds the ViT that fits a checkpoint and loads it: (vit, (missing, left_over)).
+
+    All sizes are read off the tensors but the number of heads, which the literature's sizes imply;
+    image_size defaults to the square that the position table was made for.
+    """
+    state = read_checkpoint(source)
+    prefix = encoder_prefix(state)
+    embed_dim, _, patch_size, _ = state[prefix + "patch_embed.proj.weight"].shape
+    depth = len({k.removeprefix(prefix).split(".")[1] for k in state if k.startswith(prefix + "blocks.")})
+    heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
+    num_heads = num_heads or heads.get((embed_dim, depth)) or max(1, embed_dim // 64)
+    if image_size is None:
+        num_patches = state[prefix + "pos_embed"].shape[1] - 1 if prefix + "pos_embed" in state else 196
+        if math.isqrt(num_patches) ** 2 != num_patches:
+            raise ValueError(f"the checkpoint's {num_patches} patches are no square grid: give image_size")
+        image_size = math.isqrt(num_patches) * patch_size
+    mlp_ratio = state[prefix + "blocks.0.mlp.fc1.weight"].shape[0] / embed_dim
+    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path)
+    return vit, load_encoder(vit, state)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Masking: functions of sizes or weights that return index tensors
+
+
+def count_visible(num_patches, mask_ratio):
+    """int(N * (1 - mask_ratio)), as the MAE release counts, and at least one patch on each side."""
+    visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.999...
+    if not 0 < visible < num_patches:
+        raise ValueError(f"mask_ratio={mask_ratio} leaves {visible} of {num_patches} patches visible; "
+                         "at least one must be visible and one masked")
+    return visible
+
+
+def random_masking(batch, num_patches, mask_ratio, device=None, generator=None):
+    """Uniform masking (MAE, §3) -> ids_visible [B, int(N * (1 - mask_ratio))], ids_masked [B, the rest]."""
+    visible = count_visible(num_patches, mask_ratio)
+    order = torch.rand(batch, num_patches, device=device, generator=generator).argsort(1)
+    return order[:, :visible], order[:, visible:]
+
+
+def units_to_patches(ids, grid, unit_size):
+    """Indices [B, n] of units of u*u patches -> [B, n*u*u] indices of their patches on the (gh, gw) grid."""
+    gw, u = grid[1], unit_size
+    row, column = ids // (gw // u) * u, ids % (gw // u) * u
+    inside = torch.arange(u, device=ids.device)
+    offsets = (inside[:, None] * gw + inside).flatten()
+    return ((row * gw + column).unsqueeze(-1) + offsets).flatten(1)
+
+
+def unit_masking(batch, grid, unit_size, mask_ratio, device=None, generator=None):
+    """Uniform masking of units of u*u patches (SimMIM, §3.2), ceil(units * mask_ratio) of them.
+
+    Returns ids_visible, ids_masked: patch indices [B, n*u*u] on the (gh, gw) grid.
+    """
+    units = (grid[0] // unit_size) * (grid[1] // unit_size)
+    masked = math.ceil(units * mask_ratio - 1e-6)
+    if not 0 < masked < units:
+        raise ValueError(f"mask_ratio={mask_ratio} masks {masked} of {units} units of {unit_size}x{unit_size} "
+                         "patches; at least one must be visible and one masked")
+    order = torch.rand(batch, units, device=device, generator=generator).argsort(1)
+    ids_masked, ids_visible = order[:, :masked], order[:, masked:]
+    return units_to_patches(ids_visible, grid, unit_size), units_to_patches(ids_masked, grid, unit_size)
+
+
+def attention_masking(weights, num_masked, num_thrown, throw="middle", generator=None):
+    """Attention-driven masking and throwing (AMT, Eq. 5, 6 and Alg. 1).
+
+    weights: [B, N], not negative; a patch's chance to come early in the order M grows with its weight.
+    throw: which part of M is thrown: its "middle" (the paper's choice), its "low" end, or "random" patches,
+    which draws the whole order without the weights (Table 4, "MAE+Random T").
+    Returns ids_visible, ids_masked, ids_thrown, together all N patches.
+    """
+    if throw == "random":
+        weights = torch.ones_like(weights)
+    # Eq. 5, M = S(P_A): sorting E_i / w_i, E_i exponential, draws by weight without replacement (the smallest
+    # of independent Exp(w_i) times is i with chance w_i / sum w). The floor keeps zero weights last, in random order.
+    noise = torch.empty_like(weights, dtype=torch.float32).exponential_(generator=generator)
+    order = (noise / weights.float().clamp_min(1e-12)).argsort(1)
+    ids_masked, rest = order[:, :num_masked], order[:, num_masked:]
+    if throw == "low":
+        keep = rest.shape[1] - num_thrown
+        return rest[:, :keep], ids_masked, rest[:, keep:]
+    return rest[:, num_thrown:], ids_masked, rest[:, :num_thrown]
+
+
+def crop_maps(maps, box, flip, size):
+    """Crops and flips per-image maps as their images were: [B, gh, gw] -> [B, *size].
+
+    box: [B, 4] crop boxes (x1, y1, x2, y2) as fractions of the whole image; flip: [B] bool, horizontal.
+    Each output cell is the mean of the bilinearly interpolated map over its part of the box.
+    """
+    gh, gw = maps.shape[1:]
+    x1, y1, x2, y2 = box.to(maps.device, torch.float32).unbind(1)
+    rois = torch.stack([torch.arange(len(box), device=maps.device), x1 * gw, y1 * gh, x2 * gw, y2 * gh], dim=1)
+    crops = roi_align(maps.float().unsqueeze(1), rois, size, sampling_ratio=4, aligned=True).squeeze(1)
+    return torch.where(flip.to(maps.device)[:, None, None], crops.flip(-1), crops)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Losses and pictures
+
+
+def patch_statistics(patches):
+    """Each patch's own mean and sqrt(unbiased variance + 1e-6), [B, n, 1] each (MAE's `norm_pix_loss`)."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (var + 1e-6).sqrt()
+
+
+def pixel_loss(pred, target, norm_pix=False, kind="l2"):
+    """Mean squared ("l2") or absolute ("l1") error of predicted patches [B, n, p*p*3] against true ones.
+
+    norm_pix: the target is each patch minus its mean, over its standard deviation. In float32.
+    """
+    pred, target = pred.float(), target.float()
+    if norm_pix:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    return F.mse_loss(pred, target) if kind == "l2" else F.l1_loss(pred, target)
+
+
+def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
+    """The images [B, 3, H, W] with the patches `ids_masked` [B, n] replaced by `pred` [B, n, p*p*3].
+
+    norm_pix: the predictions are of normalised patches; they are put back on the scale of the true ones,
+    without which they look like noise.
+    """
+    patches = patchify(images, patch_size)
+    pred = pred.to(patches.dtype)
+    if norm_pix:
+        mean, std = patch_statistics(take(patches, ids_masked))
+        pred = pred * std + mean
+    grid = (images.shape[-2] // patch_size, images.shape[-1] // patch_size)
+    return unpatchify(put(patches, ids_masked, pred), patch_size, grid)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Methods
+
+
+class MAE(nn.Module):
+    """Masked autoencoder. He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv:2111.06377.
+
+    New: the encoder sees only the few visible patches, so that three quarters masked make it fast; a small
+    decoder takes their latents and mask tokens and predicts the pixels.
+
+    The order of tokens does not matter to a transformer whose positions are added, so the decoder works on
+    [class, visible, masked] as they come, without sorting them back; it takes any two disjoint sets, and
+    what is in neither (AMT's thrown patches) costs nothing. Only masked patches go through the last layer.
+    Decoder parameters have the release's names.
+    """
+
+    inputs = ()  # what forward takes besides the images, from the data's items
+
+    def __init__(self, encoder: ViT, mask_ratio: float = 0.75, decoder_dim: int = 512, decoder_depth: int = 8,
+                 decoder_heads: int = 16, norm_pix: bool = True):
+        super().__init__()
+        count_visible(encoder.num_patches, mask_ratio)
+        self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
+        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(decoder_dim, encoder.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, encoder.patch_size**2 * 3)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def decode(self, latents, ids_visible, ids_masked):
+        """Latents [B, 1 + n_visible, D] -> predicted patches [B, n_masked, p*p*3]."""
+        x = self.decoder_embed(latents)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), ids_masked.shape[1], -1)], dim=1)
+        positions = F.pad(torch.cat([ids_visible, ids_masked], dim=1) + 1, (1, 0))  # row 0 is the class token's
+        x = x + F.embedding(positions, self.decoder_pos_embed[0])
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x[:, -ids_masked.shape[1] :]))
+
+    def forward(self, images, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W], and optionally the mask to replay -> loss, pred, ids_visible, ids_masked."""
+        if ids_visible is None:
+            ids_visible, ids_masked = random_masking(len(images), self.encoder.num_patches, self.mask_ratio, images.device)
+        latents = self.encoder(images, ids_visible)
+        pred = self.decode(latents, ids_visible, ids_masked)
+        target = take(patchify(images, self.encoder.patch_size), ids_masked)
+        loss = pixel_loss(pred, target, self.norm_pix)
+        return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+
+
+class SimMIM(nn.Module):
+    """Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv:2111.09886.
+
+    New: no decoder at all. The encoder sees every patch, masked ones as a learned token, masks come in units
+    larger than a patch, and one linear layer predicts raw pixels under an l1 loss.
+
+    unit_size: side of a masking unit in patches; 2 is the paper's 32 pixels at patch size 16.
+    Departs from the paper's ViT in its position embedding, which is the sine-cosine table here.
+    """
+
+    inputs = ()
+    norm_pix = False
+
+    def __init__(self, encoder: ViT, mask_ratio: float = 0.6, unit_size: int = 2):
+        super().__init__()
+        if unit_size < 1 or any(g % unit_size for g in encoder.grid):
+            raise ValueError(f"unit_size={unit_size} must divide the grid of {encoder.grid[0]}x{encoder.grid[1]} patches")
+        self.encoder, self.mask_ratio, self.unit_size = encoder, mask_ratio, unit_size
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
+        self.head = nn.Linear(encoder.embed_dim, encoder.patch_size**2 * 3)
+        self.head.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+        unit_masking(1, encoder.grid, unit_size, mask_ratio)  # says at once if the ratio masks nothing or all
+
+    def forward(self, images, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W], and optionally the mask to replay -> loss, pred, ids_visible, ids_masked.
+
+        Patches in neither index tensor (AMT's thrown ones) do not enter the encoder.
+        """
+        if ids_visible is None:
+            ids_visible, ids_masked = unit_masking(
+                len(images), self.encoder.grid, self.unit_size, self.mask_ratio, images.device)
+        tokens = put(self.encoder.embed(images), ids_masked, self.mask_token)
+        latents = self.encoder.encode(tokens, torch.cat([ids_visible, ids_masked], dim=1))
+        pred = self.head(latents[:, -ids_masked.shape[1] :])
+        target = take(patchify(images, self.encoder.patch_size), ids_masked)
+        loss = pixel_loss(pred, target, kind="l1")
+        return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+
+
+class AMT(nn.Module):
+    """Attention-driven masking and throwing. Liu, Gui, Luo, "Good helper is around you: Attention-driven Masked Image
+    Modeling", AAAI 2023, arXiv:2211.15362.
+
+    New: the model's own class attention says where the object is; highly attended patches are more likely to be
+    masked, and a middle part of the order is thrown: it enters neither encoder, decoder nor loss. A masking
+    strategy over MAE or SimMIM, whose class does all the rest.
+
+    base: "mae" or "simmim"; further keyword arguments go to that class.
+    mask_ratio, throw_ratio: default to §4.1: 0.45 / 0.40 on MAE, 0.44 / 0.26 on SimMIM. With throw_ratio=0
+        alone, mask_ratio is the base's own: attention-driven masking without throwing (Table 1).
+    throw: "middle", "low" or "random": see `attention_masking` (Table 4).
+    interval: epochs between updates of the maps; default 40, or in shorter runs 10% (MAE) and 20% (SimMIM) of them.
+
+    Training: masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image
+    for each training image; forward(images, index, box, flip) cuts from them what the augmentation cut from the
+    image. Without `index` the maps are computed from the images on the spot, at the cost of one more forward.
+    Departs from the paper as its authors' code does: every head is scaled to [0, 1] before the mean (§3.2 scales
+    the mean once).
+    """
+
+    inputs = ("index", "box", "flip")
+
+    def __init__(self, encoder: ViT, base: Literal["mae", "simmim"] = "mae", mask_ratio: float | None = None,
+                 throw_ratio: float | None = None, throw: Literal["middle", "low", "random"] = "middle",
+                 interval: int | None = None, **base_options):
+        super().__init__()
+        if base not in AMT_BASES or throw not in ("middle", "low", "random"):
+            raise ValueError(f"base must be mae or simmim and throw middle, low or random, got {base!r} and {throw!r}")
+        self.base = AMT_BASES[base](encoder, **base_options)
+        self.encoder, self.norm_pix, self.throw, self.interval = encoder, self.base.norm_pix, throw, interval
+        if mask_ratio is None:
+            mask_ratio = self.base.mask_ratio if throw_ratio == 0 else {"mae": 0.45, "simmim": 0.44}[base]  # §4.1
+        if throw_ratio is None:
+            throw_ratio = {"mae": 0.40, "simmim": 0.26}[base]  # §4.1
+        self.mask_ratio, self.throw_ratio, self.interval_fraction = mask_ratio, throw_ratio, {"mae": 0.1, "simmim": 0.2}[base]
+        if interval is not None and interval < 1:
+            raise ValueError(f"interval must be at least 1 epoch, got {interval}")
+        # SimMIM masks units of patches, and counts them upwards; MAE masks patches, and counts downwards.
+        self.unit_size = self.base.unit_size if base == "simmim" else 1
+        self.unit_grid = tuple(g // self.unit_size for g in encoder.grid)
+        units = self.unit_grid[0] * self.unit_grid[1]
+        count = (lambda x: math.ceil(x - 1e-6)) if base == "simmim" else (lambda x: int(x + 1e-6))
+        self.num_masked, self.num_thrown = count(units * mask_ratio), count(units * throw_ratio)
+        if self.num_masked < 1 or self.num_thrown < 0 or self.num_masked + self.num_thrown >= units:
+            raise ValueError(f"mask_ratio={mask_ratio} and throw_ratio={throw_ratio} must mask at least one and leave "
+                             f"at least one visible of {units}, got {self.num_masked} masked, {self.num_thrown} thrown")
+        self.register_buffer("maps", None, persistent=False)  # float16 [n_images, gh, gw], None in the first interval
+
+    @torch.no_grad()
+    def attention_map(self, images):
+        """Whole images [B, 3, H, W] -> maps [B, gh, gw] in [0, 1] (Eq. 3, 4), without dropout or gradient."""
+        training = self.encoder.training
+        self.encoder.eval()
+        attention = self.encoder.last_attention(images)  # Eq. 3, the class token's row
+        self.encoder.train(training)
+        low, high = attention.aminmax(dim=-1, keepdim=True)
+        attention = (attention - low) / (high - low).clamp_min(1e-12)
+        return attention.mean(1).unflatten(1, self.encoder.grid)  # Eq. 4
+
+    def maps_due(self, epoch, epochs):
+        """Whether the maps are to be (re)computed before this epoch (0-based): every interval, not at the first."""
+        interval = self.interval or min(40, max(1, round(self.interval_fraction * epochs)))  # §4.1
+        return epoch > 0 and epoch % interval == 0
+
+    @torch.no_grad()
+    def update_maps(self, batches, num_images):
+        """Recomputes the maps from (whole images [B, 3, H, W], index [B]) batches of all `num_images` images.
+
+        Under torch.distributed each process brings its share, and all end with all of them.
+        """
+        maps = torch.zeros(num_images, *self.encoder.grid, dtype=torch.float16, device=self.encoder.pos_embed.device)
+        for images, index in batches:
+            maps[index] = self.attention_map(images).half()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(maps)  # a sum in which every map has one process's value and zeros
+        self.maps = maps
+
+    def draw(self, weights):
+        """Weights P_A [B, gh, gw] per unit -> ids_visible, ids_masked, ids_thrown, in patches (Eq. 5, 6)."""
+        ids = attention_masking(weights.flatten(1), self.num_masked, self.num_thrown, self.throw)
+        return [units_to_patches(i, self.encoder.grid, self.unit_size) for i in ids]
+
+    def forward(self, images, index=None, box=None, flip=None, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W] -> the base's loss, pred, ids_visible, ids_masked, and ids_thrown.
+
+        index [B]: each image's number among the training images; box [B, 4], flip [B]: see `crop_maps`.
+        ids_visible, ids_masked: a mask to replay.
+        """
+        ids_thrown = None
+        if ids_visible is None and index is None:
+            whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images), -1)
+            unflipped = torch.zeros(len(images), dtype=torch.bool)
+            weights = crop_maps(self.attention_map(images), whole, unflipped, self.unit_grid)
+            ids_visible, ids_masked, ids_thrown = self.draw(weights)
+        elif ids_visible is None and self.maps is not None:
+            weights = crop_maps(self.maps[index], box, flip, self.unit_grid)
+            ids_visible, ids_masked, ids_thrown = self.draw(weights)
+        out = self.base(images, ids_visible, ids_masked)
+        if ids_thrown is None:
+            ids_thrown = out["ids_masked"][:, :0]
+        return dict(out, ids_thrown=ids_thrown)
+
+
+AMT_BASES = {"mae": MAE, "simmim": SimMIM}
+METHODS = {"mae": MAE, "simmim": SimMIM, "amt": AMT}

@@ -1,0 +1,41 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """32 built-in scenes of 32x32 pixels as files: train/ and val/ with the folders a and b."""
+    from datasets import render_scene
+
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 24), ("val", 8)):
+        for i in range(count):
+            path = root / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(torch.from_numpy(render_scene(i, 32)[0]), str(path))
+    return root
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a program's command line in this process: cli(module, *arguments) -> (exit code, stdout, stderr)."""
+
+    def call(module, *arguments):
+        from train import exit_with_one_line
+
+        code = exit_with_one_line(f"{module.__name__}.py", lambda: module.main([str(a) for a in arguments]))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

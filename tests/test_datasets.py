@@ -1,0 +1,314 @@
+"""Data: what is recognised, what an item holds, and that geometry, order and randomness are what they claim."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import write_png
+
+import mim
+from datasets import (Arrays, BrokenFiles, EpochBatches, Images, Shapes, UsageError, decode, denormalize, load_data, make_loader,
+                      normalize, render_scene, seed_of)
+
+
+class Source:
+    """A source in memory."""
+
+    description, classes = "source: test", ["a", "b"]
+
+    def __init__(self, *images, instances=None):
+        self.images, self.instances, self.image_size = images, instances, images[0].shape[-1]
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, index):
+        item = dict(image=self.images[index], label=index % 2)
+        return item if self.instances is None else item | dict(instances=self.instances[index])
+
+    def name(self, index):
+        return f"image {index}"
+
+
+# The built-in scenes
+
+
+def test_scenes_are_a_function_of_the_seed():
+    first, again, other = render_scene(5), render_scene(5), render_scene(6)
+    assert np.array_equal(first[0], again[0]) and np.array_equal(first[2], again[2]) and first[1] == again[1]
+    assert not np.array_equal(first[0], other[0])
+    assert first[0].shape == (3, 64, 64) and first[0].dtype == np.uint8 and first[2].shape == (64, 64)
+
+
+def test_scenes_hold_a_large_main_object_among_smaller_ones():
+    labels = []
+    for seed in range(300):
+        _, label, instances = render_scene(seed)
+        sizes = np.bincount(instances.ravel())
+        assert (sizes > 0).all() and 3 <= len(sizes) <= 6  # background and 2 to 5 objects, without gaps
+        labels.append(label)
+        assert sizes[1] > 0.05 * 64 * 64
+    assert np.bincount(labels, minlength=10).min() > 10
+
+
+def test_splits_share_no_scene():
+    assert not torch.equal(Shapes("val").read(0)["image"], Shapes("train").read(0)["image"])
+    assert len(Shapes(length=7)) == 7 and Shapes(image_size=96).read(0)["image"].shape == (3, 96, 96)
+
+
+def test_rendering_reaches_1000_images_a_second_on_a_core():
+    render_scene(0)
+    speeds = []
+    for _ in range(4):
+        began = time.process_time()
+        for seed in range(150):
+            render_scene(seed)
+        speeds.append(150 / (time.process_time() - began))
+    assert max(speeds) > 1000
+
+
+def test_raw_pixels_tell_little_about_the_class():
+    scenes = [render_scene(seed) for seed in range(1500)]
+    x = torch.tensor(np.stack([s[0] for s in scenes])).float()
+    x = torch.nn.functional.avg_pool2d(x, 4).flatten(1)
+    x, y = (x - x.mean(0)) / x.std(0), torch.tensor([s[1] for s in scenes])
+    targets = torch.nn.functional.one_hot(y, 10).float()
+    weights = torch.linalg.solve(x[:1200].T @ x[:1200] + 300 * torch.eye(x.shape[1]), x[:1200].T @ targets[:1200])
+    assert ((x[1200:] @ weights).argmax(1) == y[1200:]).float().mean() < 0.3
+
+
+# Folders
+
+
+def test_folder_with_train_and_val(folder):
+    source = load_data(str(folder), "train")
+    assert "train/ and val/ with a folder per class, 24 images, 2 classes" in source.description
+    assert len(load_data(str(folder), "val")) == 8 and source.classes == ["a", "b"]
+    assert [source.read(i)["label"] for i in (0, 23)] == [0, 1]
+
+
+def test_folder_per_class_holds_every_tenth_image_out(folder, tmp_path):
+    for name, count in (("cat", 20), ("dog", 11)):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        for i in range(count):
+            write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / name / "deeper" / f"{i}.png"))
+    sizes = {split: len(load_data(str(tmp_path), split)) for split in ("pretrain", "train", "val")}
+    assert sizes == {"pretrain": 31, "train": 28, "val": 3}
+    assert "a folder per class" in load_data(str(tmp_path)).description
+    names = [{load_data(str(tmp_path), s).name(i) for i in range(n)} for s, n in (("train", 28), ("val", 3))]
+    assert not names[0] & names[1]
+
+
+def test_plain_images_at_any_depth(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    for path in ("1.png", "x/2.png", "x/y/3.PNG"):
+        write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / path))
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert "plain images, no labels, 3 images, 0 classes" in load_data(str(tmp_path)).description
+
+
+def test_tiny_imagenets_validation_list(folder, tmp_path):
+    image = (folder / "train" / "a" / "0.png").read_bytes()
+    for path in ("train/n01/images/1.png", "train/n02/images/1.png", "val/images/v0.png", "val/images/v1.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(image)
+    (tmp_path / "val" / "val_annotations.txt").write_text("v0.png\tn02\t0\t0\t9\t9\nv1.png\tn01\t0\t0\t9\t9\n")
+    source = load_data(str(tmp_path), "val")
+    assert [source.read(i)["label"] for i in range(2)] == [1, 0] and source.classes == ["n01", "n02"]
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: p / "none", "none: no such folder, and not one of shapes, cifar10"),
+    (lambda p: p, "no images in"),
+    (lambda p: (p / "train" / "a").mkdir(parents=True) or p, "no images in .*train for the pretrain split"),
+    (lambda p: (p / "train").mkdir() or (p / "train" / "1.png").write_bytes(b"") or p, "images lie directly in"),
+])
+def test_bad_folders_are_named(tmp_path, make, words):
+    with pytest.raises(UsageError, match=words):
+        load_data(str(make(tmp_path)))
+
+
+def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
+    import torchvision
+
+    def refuse(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", refuse)
+    with pytest.raises(UsageError, match="--data cifar10: could not download it into .*no network"):
+        load_data("cifar10", root=str(tmp_path))
+
+
+def test_torchvisions_arrays_come_out_channels_first():
+    class Cifar:
+        data, targets, classes = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), [1, 0], ["x", "y"]
+
+    source = Arrays(Cifar(), "CIFAR-10")
+    assert source.read(1)["image"][2, 3, 1] == Cifar.data[1, 3, 1, 2] and source.read(1)["label"] == 0
+    assert "CIFAR-10: 2 images of 4x4, 2 classes" == source.description
+
+
+# Decoding
+
+
+def test_all_kinds_of_images_come_out_as_rgb(tmp_path):
+    rgb = np.zeros((12, 16, 3), np.uint8)
+    rgb[:, :8] = (200, 40, 40)
+    rgb[:, 8:] = (40, 40, 200)
+    image = Image.fromarray(rgb)
+    grey16 = Image.fromarray((np.full((12, 16), 200, np.uint16) * 257))
+    files = {"rgb.png": image, "palette.png": image.convert("P", palette=Image.Palette.ADAPTIVE), "rgba.png": image.convert("RGBA"),
+             "rgb.bmp": image, "rgb.tiff": image, "rgb.gif": image.convert("P", palette=Image.Palette.ADAPTIVE), "rgb.webp": image,
+             "cmyk.jpg": image.convert("CMYK"), "rgb.jpg": image, "grey.png": image.convert("L"), "grey.jpg": image.convert("L"),
+             "grey16.png": grey16, "grey16.tiff": grey16}
+    for name, picture in files.items():
+        picture.save(tmp_path / name, **(dict(quality=98) if name.endswith("jpg") else dict(lossless=True) if name.endswith("webp") else {}))
+        out = decode(str(tmp_path / name))
+        assert out.shape == (3, 12, 16) and out.dtype == torch.uint8, name
+        if "grey16" in name:
+            assert (out.int() - 200).abs().max() <= 1, name
+        elif "grey" in name:
+            assert out[0].float().std() > 1 and torch.equal(out[0], out[2]), name
+        else:
+            expected = torch.tensor([200, 40, 40]), torch.tensor([40, 40, 200])
+            for column, colour in zip((3, 12), expected):
+                assert (out[:, 6, column].int() - colour).abs().max() <= 12, name
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    rgb = np.zeros((12, 16, 3), np.uint8)
+    rgb[:4] = 255  # bright at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    for name in ("turned.jpg", "turned.tiff"):
+        Image.fromarray(rgb).save(tmp_path / name, exif=exif)
+        out = decode(str(tmp_path / name)).float()
+        assert out.shape == (3, 16, 12) and out[:, :, 9:].mean() > 240 and out[:, :, :6].mean() < 15, name
+
+
+def test_normalize_is_imagenets_and_invertible():
+    x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    y = normalize(x)
+    assert y[0, 1, 2, 3].item() == pytest.approx((x[0, 1, 2, 3].item() / 255 - 0.456) / 0.224, abs=1e-5)
+    assert torch.allclose(denormalize(y), x / 255, atol=1e-6)
+
+
+# Items
+
+
+def coordinates(height=40, width=60):
+    """An image whose red says the column, whose green the row, both as fractions of 250."""
+    row, column = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    return torch.stack([250 * column / width, 250 * row / height, torch.zeros(height, width)]).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("view, size", [("crop", 16), ("crop", (16, 32)), ("center", 16), ("whole", (24, 16))])
+def test_box_and_flip_say_where_the_pixels_come_from(view, size):
+    dataset = Images(Source(coordinates()), size, view)
+    height, width = (size, size) if isinstance(size, int) else size
+    boxes, flips = set(), set()
+    for epoch in range(40):
+        item = dataset[epoch, 0]
+        x1, y1, x2, y2 = item["box"].tolist()
+        columns = x1 + (x2 - x1) * (torch.arange(width) + 0.5) / width
+        rows = y1 + (y2 - y1) * (torch.arange(height) + 0.5) / height
+        columns = columns.flip(0) if item["flip"] else columns
+        inner = slice(1, -1)  # the border is the interpolation's
+        assert (item["image"][0].float() / 250 - columns)[inner, inner].abs().max() < 0.02
+        assert (item["image"][1].float() / 250 - rows[:, None])[inner, inner].abs().max() < 0.02
+        boxes.add(tuple(item["box"].tolist()))
+        flips.add(item["flip"])
+    assert (len(boxes) > 20 and flips == {True, False}) if view == "crop" else (len(boxes) == 1 and flips == {False})
+    if view == "whole":
+        assert boxes == {(0.0, 0.0, 1.0, 1.0)}
+
+
+def test_random_crops_cover_the_asked_share():
+    dataset = Images(Source(coordinates(60, 60)), 16, "crop", crop_scale=(0.67, 1.0))
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (dataset[e, 0]["box"] for e in range(200))]
+    assert 0.63 < min(areas) < 0.75 and max(areas) > 0.9
+
+
+def test_instance_map_is_cropped_exactly_as_its_image():
+    source = Shapes(image_size=64)
+    image = torch.stack([source.read(3)["instances"]] * 3) * 40  # an image that shows its own map
+    dataset = Images(Source(image, instances=[source.read(3)["instances"]]), 64, "crop", instances=True)
+    for epoch in range(20):
+        item = dataset[epoch, 0]
+        same = (item["image"][0].float() / 40 - item["instances"].float()).abs() < 0.2
+        assert same.float().mean() > 0.8  # but at edges, where the image is interpolated and the map is not
+        assert set(item["instances"].unique().tolist()) <= set(range(7))
+
+
+def test_a_bright_square_draws_attention_where_crop_and_flip_put_it():
+    """Maps of whole images, cut with the items' boxes and flips, agree with the cropped images patch by patch."""
+    torch.manual_seed(0)
+    image = torch.zeros(3, 128, 128, dtype=torch.uint8)
+    image[:, 16:64, 32:80] = 250
+    dataset, p = Images(Source(image), 64, "crop"), 8
+    whole = mim.patchify(Images(Source(image), 64, "whole")[0]["image"][None].float() / 250, p).mean(-1).view(1, 8, 8)
+    items = [dataset[epoch, 0] for epoch in range(64)]
+    weights = mim.crop_maps(whole.half().expand(64, -1, -1), torch.stack([i["box"] for i in items]),
+                            torch.tensor([i["flip"] for i in items]), (8, 8))
+    shown = mim.patchify(torch.stack([i["image"] for i in items]).float() / 250, p).mean(-1).view(64, 8, 8)
+    assert (weights - shown).abs().mean() < 0.04
+    bright = shown > 0.99
+    assert bright.sum() > 200 and weights[bright].min() > 0.45 and weights[shown < 0.01].max() < 0.55
+    # ... and so the masks: with every weight on the square, the patches masked first are its own.
+    full = [k for k in range(64) if 6 <= bright[k].sum()]
+    _, ids_masked, _ = mim.attention_masking(weights[full].flatten(1), 5, 20)
+    hit = shown[full].flatten(1).gather(1, ids_masked).mean()
+    assert hit > 0.75 and shown[full].flip(-1).flatten(1).gather(1, ids_masked).mean() < hit - 0.2  # a flip would show
+
+
+def test_a_seed_gives_the_same_items_for_any_number_of_workers():
+    source = Shapes(length=12)
+    batches = [[(1, i) for i in range(k, k + 4)] for k in (0, 4, 8)]
+    first, second = ([b for b in make_loader(Images(source, 32, seed=3), w, batch_sampler=batches)] for w in (0, 2))
+    for a, b in zip(first, second):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    state = torch.get_rng_state()
+    other = Images(source, 32, seed=4)[1, 0]["image"]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
+    assert not torch.equal(first[0]["image"][0], other)
+    assert not torch.equal(Images(source, 32, seed=3)[2, 0]["image"], first[0]["image"][0])
+    assert seed_of(1, 2) != seed_of(2, 1)
+
+
+def test_processes_share_a_steps_micro_batches_out():
+    one = list(EpochBatches(23, 8, 2, seed=1))
+    assert len(one) == len(EpochBatches(23, 8, 2)) == 8  # 2 whole steps of 4 micro-batches; 7 images wait for another epoch
+    assert len({i for batch in one for _, i in batch}) == 16
+    two = [list(EpochBatches(23, 8, 2, seed=1, rank=r, world_size=2)) for r in (0, 1)]
+    assert [b for pair in zip(*two) for b in pair] == one
+    later = EpochBatches(23, 8, 2, seed=1)
+    later.epoch = 1
+    assert list(later)[0] != one[0] and list(later)[0][0][0] == 1
+
+
+# Broken files
+
+
+def test_a_broken_file_is_named_once_and_replaced(folder, tmp_path):
+    image = (folder / "train" / "a" / "0.png").read_bytes()
+    for i in range(200):
+        (tmp_path / f"{i:03d}.png").write_bytes(image[:60] if i == 7 else image)
+    dataset, said = Images(load_data(str(tmp_path)), 32), []
+    item = dataset[0, 7]
+    assert (item["index"], item["broken"]) == (8, 7) and dataset[0, 8]["broken"] == -1
+    assert torch.equal(item["image"], dataset[0, 8]["image"])
+    watch = BrokenFiles(dataset.source, said.append)
+    for _ in range(2):
+        watch.watch(torch.tensor([-1, 7, -1]))
+    assert len(said) == 1 and "007.png" in said[0] and watch.found == {7}
+    with pytest.raises(UsageError, match="3 of 200 images are broken, more than 1%: .*007.png"):
+        watch.watch(torch.tensor([9, 8]))
+
+
+def test_tiny_images_count_as_broken_and_all_broken_stops(tmp_path):
+    for i in range(3):
+        write_png(torch.zeros(3, 4, 30, dtype=torch.uint8), str(tmp_path / f"{i}.png"))
+    with pytest.raises(UsageError, match="0.png and the images after it are broken; the last: 30x4 pixels, too small"):
+        Images(load_data(str(tmp_path)), 32)[0]

@@ -1,0 +1,193 @@
+"""Evaluation: the protocols against numbers by hand, every task from every kind of checkpoint, and mistakes."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.io import read_image, write_png
+
+import eval as evaluation
+import mim
+import train
+
+SIZE = ["--image-size", 32, "--patch-size", 4, "--model", "nano"]
+
+
+@pytest.fixture
+def call(cli):
+    """call(checkpoint, task, *flags) -> (exit code, the last line's JSON or None, stderr)."""
+
+    def run(checkpoint, task, *flags):
+        code, out, err = cli(evaluation, checkpoint, "--task", task, *flags)
+        return code, json.loads(out.splitlines()[-1]) if code == 0 else None, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """A finished run of each method, one epoch long."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, flags in {"mae": ["mae"], "amt": ["amt"], "simmim": ["simmim"]}.items():
+        small = ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2] if name != "simmim" else []
+        train.main([str(a) for a in ["--method", *flags, "--data", folder, "--output", root / name, *SIZE, "--epochs", 1,
+                                     "--batch-size", 8, *small]])
+    return root
+
+
+# Protocols
+
+
+def test_lars_by_hand():
+    weight, bias = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = evaluation.LARS([weight, bias], lr=0.5, momentum=0.9, trust=0.01)
+    w, b, mw, mb = torch.tensor([[3.0, 4.0]]), 1.0, torch.zeros(1, 2), 0.0
+    for gradient in (torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]])):
+        weight.grad, bias.grad = gradient.clone(), torch.tensor([0.2])
+        optimizer.step()
+        mw = 0.9 * mw + gradient * 0.01 * w.norm() / gradient.norm()
+        mb = 0.9 * mb + 0.2
+        w, b = w - 0.5 * mw, b - 0.5 * mb
+        assert torch.allclose(weight, w) and bias.item() == pytest.approx(b)
+
+
+def test_knn_votes_by_hand():
+    train_features = torch.tensor([[1.0, 0], [2, 2], [0, 3], [-1, 0]])
+    labels = torch.tensor([0, 1, 1, 0])
+    votes = evaluation.knn_logits(train_features, labels, torch.tensor([[5.0, 0]]), 2, k=3, temperature=0.5)
+    expected = [math.exp(1 / 0.5), math.exp(math.sqrt(0.5) / 0.5) + math.exp(0)]  # the three nearest by cosine: 1, 0.707, 0
+    assert votes[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_accuracies_count_hits_among_the_first_and_the_first_five():
+    logits = torch.eye(8)[[0, 1, 2, 3]] - torch.arange(8) * 1e-3
+    result = evaluation.accuracies(logits, torch.tensor([0, 1, 0, 7]))
+    assert result == dict(top1=50.0, top5=75.0)
+    assert evaluation.accuracies(logits[:, :4], torch.tensor([0, 1, 0, 3])) == dict(top1=75.0)
+
+
+def test_layer_wise_decay():
+    model = evaluation.Classifier(mim.ViT(32, 8, 32, depth=3, num_heads=2), 5)
+    model.encoder.pos_embed.requires_grad_(True)
+    groups = evaluation.layer_groups(model, 0.05, 0.5)
+    names = {id(p): n for n, p in model.named_parameters()}
+    scale = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert scale["head.weight"] == (1.0, 0.05) and scale["fc_norm.weight"] == (1.0, 0.0)
+    assert scale["encoder.blocks.2.attn.qkv.weight"] == (0.5, 0.05) and scale["encoder.blocks.0.norm1.bias"] == (0.125, 0.0)
+    assert scale["encoder.patch_embed.proj.weight"] == (0.0625, 0.05)
+    assert scale["encoder.cls_token"] == scale["encoder.pos_embed"] == (0.0625, 0.0)
+    assert len(scale) == len(names) == sum(len(g["params"]) for g in groups)
+
+
+def test_classifier_norms_after_the_mean():
+    encoder = mim.ViT(32, 8, 32, depth=1, num_heads=2)
+    x, blocks = torch.randn(2, 3, 32, 32), encoder.blocks
+    model = evaluation.Classifier(encoder, 5, "mean")
+    tokens = blocks[0](encoder.sequence(encoder.embed(x)))[:, 1:].mean(1)
+    assert torch.allclose(model(x), model.head(F.layer_norm(tokens, (32,), eps=1e-6)), atol=1e-6)
+
+
+# Tasks
+
+
+@pytest.mark.parametrize("name, file", [("mae", "checkpoint.pt"), ("amt", "encoder.pt"), ("simmim", "checkpoint.pt")])
+def test_accuracies_of_every_kind_of_checkpoint(call, runs, folder, name, file):
+    path = runs / name / file
+    results = {}
+    for task, flags in (("knn", []), ("linear", ["--cache-features", "--epochs", 5]), ("linear", ["--epochs", 2]),
+                        ("finetune", ["--epochs", 2, "--batch-size", 8])):
+        code, result, _ = call(path, task, "--data", folder, *flags)
+        assert code == 0 and result["task"] == task and 0 <= result["top1"] <= 100 and "top5" not in result
+        results[task, "--cache-features" in flags] = result
+    assert results["linear", True]["features"] == "cached" and results["linear", False]["features"] == "augmented"
+
+
+def test_random_and_foreign_checkpoints(call, runs, folder, tmp_path):
+    code, result, _ = call("random", "knn", "--data", folder, *SIZE)
+    assert code == 0 and result["checkpoint"] == "random"
+    state = torch.load(runs / "mae" / "encoder.pt", weights_only=True)
+    torch.save({"model": state | {"head.weight": torch.zeros(3, 128)}}, tmp_path / "release.pth")
+    code, foreign, err = call(tmp_path / "release.pth", "knn", "--data", folder)
+    own = call(runs / "mae" / "encoder.pt", "knn", "--data", folder)[1]
+    assert code == 0 and foreign["top1"] == own["top1"] and "left over: head.weight" in err
+
+
+def test_a_probe_reads_what_features_say(call, tmp_path):
+    """Two classes, dark and bright: any encoder separates them, so every protocol must reach (nearly) 100%."""
+    for split, count in (("train", 32), ("val", 8)):
+        for i in range(count):
+            path = tmp_path / split / ("dark" if i % 2 else "bright") / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tone = torch.randint(0, 80, (3, 1, 1)) + (0 if i % 2 else 170)
+            write_png((tone + torch.randint(0, 5, (3, 32, 32))).to(torch.uint8), str(path))
+    for task, flags in (("knn", ["--k", 5]), ("linear", ["--cache-features", "--epochs", 60, "--batch-size", 16, "--pool", "mean"]),
+                        ("finetune", ["--epochs", 12, "--batch-size", 8, "--base-lr", 0.03, "--label-smoothing", 0.0])):
+        code, result, _ = call("random", task, "--data", tmp_path, *SIZE, *flags)
+        assert code == 0 and result["top1"] >= 87.5, task
+
+
+def test_the_same_seed_gives_the_same_result(call, folder, runs):
+    results = [call(runs / "mae" / "encoder.pt", "linear", "--data", folder, "--epochs", 2, "--workers", w)[1] for w in (0, 1)]
+    assert results[0]["top1"] == results[1]["top1"]
+
+
+def test_reconstruct_draws_a_run_and_the_release_and_takes_overrides(call, runs, folder, tmp_path):
+    image = folder / "val" / "a" / "0.png"
+    for name in ("mae", "amt", "simmim"):
+        code, result, _ = call(runs / name / "checkpoint.pt", "reconstruct", "--data", folder, "--count", 2)
+        assert code == 0 and read_image(result["picture"]).shape == (3, 98 + 2, 6 * 98 + 2)
+    content = torch.load(runs / "mae" / "checkpoint.pt", weights_only=True)["model"]
+    torch.save({"model": {k.removeprefix("encoder."): v for k, v in content.items()}}, tmp_path / "full.pth")
+    code, result, _ = call(tmp_path / "full.pth", "reconstruct", "--images", image, "--output", tmp_path / "one.png", "--mask-ratio", 0.5)
+    assert code == 0 and result["picture"] == str(tmp_path / "one.png")
+    masked = read_image(str(tmp_path / "one.png"))[:, 2:98, 100:196].reshape(3, 8, 12, 8, 12).float()
+    grey = (masked.std((0, 2, 4)) < 1) & ((masked.mean((0, 2, 4)) - 127.5).abs() < 1)
+    assert grey.sum() == 32  # half of 64 patches
+
+
+def test_attention_draws_the_mean_and_every_head(call, runs, folder):
+    code, result, _ = call(runs / "amt" / "encoder.pt", "attention", "--data", folder, "--count", 3)
+    assert code == 0 and read_image(result["picture"]).shape == (3, 3 * 98 + 2, 6 * 98 + 2)  # image, mean, 4 heads
+
+
+def test_heat_is_brightest_where_attention_is():
+    attention = torch.zeros(1, 8, 8)
+    attention[0, 2, 5] = 0.3
+    shown = evaluation.heat(torch.full((1, 3, 64, 64), 0.5), attention)[0].sum(0)
+    row, column = divmod(shown.argmax().item(), 64)
+    assert row // 8 == 2 and column // 8 == 5 and shown[40:, :30].max() == pytest.approx(0.6, abs=1e-5)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["random"], "--task is missing; it may be knn, linear, finetune, reconstruct, attention"),
+    (["random", "--task", "lineal"], "--task 'lineal' is unknown: did you mean linear"),
+    (["nowhere.pt", "--task", "knn"], "cannot read nowhere.pt: No such file"),
+    (["LICENSE", "--task", "knn"], "cannot read LICENSE: not a whole PyTorch checkpoint"),
+    (["random", "--task", "reconstruct"], "needs a pre-trained model with its decoder, not random"),
+    (["{mae}/encoder.pt", "--task", "reconstruct"], "it has an encoder only"),
+    (["{mae}/encoder.pt", "--task", "knn", "--model", "tiny"], "--model is for an untrained encoder"),
+    (["{mae}/encoder.pt", "--task", "knn", "--image-size", "30"], "multiple of patch_size=4, got 30x30"),
+    (["{mae}/checkpoint.pt", "--task", "reconstruct", "--throw-ratio", "0.1"], "--throw-ratio is no argument of mae"),
+    (["{mae}/checkpoint.pt", "--task", "reconstruct", "--mask-ratio", "1.5"], "mask_ratio=1.5 leaves"),
+    (["{mae}/encoder.pt", "--task", "knn", "--mask-ratio", "0.5"], "--mask-ratio is for --task reconstruct"),
+    (["{mae}/encoder.pt", "--task", "knn", "--epochs", "3"], "--epochs is no setting of --task knn"),
+    (["{mae}/encoder.pt", "--task", "knn", "--k", "0"], "--k must be positive, got 0"),
+    (["{mae}/encoder.pt", "--task", "knn", "--pool", "max"], "--pool 'max' is unknown"),
+    (["{mae}/encoder.pt", "--task", "attention", "--query", "65"], "--query 65: it may be 0 (class token) to 64"),
+    (["{mae}/encoder.pt", "--task", "attention", "--images", "nowhere.png"], "--images nowhere.png"),
+    (["{mae}/encoder.pt", "--task", "attention", "--images", "LICENSE"], "--images LICENSE: cannot be decoded"),
+    (["{mae}/encoder.pt", "--task", "attention", "--output", "no/such/folder/a.png"], "cannot write no/such/folder/a.png"),
+    (["{mae}/encoder.pt", "--task", "knn", "--data", "{plain}"], "needs labels"),
+    (["{mae}/encoder.pt", "--task", "knn", "--dat", "shapes"], "unknown argument --dat: did you mean --data"),
+])
+def test_a_users_mistake_is_one_line(cli, runs, folder, arguments, words, monkeypatch):
+    monkeypatch.chdir(train.Path(train.__file__).parent)
+    places = dict(mae=runs / "mae", plain=folder / "val" / "a")
+    code, _, err = cli(evaluation, *[a.format(**places) for a in arguments])
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and words in last and last.startswith("eval.py: error: ") and "Traceback" not in err

@@ -1,0 +1,553 @@
+"""The ViT, the masks, the losses and the methods, against numbers worked out another way."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import mim
+from mim import AMT, MAE, SimMIM, ViT
+
+SMALL = dict(image_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=4)
+DECODER = dict(decoder_dim=16, decoder_depth=2, decoder_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def images(batch=4, height=32, width=32):
+    return torch.randn(batch, 3, height, width)
+
+
+# Patches, positions, the ViT
+
+
+def test_patchify_orders_row_column_channel():
+    x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    patches = mim.patchify(x, 2)
+    assert patches.shape == (2, 6, 12)
+    # Patch 4 of a 2x3 grid is at row 1, column 1: pixels (2..3, 2..3).
+    expected = [x[1, c, 2 + r, 2 + k].item() for r in range(2) for k in range(2) for c in range(3)]
+    assert patches[1, 4].tolist() == expected
+    assert torch.equal(mim.unpatchify(patches, 2, (2, 3)), x)
+
+
+def test_patchify_refuses_what_does_not_divide():
+    with pytest.raises(ValueError, match="divisible by patch_size=5.*32x32"):
+        mim.patchify(images(), 5)
+
+
+def test_sincos_table_against_its_definition():
+    table = mim.sincos_position_embedding(16, (3, 5))[0]
+    assert table.shape == (16, 16) and not table[0].any()
+    for row, column in itertools.product(range(3), range(5)):
+        for i in range(4):
+            w = 1 / 10000 ** (i / 4)
+            entry = table[1 + row * 5 + column]
+            expected = [math.sin(column * w), math.cos(column * w), math.sin(row * w), math.cos(row * w)]
+            assert entry[[i, 4 + i, 8 + i, 12 + i]].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_parameters_are_named_and_shaped_as_timm_names_them():
+    vit = ViT(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+    expected = {"cls_token": (1, 1, 32), "pos_embed": (1, 17, 32), "patch_embed.proj.weight": (32, 3, 8, 8),
+                "patch_embed.proj.bias": (32,), "norm.weight": (32,), "norm.bias": (32,)}
+    for i in range(2):
+        for name, shape in {"norm1": (32,), "norm2": (32,), "attn.qkv": (96, 32), "attn.proj": (32, 32),
+                            "mlp.fc1": (128, 32), "mlp.fc2": (32, 128)}.items():
+            expected |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+    assert {k: tuple(v.shape) for k, v in vit.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("name, millions", [("tiny", 5.5), ("small", 21.7), ("base", 85.8), ("large", 303.3), ("huge", 630.8)])
+def test_sizes_are_the_literatures(name, millions):
+    with torch.device("meta"):
+        vit = ViT(224, 14 if name == "huge" else 16, **mim.SIZES[name])
+    assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_initial_weights():
+    vit = ViT(embed_dim=192, depth=1, num_heads=3)
+    bound = math.sqrt(6 / (192 + 3 * 16 * 16))  # xavier-uniform of a Linear from a whole patch
+    weight = vit.patch_embed.proj.weight
+    assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert vit.blocks[0].attn.qkv.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (4 * 192)), rel=0.01)
+    assert vit.cls_token.std().item() == pytest.approx(0.02, rel=0.3) and not vit.pos_embed.requires_grad
+
+
+def test_block_against_float64_arithmetic():
+    block = mim.Block(8, 2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def norm(x, layer):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * layer.weight + layer.bias
+
+    q, k, v = (norm(x, block.norm1) @ block.attn.qkv.weight.T + block.attn.qkv.bias).split(8, dim=-1)
+    heads = []
+    for h in (slice(0, 4), slice(4, 8)):
+        weights = (q[..., h] @ k[..., h].transpose(1, 2) / math.sqrt(4)).exp()
+        heads.append(weights / weights.sum(-1, keepdim=True) @ v[..., h])
+    y = x + torch.cat(heads, -1) @ block.attn.proj.weight.T + block.attn.proj.bias
+    hidden = norm(y, block.norm2) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    assert torch.allclose(block(x), y + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias, atol=1e-12)
+
+
+def test_class_attention_is_what_the_last_block_applies():
+    vit, pictures = ViT(**SMALL), images()
+    x = vit.sequence(vit.embed(pictures))
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    attn = vit.blocks[-1].attn
+    x = vit.blocks[-1].norm1(x)
+    v = attn.split_heads(x)[2]
+    applied = attn.proj(((attn.weights(x, 0)[:, :, None] @ v)[:, :, 0]).flatten(1))
+    assert torch.allclose(applied, attn(x)[:, 0], atol=1e-5)
+    shown = vit.last_attention(pictures, query=0)
+    assert shown.shape == (4, 4, 64) and torch.allclose(shown, attn.weights(x, 0)[..., 1:], atol=1e-6)
+    assert torch.allclose(attn.weights(x, 3).sum(-1), torch.ones(4, 4))
+
+
+def test_encoding_chosen_patches_ignores_the_others_and_their_order():
+    vit, x, ids = ViT(image_size=(32, 64), patch_size=8, embed_dim=32, depth=2, num_heads=4), images(2, 32, 64), torch.tensor([[3, 9, 30], [0, 8, 31]])
+    out = vit(x, ids)
+    noise = mim.patchify(torch.randn_like(x), 8)
+    other = mim.unpatchify(mim.put(noise, ids, mim.take(mim.patchify(x, 8), ids)), 8, vit.grid)
+    assert torch.allclose(vit(other, ids), out, atol=1e-5)
+    assert torch.allclose(vit(x, ids.flip(1))[:, 1:].flip(1), out[:, 1:], atol=1e-5)
+    everything = torch.arange(32).expand(2, -1)
+    assert torch.allclose(vit(x, everything), vit(x), atol=1e-5)
+    assert torch.allclose(vit.features(x, "mean"), vit(x)[:, 1:].mean(1)) and torch.equal(vit.features(x), vit(x)[:, 0])
+
+
+def test_vit_names_the_wrong_size():
+    with pytest.raises(ValueError, match="images of 32x32 pixels, got 32x40"):
+        ViT(**SMALL)(images(1, 32, 40))
+    with pytest.raises(ValueError, match="multiple of patch_size=16, got 30x32"):
+        ViT(image_size=(30, 32))
+
+
+def test_forward_cost_is_the_papers():
+    """GMAC at ViT-B/16, 224 pixels: MAE 9.78, AMT 5.94, SimMIM 17.6; AMT on SimMIM within its 0.76 of the cost."""
+    vit, x = ViT(), images(1, 224, 224)
+
+    @torch.no_grad()
+    def gmac(method, **ids):
+        with FlopCounterMode(display=False) as counter:
+            method(x, **ids)
+        return counter.get_total_flops() / 2e9
+
+    amt, amt_simmim = AMT(vit), AMT(vit, base="simmim")
+    replayed = lambda method: dict(zip(("ids_visible", "ids_masked"), method.draw(torch.rand(1, *method.unit_grid))))  # noqa: E731
+    assert gmac(amt.base) == pytest.approx(9.78, rel=0.01)
+    assert gmac(amt, **replayed(amt)) == pytest.approx(5.94, rel=0.01)
+    simmim = gmac(amt_simmim.base)
+    assert simmim == pytest.approx(17.6, rel=0.01)
+    assert gmac(amt_simmim, **replayed(amt_simmim)) / simmim < 0.76
+
+
+# Masks
+
+
+def assert_partition(*ids, n):
+    together = torch.cat(ids, dim=1)
+    assert together.dtype == torch.int64 and torch.equal(together.sort(1).values, torch.arange(n).expand(len(together), -1))
+
+
+@pytest.mark.parametrize("n, ratio, visible", [(196, 0.75, 49), (196, 0.5, 98), (100, 0.9, 10), (10, 0.75, 2), (64, 0.75, 16)])
+def test_random_masking_counts(n, ratio, visible):
+    ids_visible, ids_masked = mim.random_masking(3, n, ratio)
+    assert ids_visible.shape == (3, visible)
+    assert_partition(ids_visible, ids_masked, n=n)
+    assert not torch.equal(ids_visible[0], ids_visible[1])
+
+
+def test_random_masking_is_uniform_over_patches_and_pairs():
+    draws = 20_000
+    ids_visible, _ = mim.random_masking(draws, 12, 0.75)
+    shown = torch.zeros(draws, 12).scatter(1, ids_visible, 1.0)
+    tolerance = 5 / math.sqrt(draws)  # 5 standard deviations and more
+    assert (shown.mean(0) - 3 / 12).abs().max() < tolerance
+    pairs = shown.T @ shown / draws
+    assert (pairs[~torch.eye(12, dtype=bool)] - 3 / 12 * 2 / 11).abs().max() < tolerance
+
+
+def test_masks_follow_their_generator():
+    draw = lambda s: mim.random_masking(2, 50, 0.5, generator=torch.Generator().manual_seed(s))[0]  # noqa: E731
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+def test_unit_masking_masks_whole_units():
+    ids_visible, ids_masked = mim.unit_masking(5, (14, 14), 2, 0.6)
+    assert ids_masked.shape == (5, 30 * 4) and ids_visible.shape == (5, 19 * 4)  # ceil(49 * 0.6) = 30
+    assert_partition(ids_visible, ids_masked, n=196)
+    masked = torch.zeros(5, 196).scatter(1, ids_masked, 1.0).view(5, 7, 2, 7, 2)
+    assert torch.equal(masked.amax((2, 4)), masked.amin((2, 4)))
+    assert mim.units_to_patches(torch.tensor([[4]]), (4, 6), 2).tolist() == [[14, 15, 20, 21]]  # unit row 1, column 1
+
+
+def sequential_draws(weights):
+    """P(order) of drawing without replacement by weight, for all orders of few items."""
+    table = {}
+    for order in itertools.permutations(range(len(weights))):
+        p, left = 1.0, sum(weights)
+        for i in order:
+            p, left = p * weights[i] / left, left - weights[i]
+        table[order] = p
+    return table
+
+
+def test_attention_masking_is_weighted_sampling_without_replacement():
+    weights, draws = [0.1, 0.2, 0.3, 0.4], 40_000
+    ids_visible, ids_masked, ids_thrown = mim.attention_masking(torch.tensor([weights]).expand(draws, -1), 1, 1)
+    assert ids_visible.shape == (draws, 2)
+    table = sequential_draws(weights)
+    for i in range(4):
+        first = sum(p for order, p in table.items() if order[0] == i)
+        second = sum(p for order, p in table.items() if order[1] == i)
+        last_two = sum(p for order, p in table.items() if i in order[2:])
+        for ids, p in ((ids_masked, first), (ids_thrown, second), (ids_visible, last_two)):
+            assert (ids == i).any(1).float().mean().item() == pytest.approx(p, abs=5 * 0.5 / math.sqrt(draws))
+
+
+def test_a_patchs_chance_to_be_masked_rises_with_its_weight():
+    weights = torch.linspace(0.05, 1, 64)
+    _, ids_masked, _ = mim.attention_masking(weights.expand(20_000, -1), 28, 25)
+    chance = torch.bincount(ids_masked.flatten(), minlength=64) / 20_000
+    smooth = chance.view(8, 8).mean(1)  # neighbours averaged, so that noise cannot reverse the order
+    assert (smooth.diff() > 0.01).all() and chance[-1] < 0.95 and chance[0] > 0.005
+
+
+def test_what_is_thrown():
+    weights = torch.rand(5, 20)
+    for throw in ("middle", "low", "random"):
+        ids = mim.attention_masking(weights, 9, 8, throw)
+        assert [i.shape[1] for i in ids] == [3, 9, 8]
+        assert_partition(*ids, n=20)
+    sharp = torch.tensor([1e6] * 3 + [1.0] * 3 + [1e-6] * 3).expand(200, -1)  # so steep that the order is nearly sure
+    for throw, expected in (("middle", {3, 4, 5}), ("low", {6, 7, 8})):
+        ids_visible, ids_masked, ids_thrown = mim.attention_masking(sharp, 3, 3, throw)
+        assert set(ids_masked.unique().tolist()) == {0, 1, 2} and set(ids_thrown.unique().tolist()) == expected
+    _, ids_masked, _ = mim.attention_masking(sharp, 3, 3, "random")
+    assert set(ids_masked.unique().tolist()) == set(range(9))  # Table 4, MAE+Random T: the map plays no part
+
+
+def test_zero_weights_come_last_in_random_order():
+    weights = torch.zeros(4000, 10)
+    weights[:, 7] = 0.5
+    _, ids_masked, _ = mim.attention_masking(weights, 2, 0)
+    assert (ids_masked[:, 0] == 7).all()
+    others = torch.bincount(ids_masked[:, 1], minlength=10) / 4000
+    assert others[7] == 0 and (others[torch.arange(10) != 7] - 1 / 9).abs().max() < 0.03
+
+
+# Losses
+
+
+def test_pixel_loss_by_hand():
+    pred, target = torch.tensor([[[0.0, 1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 1.0, 5.0, 5.0]]])
+    assert mim.pixel_loss(pred, target).item() == pytest.approx((1 + 0 + 9 + 4) / 4)
+    assert mim.pixel_loss(pred, target, kind="l1").item() == pytest.approx((1 + 0 + 3 + 2) / 4)
+    s = math.sqrt(16 / 3 + 1e-6)  # unbiased: squares of (-2, -2, 2, 2) over n - 1
+    expected = sum((p - t) ** 2 for p, t in zip([0, 1, 2, 3], [-2 / s, -2 / s, 2 / s, 2 / s])) / 4
+    assert mim.pixel_loss(pred, target, norm_pix=True).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_perfect_prediction_reconstructs_the_image(norm_pix):
+    x = images(2, 16, 24)
+    _, ids_masked = mim.random_masking(2, 24, 0.75)
+    target = mim.take(mim.patchify(x, 4), ids_masked)
+    if norm_pix:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(mim.reconstruct(x, target, ids_masked, 4, norm_pix), x, atol=1e-5)
+    assert not torch.allclose(mim.reconstruct(x, target * 0, ids_masked, 4, norm_pix), x, atol=0.1)
+
+
+# MAE and SimMIM
+
+
+def methods():
+    mae, simmim = MAE(ViT(**SMALL), **DECODER), SimMIM(ViT(**SMALL))
+    return [mae, simmim, AMT(ViT(**SMALL), **DECODER), AMT(ViT(**SMALL), base="simmim")]
+
+
+@pytest.mark.parametrize("number", range(4), ids=["mae", "simmim", "amt-mae", "amt-simmim"])
+def test_every_method_returns_the_same_keys_learns_everywhere_and_replays(number):
+    method, x = methods()[number], images()
+    out = method(x)
+    assert {"loss", "pred", "ids_visible", "ids_masked"} <= out.keys()
+    assert out["pred"].shape == (*out["ids_masked"].shape, 4 * 4 * 3)
+    again = method(x, ids_visible=out["ids_visible"], ids_masked=out["ids_masked"])
+    assert torch.equal(again["loss"], out["loss"]) and torch.equal(again["pred"], out["pred"])
+    out["loss"].backward()
+    frozen = {n for n, p in method.named_parameters() if p.grad is None or not p.grad.any()}
+    assert {n.split(".")[-1] for n in frozen} <= {"pos_embed", "decoder_pos_embed"} and frozen
+
+
+@pytest.mark.parametrize("number", range(4), ids=["mae", "simmim", "amt-mae", "amt-simmim"])
+def test_predictions_see_visible_patches_alone(number):
+    method, x = methods()[number], images().requires_grad_()
+    out = method(x)
+    out["pred"].sum().backward()
+    used = mim.patchify(x.grad, 4).abs().sum(-1)
+    expected = torch.zeros(4, 64).scatter(1, out["ids_visible"], 1.0).bool()
+    assert torch.equal(used > 0, expected)
+
+
+def test_mae_against_the_releases_way_of_decoding():
+    """The release sorts all tokens back to raster order and predicts every patch; ours does neither."""
+    mae, x = MAE(ViT(**SMALL), **DECODER).double(), images().double()
+    out = mae(x)
+    order = torch.cat([out["ids_visible"], out["ids_masked"]], dim=1)
+    latents = mae.decoder_embed(mae.encoder(x, out["ids_visible"]))
+    tokens = torch.cat([latents[:, 1:], mae.mask_token.expand(4, 48, -1)], dim=1)
+    tokens = mim.take(tokens, order.argsort(1))
+    y = torch.cat([latents[:, :1], tokens], dim=1) + mae.decoder_pos_embed
+    for block in mae.decoder_blocks:
+        y = block(y)
+    pred = mae.decoder_pred(mae.decoder_norm(y))[:, 1:]
+    target = mim.patchify(x, 4)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    mask = torch.ones(4, 64).double().scatter(1, out["ids_visible"], 0.0)
+    loss = (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+    assert torch.allclose(mim.take(pred, out["ids_masked"]), out["pred"], atol=1e-10)
+    assert out["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_simmim_loss_is_mean_absolute_error_of_raw_pixels():
+    simmim, x = SimMIM(ViT(**SMALL)), images()
+    out = simmim(x)
+    target = mim.take(mim.patchify(x, 4), out["ids_masked"])
+    assert out["loss"].item() == pytest.approx((out["pred"] - target).abs().mean().item(), rel=1e-6)
+    assert out["ids_masked"].shape[1] == 10 * 4  # ceil(16 units * 0.6) = 10
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: MAE(ViT(**SMALL), mask_ratio=1.0), "mask_ratio=1.0 leaves 0 of 64"),
+    (lambda: SimMIM(ViT(**SMALL), unit_size=3), "unit_size=3 must divide the grid of 8x8"),
+    (lambda: SimMIM(ViT(**SMALL), mask_ratio=0), "mask_ratio=0 masks 0 of 16 units"),
+    (lambda: AMT(ViT(**SMALL), mask_ratio=0.7, throw_ratio=0.32, **DECODER), "mask_ratio=0.7 and throw_ratio=0.32"),
+    (lambda: AMT(ViT(**SMALL), base="beit"), "base must be mae or simmim"),
+    (lambda: AMT(ViT(**SMALL), interval=0, **DECODER), "interval must be at least 1"),
+    (lambda: ViT(embed_dim=30, num_heads=4), "divisible by 4"),
+])
+def test_bad_arguments_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+# AMT
+
+
+def test_amt_counts_are_the_papers():
+    vit = ViT(embed_dim=16, depth=1, num_heads=2)
+    for options, counts in [(dict(), (30, 88, 78)), (dict(throw_ratio=0), (49, 147, 0)),
+                            (dict(mask_ratio=0.75, throw_ratio=0.1), (30, 147, 19)),
+                            (dict(base="simmim"), (14 * 4, 22 * 4, 13 * 4)),
+                            (dict(base="simmim", throw_ratio=0), (19 * 4, 30 * 4, 0)),
+                            (dict(base="simmim", mask_ratio=0.33, throw_ratio=0.5), (7 * 4, 17 * 4, 25 * 4))]:
+        amt = AMT(vit, **options, **(DECODER if "base" not in options else {}))
+        ids = amt.draw(torch.rand(2, *amt.unit_grid))
+        assert tuple(i.shape[1] for i in ids) == counts
+        assert_partition(*ids, n=196)
+
+
+def test_thrown_patches_change_nothing():
+    for amt in methods()[2:]:
+        x = images()
+        ids = amt.draw(torch.rand(4, *amt.unit_grid))
+        out = amt(x, ids_visible=ids[0], ids_masked=ids[1])
+        patches = mim.patchify(x, 4)
+        other = mim.unpatchify(mim.put(patches, ids[2], torch.randn(4, ids[2].shape[1], 48)), 4, (8, 8))
+        assert torch.equal(amt(other, ids_visible=ids[0], ids_masked=ids[1])["loss"], out["loss"])
+
+
+def test_attention_map_is_the_mean_of_heads_scaled_each():
+    amt, x = AMT(ViT(**SMALL), **DECODER), images()
+    heads = amt.encoder.last_attention(x)
+    expected = sum((h - h.min(1, keepdim=True).values) / (h.max(1).values - h.min(1).values)[:, None] for h in heads.unbind(1)) / 4
+    assert torch.allclose(amt.attention_map(x).flatten(1), expected, atol=1e-5)
+    assert amt.training and amt.encoder.training
+
+
+def test_masks_are_random_until_there_are_maps_and_follow_them_then():
+    amt, x = AMT(ViT(**SMALL), **DECODER), images(64)
+    index, box, flip = torch.arange(64), torch.tensor([[0.0, 0, 1, 1]]).expand(64, -1), torch.zeros(64, dtype=torch.bool)
+    first = amt(x, index, box, flip)
+    assert first["ids_masked"].shape[1] == 48 and first["ids_thrown"].shape[1] == 0  # MAE's 0.75 of 64
+    amt.maps = torch.zeros(64, 8, 8, dtype=torch.float16)
+    amt.maps[:, :2, :4] = 1.0  # all attention on the left of the top two rows; of 64 patches 28 are masked, 25 thrown
+    then = amt(x, index, box, flip)
+    assert [then[k].shape[1] for k in ("ids_masked", "ids_thrown", "ids_visible")] == [28, 25, 11]
+    assert all({0, 1, 2, 3, 8, 9, 10, 11} <= set(ids) for ids in then["ids_masked"].tolist())
+    then = amt(x, index, box, ~flip)
+    assert all({4, 5, 6, 7, 12, 13, 14, 15} <= set(ids) for ids in then["ids_masked"].tolist())
+    elsewhere = amt(x, index, torch.tensor([[0.0, 0.5, 1, 1]]).expand(64, -1), flip)  # the lower half: no attention
+    chance = torch.bincount(elsewhere["ids_masked"].flatten(), minlength=64) / 64
+    assert chance.min() > 0.15 and chance.max() < 0.75
+    assert "maps" not in amt.state_dict()
+
+
+def test_maps_are_updated_at_the_papers_epochs():
+    def due(epochs, **options):
+        amt = AMT(ViT(**SMALL), **options)
+        return [epoch for epoch in range(epochs) if amt.maps_due(epoch, epochs)]
+
+    assert due(400) == list(range(40, 400, 40)) and due(200, base="simmim") == [40, 80, 120, 160]
+    assert due(20) == list(range(2, 20, 2)) and due(10, base="simmim") == [2, 4, 6, 8] and due(9, interval=4) == [4, 8]
+
+
+def test_update_maps_places_each_map_at_its_index():
+    amt, x = AMT(ViT(**SMALL), **DECODER), images(6)
+    amt.update_maps([(x[[4, 0, 2]], torch.tensor([4, 0, 2])), (x[[5, 1]], torch.tensor([5, 1]))], 6)
+    assert amt.maps.dtype == torch.float16 and amt.maps.shape == (6, 8, 8)
+    assert torch.allclose(amt.maps[[0, 1, 2, 4, 5]].float(), amt.attention_map(x[[0, 1, 2, 4, 5]]), atol=1e-3)
+    assert not amt.maps[3].any()
+
+
+def test_crop_maps_by_hand():
+    maps = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]).repeat(3, 1, 1).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    box = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 1, 0.5]])
+    crops = mim.crop_maps(maps, box, torch.tensor([False, False, True]), (4, 4))
+    assert torch.allclose(crops[0][:3, :3], torch.zeros(3, 3)) and torch.allclose(crops[1][1:, 1:], torch.full((3, 3), 3.0))
+    assert torch.allclose(crops[2][:3], torch.tensor([1.0, 1, 0, 0]).expand(3, -1), atol=0.13)  # flipped
+
+
+# Loading weights
+
+
+def timm_style(vit):
+    return {k: torch.randn_like(v) for k, v in vit.state_dict().items()}
+
+
+def test_loads_timm_release_and_own_checkpoints(tmp_path):
+    vit = ViT(**SMALL)
+    state = timm_style(vit)
+    sources = {
+        "timm": state | {"head.weight": torch.zeros(10, 32)},
+        "release": {"model": state | {"mask_token": torch.zeros(1, 1, 16), "decoder_embed.weight": torch.zeros(16, 32)}},
+        "ours": {"model": {f"base.encoder.{k}": v for k, v in state.items()} | {"base.mask_token": torch.zeros(1)}, "epoch": 3},
+        "wrapped": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    }
+    left = {"timm": 1, "release": 2, "ours": 1, "wrapped": 0}
+    for name, content in sources.items():
+        torch.save(content, tmp_path / "file.pth")
+        for source in (tmp_path / "file.pth", content):
+            vit = ViT(**SMALL)
+            missing, left_over = mim.load_encoder(vit, source)
+            assert (len(missing), len(left_over)) == (0, left[name])
+            assert all(torch.equal(v, state[k]) for k, v in vit.state_dict().items())
+
+
+def test_loads_an_mae_of_the_release_with_its_decoder():
+    mae = MAE(ViT(**SMALL), **DECODER)
+    state = {k.removeprefix("encoder."): torch.randn_like(v) for k, v in mae.state_dict().items()}
+    assert {"mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.1.attn.qkv.weight", "decoder_norm.bias",
+            "decoder_pred.weight", "cls_token", "blocks.0.norm1.weight"} <= state.keys()
+    for source in ({"model": state}, mae.state_dict()):
+        fresh = MAE(ViT(**SMALL), **DECODER)
+        assert mim.load_mae(fresh, source) == ([], [])
+        for k, v in fresh.state_dict().items():
+            assert torch.equal(v, state[k.removeprefix("encoder.")] if source is not mae.state_dict() and "model" in source else mae.state_dict()[k])
+
+
+def test_vit_from_checkpoint_reads_the_sizes_off_the_tensors():
+    state = timm_style(ViT(64, 8, **mim.SIZES["tiny"]))
+    vit, (missing, left_over) = mim.vit_from_checkpoint(state)
+    assert (vit.image_size, vit.patch_size, len(vit.blocks), vit.blocks[0].attn.num_heads) == ((64, 64), 8, 12, 3)
+    assert not missing and not left_over
+    assert torch.equal(vit.blocks[11].mlp.fc2.weight, state["blocks.11.mlp.fc2.weight"])
+
+
+def test_position_tables_are_resized():
+    column = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 8, 8, 32)  # a table that grows linearly with the column
+    table = torch.cat([torch.full((1, 1, 32), -1.0), column.reshape(1, 64, 32)], dim=1)
+    resized = mim.resize_position_embedding(table, (4, 16))
+    assert resized.shape == (1, 65, 32) and (resized[:, 0] == -1).all()
+    # Column 5 of 16 lies at (5 + 0.5) / 2 - 0.5 = 2.25 of 8; cubic convolution with a = -0.75 over columns 1 to 4.
+    near, far = (lambda t: 1.25 * t**3 - 2.25 * t**2 + 1), (lambda t: -0.75 * (t**3 - 5 * t**2 + 8 * t - 4))
+    expected = 1 * far(1.25) + 2 * near(0.25) + 3 * near(0.75) + 4 * far(1.75)
+    assert torch.allclose(resized[0, 1:].view(4, 16, 32)[:, 5], torch.full((4, 32), expected), atol=1e-5)
+    vit = ViT(image_size=(32, 96), patch_size=8, embed_dim=32, depth=1, num_heads=4)
+    mim.load_encoder(vit, vit.state_dict() | {"pos_embed": table})
+    assert torch.equal(vit.pos_embed, mim.resize_position_embedding(table, (4, 12)))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("blocks.1.mlp.fc1.weight"), "lacks 1 of .* blocks.1.mlp.fc1.weight"),
+    (lambda s: s.update({"blocks.0.norm1.weight": torch.zeros(5)}), r"blocks.0.norm1.weight is \[5\] in the checkpoint, \[32\] here"),
+    (lambda s: s.pop("patch_embed.proj.weight"), "no Vision Transformer"),
+    (lambda s: s.clear(), "no state dict"),
+])
+def test_what_does_not_fit_is_refused_and_changes_nothing(change, words):
+    vit = ViT(**SMALL)
+    before = {k: v.clone() for k, v in vit.state_dict().items()}
+    state = timm_style(vit)
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        mim.load_encoder(vit, state)
+    assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
+
+
+def test_a_missing_last_norm_is_reported_not_refused():
+    vit = ViT(**SMALL)
+    state = {k: v for k, v in timm_style(vit).items() if not k.startswith("norm.")} | {"fc_norm.weight": torch.ones(32)}
+    assert mim.load_encoder(vit, state) == (["norm.weight", "norm.bias"], ["fc_norm.weight"])
+
+
+def test_broken_files_are_refused_in_one_line(tmp_path):
+    for name, content in (("text.pt", b"hello"), ("empty.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read .*{name}") as caught:
+            mim.read_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="No such file"):
+        mim.read_checkpoint(tmp_path / "none.pt")
+
+
+# Learning, and lifting
+
+
+@pytest.mark.parametrize("number", range(4), ids=["mae", "simmim", "amt-mae", "amt-simmim"])
+def test_a_tiny_model_learns_in_seconds(number):
+    """Images of one colour each: any visible patch tells what is masked, so the loss must fall far below the start."""
+    method = methods()[number]
+    method.norm_pix = False
+    getattr(method, "base", method).norm_pix = False  # a flat patch has nothing left to predict once normalised
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(80):
+        x = torch.randn(32, 3, 1, 1).expand(-1, -1, 32, 32)
+        out = method(x)
+        out["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out["loss"].item())
+    assert sum(losses[-5:]) < 0.35 * sum(losses[:5])
+
+
+def test_a_class_lifts_out_with_the_pieces_it_names():
+    """AMT with only the names that its own source and theirs mention, taken from the file, runs alone."""
+    import ast
+    import inspect
+
+    tree = ast.parse(inspect.getsource(mim))
+    imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    pieces = {n.name: n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+    pieces |= {n.targets[0].id: n for n in tree.body if isinstance(n, ast.Assign)}
+    wanted, todo = set(), ["AMT"]
+    while todo:
+        name = todo.pop()
+        wanted.add(name)
+        todo += [n.id for n in ast.walk(pieces[name]) if isinstance(n, ast.Name) and n.id in pieces and n.id not in wanted]
+    assert "load_encoder" not in wanted and "METHODS" not in wanted
+    lifted = ast.Module([n for n in tree.body if n in imports or any(n is pieces[w] for w in wanted)], type_ignores=[])
+    space = {}
+    exec(compile(lifted, "lifted", "exec"), space)
+    assert space["AMT"](space["ViT"](**SMALL), **DECODER)(images())["loss"].isfinite()

@@ -1,0 +1,359 @@
+"""The training program: settings, learning, exact resume, several processes, and what it says to a user's mistakes."""
+
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torchvision.io import read_image, write_png
+
+import mim
+import train
+from conftest import ROOT
+
+TINY = ["--model", "nano", "--image-size", 32, "--patch-size", 4, "--batch-size", 8, "--epochs", 3,
+        "--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2]
+SPEEDS = ("images_per_s", "seconds")
+
+
+@pytest.fixture
+def call(cli, folder, tmp_path):
+    """call(method, *flags, out=name) trains on the folder of 24 scenes -> (exit code, stdout, stderr, output folder)."""
+
+    def run(method, *flags, out="run", data=folder, tiny=TINY):
+        tiny = tiny if method != "simmim" and "simmim" not in flags else tiny[:10]
+        result = cli(train, "--method", method, "--data", data, "--output", tmp_path / out, *tiny, *flags)
+        return *result, tmp_path / out
+
+    return run
+
+
+def log(output):
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEEDS} for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def weights(output):
+    return torch.load(output / "checkpoint.pt", weights_only=True)["model"]
+
+
+def assert_same_run(one, other):
+    assert log(one) == log(other)
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# Settings
+
+
+def test_learning_rate_by_hand():
+    at = lambda step: train.learning_rate(step, steps=110, warmup_steps=10, peak=2.0, minimum=0.5)  # noqa: E731
+    assert [at(0), at(5), at(10), at(60), at(110)] == pytest.approx([0, 1.0, 2.0, 1.25, 0.5])
+    assert at(35) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_weight_decay_spares_biases_norms_tokens_and_positions():
+    method = mim.MAE(mim.ViT(32, 8, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    decayed, spared = train.parameter_groups(method, 0.05)
+    names = {id(p): n for n, p in method.named_parameters()}
+    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"weight"} and decayed["weight_decay"] == 0.05
+    assert {"mask_token", "encoder.cls_token", "encoder.norm.weight", "encoder.patch_embed.proj.bias"} <= {names[id(p)] for p in spared["params"]}
+    assert spared["weight_decay"] == 0 and all(p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == sum(p.requires_grad for p in method.parameters())
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--method", "mae"], dict(epochs=800, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, betas=(0.9, 0.95), model="base", patch_size=16)),
+    (["--method", "amt"], dict(epochs=400, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, crop_scale=(0.2, 1.0))),
+    (["--method", "simmim"], dict(epochs=800, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10, betas=(0.9, 0.999), crop_scale=(0.67, 1.0))),
+    (["--method", "amt", "--base", "simmim"], dict(epochs=200, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10)),
+    (["--method", "mae", "--epochs", "80", "--batch-size", "1024", "--accumulate", "8"], dict(warmup_epochs=4.0, lr=6e-4, accumulate=8)),
+    (["--method", "mae", "--lr", "0.1"], dict(lr=0.1, accumulate=16)),
+])
+def test_recipes_are_the_papers(flags, expected):
+    settings = train.settle(train.parse([*flags, "--data", "imagenet"]), 1_281_167, 224)
+    for name, value in expected.items():
+        assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_recipes_shrink_for_small_images():
+    settings = train.settle(train.parse(["--method", "amt", "--data", "cifar10"]), 50_000, 32)
+    assert (settings["patch_size"], settings["model"], settings["batch_size"]) == (4, "tiny", 512)
+    assert settings["method_options"]["decoder_dim"] == 192
+    settings = train.settle(train.parse(["--method", "simmim"]), 4096, 64)
+    assert (settings["patch_size"], settings["model"]) == (8, "nano") and "decoder_dim" not in settings["method_options"]
+    assert train.settle(train.parse(["--method", "mae", "--data", "x"]), 100, 224)["batch_size"] == 64
+
+
+@pytest.mark.parametrize("method", mim.METHODS)
+def test_every_constructor_argument_is_a_flag(method, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--method", method, "--help"])
+    text = capsys.readouterr().out
+    for name in train.method_parameters(method):
+        assert "--" + name.replace("_", "-") in text
+    for name in [*train.FLAGS, *train.SWITCHES]:
+        assert "--" + name.replace("_", "-") in text
+    given = train.parse(["--method", method, "--mask-ratio", "0.3"])
+    assert given["mask_ratio"] == 0.3
+
+
+def test_flags_have_their_arguments_types():
+    given = train.parse("--method amt --throw-ratio 0.1 --interval 3 --throw low --no-norm-pix --decoder-depth 2".split())
+    assert given == dict(method="amt", throw_ratio=0.1, interval=3, throw="low", norm_pix=False, decoder_depth=2)
+    given = train.parse("--method amt --base simmim --unit-size 4".split())
+    assert given == dict(method="amt", base="simmim", unit_size=4)
+
+
+# Training
+
+
+@pytest.mark.parametrize("method, flags", [("mae", []), ("simmim", []), ("amt", []), ("amt", ["--base", "simmim"])])
+def test_a_run_leaves_what_it_promises(call, method, flags):
+    code, out, err, output = call(method, *flags)
+    assert code == 0 and "24 images, 2 classes" in out and "patch_size" in out
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[-1]["step"] == 9
+    assert {"loss", "lr", "images_per_s", "seconds"} <= lines[0].keys() and all(math.isfinite(line["loss"]) for line in lines)
+    assert not list(output.glob("*.tmp")) and not any(output.glob("*.tmp"))
+    state = torch.load(output / "encoder.pt", weights_only=True)
+    encoder, (missing, left_over) = mim.vit_from_checkpoint(output / "encoder.pt")
+    assert not missing and not left_over and encoder.image_size == (32, 32)
+    assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
+    checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 3 and checkpoint["step"] == 9
+    assert (checkpoint["maps"] is not None) == (method == "amt")
+    picture = read_image(str(output / "reconstruction.png"))
+    assert picture.shape == (3, 4 * 98 + 2, 6 * 98 + 2)  # 8 images, 3 tiles each, 6 tiles a row, zoomed to 96 pixels
+
+
+def test_the_loss_falls(call):
+    *_, output = call("mae", "--epochs", 40, "--base-lr", 0.05)
+    losses = [line["loss"] for line in log(output)]
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_pictures_show_thrown_patches_black_and_masked_ones_grey():
+    amt = mim.AMT(mim.ViT(32, 4, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2).eval()
+    images = torch.zeros(1, 3, 32, 32)  # ImageNet's mean colour
+    grid = train.draw_reconstruction(amt, images)[:, 2:-2, 2:].unfold(2, 96, 98)
+    image, masked, filled = (grid[:, :, k].reshape(3, 8, 12, 8, 12) for k in range(3))
+    assert torch.allclose(image.mean((2, 4))[0], torch.full((8, 8), 0.485), atol=1e-3)
+    tones = masked.mean((0, 2, 4))
+    counts = [(abs(tones - tone) < 1e-3).sum().item() for tone in (0.5, 0.0)]
+    assert counts == [28, 25]  # 64 patches: int(0.45 N) masked, int(0.40 N) thrown
+    assert ((abs(filled.amax((0, 2, 4))) < 1e-3) == (abs(tones) < 1e-3)).all()
+
+
+@pytest.mark.parametrize("flags", [["mae"], ["amt", "--interval", 1], ["amt", "--base", "simmim", "--interval", 1]])
+def test_a_resumed_run_is_the_uninterrupted_one(call, flags, monkeypatch):
+    *_, whole = call(*flags, out="whole")
+    save, saves = train.save_run, []
+
+    def save_then_interrupt(run):
+        save(run)
+        saves.append(run.epoch)
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", save_then_interrupt)
+    code, _, err, output = call(*flags)
+    assert code == 130 and "interrupted" in err and saves == [0, 1, 2]
+    monkeypatch.setattr(train, "save_run", save)
+    assert call(*flags, "--resume")[0] == 0
+    assert_same_run(whole, output)
+    code, out, *_ = call(*flags, "--resume")
+    assert code == 0 and "3 epochs done" in out
+    assert_same_run(whole, output)
+
+
+def test_an_interrupt_inside_an_epoch_repeats_the_epoch(call, monkeypatch):
+    *_, whole = call("amt", "--interval", 1, out="whole")
+    rate = train.learning_rate
+
+    def interrupt(step, *rest):
+        if step == 7:  # the second step of the third epoch
+            raise KeyboardInterrupt
+        return rate(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", interrupt)
+    code, *_, output = call("amt", "--interval", 1)
+    assert code == 130 and len(log(output)) == 2
+    monkeypatch.setattr(train, "learning_rate", rate)
+    with open(output / "log.jsonl", "a") as file:  # as if killed after the log's line and before the checkpoint
+        file.write(json.dumps(dict(epoch=3, loss=0)) + "\n")
+    call("amt", "--interval", 1, "--resume")
+    assert_same_run(whole, output)
+
+
+def launch(*arguments, processes=1):
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29533", "train.py"] if processes > 1 else ["train.py"]
+    return subprocess.Popen([sys.executable, *start, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def test_a_killed_run_resumes_exactly(folder, tmp_path):
+    arguments = ["--method", "mae", "--data", folder, *TINY, "--epochs", 30, "--device", "cpu"]
+    process = launch(*arguments, "--output", tmp_path / "killed")
+    path, deadline = tmp_path / "killed" / "log.jsonl", time.time() + 60
+    while not (path.exists() and len(path.read_text().splitlines()) >= 3) and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = len(path.read_text().splitlines())
+    assert 3 <= done < 30
+    finish = [launch(*arguments, "--output", tmp_path / "killed", "--resume"), launch(*arguments, "--output", tmp_path / "whole")]
+    for process in finish:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_processes_train_as_one(folder, tmp_path):
+    """2 processes see the micro-batches that 1 process accumulates, so losses agree to rounding, maps included."""
+    arguments = ["--method", "amt", "--interval", 1, "--data", folder, *TINY, "--device", "cpu"]
+    both = [launch(*arguments, "--accumulate", 2, "--output", tmp_path / "one"),
+            launch(*arguments, "--accumulate", 1, "--output", tmp_path / "two", processes=2)]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for k in a:
+        assert torch.allclose(a[k], b[k], atol=2e-4), k
+    maps = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["maps"] for n in ("one", "two")]
+    assert maps[0].shape == (24, 8, 8) and torch.allclose(maps[0].float(), maps[1].float(), atol=2e-2)
+
+
+def test_workers_change_nothing(call):
+    runs = [call("amt", "--interval", 1, "--workers", w, out=f"w{w}")[-1] for w in (0, 2)]
+    assert_same_run(*runs)
+
+
+def test_bf16_on_the_cpu_trains_close_to_fp32(call):
+    runs = [log(call("mae", "--precision", p, out=p)[-1]) for p in ("fp32", "bf16")]
+    for a, b in zip(*runs):
+        assert b["loss"] != a["loss"] and b["loss"] == pytest.approx(a["loss"], rel=0.02)
+
+
+def test_accumulation_and_clipping(call, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, largest):
+        parameters = list(parameters)
+        clip(parameters, largest)
+        norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    code, *_ = call("mae", "--accumulate", 4, "--clip-grad", 0.01)
+    assert code == 0 and len(norms) == 9 and max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_broken_images_are_reported_and_too_many_stop_the_run(call, folder, tmp_path):
+    image = (folder / "train" / "a" / "0.png").read_bytes()
+    for i in range(104):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / f"{i:03d}.png").write_bytes(b"no image" if i == 5 else image)
+    code, out, err, output = call("mae", "--epochs", 1, data=tmp_path / "d")
+    assert code == 0 and (out + err).count("005.png") == 1 and log(output)[0]["broken_images"] == 1
+    (tmp_path / "d" / "006.png").write_bytes(b"")
+    code, _, err, _ = call("mae", "--epochs", 1, "--workers", 1, data=tmp_path / "d", out="other")
+    assert code == 2 and "2 of 104 images are broken, more than 1%" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(call):
+    code, _, err, output = call("mae", "--lr", 1e30, "--warmup-epochs", 0, "--epochs", 20)
+    assert code == 2 and re.search(r"the loss is (nan|inf) at step \d+ .*learning rate 9.99e\+29.*checkpoint.pt is of epoch 0", err)
+    assert all(v.isfinite().all() for v in weights(output).values())
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(call):
+    *_, output = call("mae")
+    before = (output / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # Python ignores the signal; writes fail as on a full disk
+    try:
+        code, _, err, _ = call("mae", "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "cannot write" in err and "checkpoint.pt" in err and "kept" in err and err.strip().count("\n") == 0
+    assert (output / "checkpoint.pt").read_bytes() == before and not list(output.glob("*.tmp"))
+
+
+def test_runs_are_not_overwritten_or_mixed_up(call):
+    *_, output = call("mae")
+    mistakes = [(("mae",), "already holds a run of 3 epochs"), (("mae", "--resume", "--mask-ratio", 0.5), "--mask-ratio 0.5.*0.75"),
+                (("simmim", "--resume"), "--method simmim.*mae"), (("mae", "--resume", "--seed", 5), "--seed 5"),
+                (("mae", "--resume", "--embed", 3), "unknown argument --embed")]
+    before = (output / "checkpoint.pt").read_bytes()
+    for flags, words in mistakes:
+        code, _, err, _ = call(*flags)
+        assert code == 2 and re.search(words, err) and err.count("\n") == 1
+    assert (output / "checkpoint.pt").read_bytes() == before
+    assert call("mae", "--overwrite", "--epochs", 1)[0] == 0 and len(log(output)) == 1
+
+
+MISTAKES = {
+    "no method": ([], "--method is missing; it may be mae, simmim, amt"),
+    "unknown method": (["--method", "mea"], "--method 'mea' is unknown: did you mean mae"),
+    "near flag": (["--method", "amt", "--trow-ratio", "0.4"], "unknown argument --trow-ratio: did you mean --throw-ratio"),
+    "another method's flag": (["--method", "simmim", "--decoder-dim", "4"], "unknown argument --decoder-dim"),
+    "not a number": (["--method", "mae", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
+    "bad choice": (["--method", "amt", "--throw", "top"], "--throw: invalid choice: 'top'"),
+    "bad base": (["--method", "amt", "--base", "simim"], "--base 'simim' is unknown: did you mean simmim"),
+    "bad model": (["--method", "mae", "--model", "bose"], "--model 'bose' is unknown: did you mean base"),
+    "bad precision": (["--method", "mae", "--precision", "fp8"], "--precision 'fp8' is unknown"),
+    "bad device": (["--method", "mae", "--device", "gpu"], "--device gpu"),
+    "no folder": (["--method", "mae", "--data", "nowhere"], "--data nowhere: no such folder"),
+    "zero epochs": (["--method", "mae", "--epochs", "0"], "--epochs must be positive, got 0"),
+    "negative workers": (["--method", "mae", "--workers", "-1"], "--workers must not be negative, got -1"),
+    "negative seed": (["--method", "mae", "--seed", "-1"], "--seed must not be negative, got -1"),
+    "large batch": (["--method", "mae", "--batch-size", "5000"], "--batch-size 5000 is more than the 4096 images"),
+    "uneven batch": (["--method", "mae", "--batch-size", "9", "--accumulate", "2"], "--batch-size 9 is not divisible by"),
+    "two rates": (["--method", "mae", "--lr", "1", "--base-lr", "1"], "--lr and --base-lr exclude"),
+    "patch": (["--method", "mae", "--patch-size", "7"], "multiple of patch_size=7, got 64x64"),
+    "ratio": (["--method", "amt", "--mask-ratio", "0.9"], "mask_ratio=0.9 and throw_ratio=0.4"),
+    "three sizes": (["--method", "mae", "--image-size", "1", "2", "3"], "--image-size takes one number, or height and width"),
+    "nothing to resume": (["--method", "mae", "--resume", "--output", "nowhere"], "there is no nowhere/checkpoint.pt"),
+    "output is a file": (["--method", "mae", "--output", "LICENSE"], "LICENSE"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_users_mistake_is_one_line(cli, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags, words = MISTAKES[name]
+    code, _, err = cli(train, *flags)
+    assert code == 2 and words in err and err.startswith("train.py: error: ") and err.count("\n") == 1
+    assert not (ROOT / "nowhere").exists()
+
+
+def test_a_damaged_checkpoint_is_named(call):
+    *_, output = call("mae")
+    content = (output / "checkpoint.pt").read_bytes()
+    (output / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    code, _, err, _ = call("mae", "--resume")
+    assert code == 2 and "checkpoint.pt" in err and "not a whole" in err and err.count("\n") == 1
+    torch.save({"cls_token": torch.zeros(1)}, output / "checkpoint.pt")
+    code, _, err, _ = call("mae", "--resume")
+    assert code == 2 and "is not a checkpoint of train.py" in err
+
+
+def test_images_that_fit_no_square(call, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(9):
+        write_png(torch.randint(0, 255, (3, 30, 50), dtype=torch.uint8), str(images / f"{i}.png"))
+    flags = ["--model", "nano", "--image-size", 16, 32, "--patch-size", 4, "--batch-size", 4, "--epochs", 2]
+    code, _, _, output = call("amt", "--interval", 1, data=images, tiny=flags + TINY[10:])
+    assert code == 0 and torch.load(output / "checkpoint.pt", weights_only=True)["maps"].shape == (9, 4, 8)
+    assert call("amt", "--resume", data=images, tiny=[])[0] == 0

@@ -1,0 +1,555 @@
+"""Pre-training, from a folder of images to a checkpoint: `python train.py --method amt --data /imagenet`.
+
+Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every flag does: `--help`, with --method
+also the method's own. All randomness of a step is a function of (seed, step, micro-batch) and that of an image of
+(seed, epoch, index), so a run continued with --resume ends where it would have ended without the stop.
+"""
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import json
+import math
+import os
+import sys
+import time
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import mim
+from datasets import (SMALL, BrokenFiles, EpochBatches, Images, UsageError, denormalize, load_data, make_loader,
+                      normalize, pair_max, seed_of)
+
+# ---------------------------------------------------------------------------------------------------------
+# Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
+
+RECIPES = {
+    # MAE: Table 8 (pre-training setting)
+    "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256, warmup_epochs=40,
+                betas=(0.9, 0.95), weight_decay=0.05, clip_grad=None, crop_scale=(0.2, 1.0)),
+    # SimMIM: §4.1; the learning rate is per 512 images
+    "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512, warmup_epochs=10,
+                   betas=(0.9, 0.999), weight_decay=0.05, clip_grad=None, crop_scale=(0.67, 1.0)),
+}
+# AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1)
+RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
+RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
+
+# What changes for images of up to 96 pixels, and for the built-in scenes on a CPU: ours, not the papers'.
+SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
+                    decoder_dim=192, decoder_depth=4, decoder_heads=3)
+SHAPES_RECIPE = SMALL_RECIPE | dict(model="nano", epochs=5, batch_size=64, base_lr=1.2e-2, warmup_epochs=0.5, interval=2,
+                                    decoder_dim=64, decoder_depth=2, decoder_heads=2)  # new maps cost as much as an epoch
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags
+
+FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe's"
+    "data": (str, "shapes (built in), cifar10, cifar100, stl10, or a folder of images"),
+    "model": (str, f"encoder size: {', '.join(mim.SIZES)}"),
+    "image_size": (int, "pixels, one number or height and width"),
+    "patch_size": (int, "pixels"),
+    "epochs": (int, "passes over the data"),
+    "batch_size": (int, "images per optimizer step, over all processes"),
+    "accumulate": (int, "micro-batches per step and process (default: as many as keep them at 256 images or fewer)"),
+    "lr": (float, "absolute learning rate, instead of --base-lr"),
+    "base_lr": (float, "learning rate per 256 images of the batch (SimMIM: per 512)"),
+    "warmup_epochs": (float, "linear warm-up"),
+    "weight_decay": (float, "of AdamW, on weight matrices only"),
+    "clip_grad": (float, "largest gradient norm"),
+    "workers": (int, "data loading processes (default: 8 with CUDA, else 0)"),
+    "seed": (int, "of everything random"),
+    "device": (str, "cuda, cuda:1, cpu, ... (default: cuda if there is one)"),
+    "precision": (str, "fp32, bf16 or fp16 autocast (default: bf16 or fp16 with CUDA, else fp32)"),
+    "output": (str, "folder of the run (default: runs/METHOD)"),
+}
+SWITCHES = {
+    "compile": "torch.compile the model",
+    "resume": "continue the run in --output",
+    "overwrite": "start anew where --output already holds a run",
+}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def method_parameters(method, base="mae"):
+    """The constructor arguments of a method (and of the base that AMT wraps): name -> inspect.Parameter."""
+    parameters = dict(inspect.signature(mim.METHODS[method].__init__).parameters)
+    own = {k: p for k, p in parameters.items() if k not in ("self", "encoder") and p.kind != p.VAR_KEYWORD}
+    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        own = method_parameters(base) | own
+    return own
+
+
+def add_method_flags(parser, parameters):
+    """One flag for every constructor argument, of the type that its annotation gives."""
+    for name, parameter in parameters.items():
+        kind, options = parameter.annotation, {}
+        if typing.get_origin(kind) is typing.Literal:
+            options = dict(choices=typing.get_args(kind))
+        elif kind is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        else:  # `float | None` takes a float
+            options = dict(type=next((t for t in typing.get_args(kind) if t is not type(None)), kind))
+        default = "by the paper, see the class" if parameter.default is None else parameter.default
+        parser.add_argument("--" + name.replace("_", "-"), default=None, help=f"(default: {default})", **options)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors name the nearest flag, and reach the caller as UsageError."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+    def parse_all(self, argv):
+        arguments, rest = self.parse_known_args(argv)
+        if rest:
+            flag = rest[0].split("=")[0]
+            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
+            near = difflib.get_close_matches(flag, known, 1, cutoff=0.5)
+            raise UsageError(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else "; --help lists them"))
+        return arguments
+
+
+def check_choice(flag, value, choices):
+    """Raises UsageError, with the nearest choice, if value is none of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f": did you mean {near[0]}?" if near else f"; it may be {', '.join(choices)}"
+        raise UsageError(f"{flag} {value!r} is unknown{hint}")
+
+
+def parse(argv):
+    """Command line -> dict of what the user gave, nothing else; method arguments under their own names."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method")
+    first.add_argument("--base", default="mae")
+    known, _ = first.parse_known_args(argv)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    epilog="" if known.method else "With --method, --help also lists the method's own flags.")
+    parser.add_argument("--method", help=", ".join(mim.METHODS))
+    for name, (kind, text) in FLAGS.items():
+        nargs = "+" if name == "image_size" else None
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=nargs, help=text)
+    for name, text in SWITCHES.items():
+        parser.add_argument("--" + name, action="store_true", default=None, help=text)
+    if known.method is not None:
+        check_choice("--method", known.method, list(mim.METHODS))
+        if known.method == "amt":
+            check_choice("--base", known.base, list(mim.AMT_BASES))
+        group = parser.add_argument_group(f"{known.method}'s own")
+        add_method_flags(group, method_parameters(known.method, known.base))
+    given = {k: v for k, v in vars(parser.parse_all(argv)).items() if v is not None}
+    if "method" not in given:
+        raise UsageError(f"--method is missing; it may be {', '.join(mim.METHODS)}")
+    if "image_size" in given:
+        given["image_size"] = image_size_flag(given["image_size"])
+    return given
+
+
+def image_size_flag(value):
+    """--image-size's one or two numbers -> an int or (height, width)."""
+    if len(value) > 2:
+        raise UsageError(f"--image-size takes one number, or height and width; got {len(value)} numbers")
+    return value[0] if len(value) == 1 else list(value)
+
+
+def settle(given, num_images, natural_size, world_size=1):
+    """What the user gave, the recipe for the rest -> every setting of the run, in plain types.
+
+    num_images, natural_size: of the data, which batch and image size follow. Raises UsageError for values out of range.
+    """
+    recipe_name = f"amt-{given.get('base', 'mae')}" if given["method"] == "amt" else given["method"]
+    image_size = given.get("image_size", natural_size)
+    recipe = dict(RECIPES[recipe_name])
+    papers_epochs = recipe["epochs"]
+    if pair_max(image_size) <= SMALL:
+        recipe |= SHAPES_RECIPE if given.get("data", "shapes") == "shapes" else SMALL_RECIPE
+        recipe["patch_size"] = max(1, pair_max(image_size) // 8)
+    recipe["batch_size"] = min(recipe["batch_size"], max(world_size, 2 ** int(math.log2(num_images))))
+    epochs = given.get("epochs", recipe["epochs"])
+    recipe["warmup_epochs"] *= min(1.0, epochs / recipe["epochs"])  # a shorter run warms up for the same share of it
+    settings = dict(data="shapes", image_size=image_size, lr=None, seed=0, output=f"runs/{given['method']}", compile=False)
+    parameters = method_parameters(given["method"], given.get("base", "mae"))
+    chosen = {k: recipe.pop(k, p.default) for k, p in parameters.items()}
+    recipe = {k: v for k, v in recipe.items() if k not in SMALL_RECIPE | SHAPES_RECIPE or k in RECIPES["mae"]}
+    settings |= recipe | chosen | given
+    settings["method_options"] = {k: settings.pop(k) for k in parameters}
+    check_choice("--model", settings["model"], list(mim.SIZES))
+    for flag in ("epochs", "batch_size", "patch_size", "lr", "base_lr", "clip_grad", "accumulate"):
+        if settings.get(flag) is not None and settings[flag] <= 0:
+            raise UsageError(f"--{flag.replace('_', '-')} must be positive, got {settings[flag]}")
+    for flag in ("warmup_epochs", "weight_decay", "seed"):
+        if settings[flag] < 0:
+            raise UsageError(f"--{flag.replace('_', '-')} must not be negative, got {settings[flag]}")
+    if "lr" in given and "base_lr" in given:
+        raise UsageError("--lr and --base-lr exclude each other")
+    batch = settings["batch_size"]
+    if batch > num_images:
+        raise UsageError(f"--batch-size {batch} is more than the {num_images} images that there are")
+    if "accumulate" not in settings:
+        settings["accumulate"] = next((a for a in range(1, batch + 1) if batch % (world_size * a) == 0
+                                       and batch // (world_size * a) <= 256), 1)
+    if batch % (world_size * settings["accumulate"]):
+        raise UsageError(f"--batch-size {batch} is not divisible by {world_size} processes x {settings['accumulate']} micro-batches")
+    if settings["lr"] is None:
+        settings["lr"] = settings["base_lr"] * batch / recipe["lr_batch"]
+    return settings
+
+
+def settle_machine(given):
+    """(device, precision, workers) of this machine from what the user gave."""
+    name = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    on_cuda = device.type == "cuda"
+    default = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_cuda else "fp32"
+    precision = given.get("precision", default)
+    check_choice("--precision", precision, list(PRECISIONS))
+    workers = given.get("workers", min(8, os.cpu_count()) if on_cuda else 0)
+    if workers < 0:
+        raise UsageError(f"--workers must not be negative, got {workers}")
+    return device, precision, workers
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pieces of the loop
+
+
+def build_method(settings):
+    """The method with its encoder, as the settings say; raises UsageError if they do not fit together."""
+    try:
+        encoder = mim.ViT(settings["image_size"], settings["patch_size"], **mim.SIZES[settings["model"]])
+        return mim.METHODS[settings["method"]](encoder, **settings["method_options"])
+    except ValueError as error:
+        raise UsageError(f"--method {settings['method']}: {error}") from None
+
+
+def parameter_groups(module, weight_decay):
+    """AdamW's two groups: weight decay on weight matrices; none on biases, norms, tokens and position tables."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if p.ndim <= 1 or n.endswith(("_token", "pos_embed"))]
+    kept = {id(p) for p in plain}
+    return [dict(params=[p for _, p in named if id(p) not in kept], weight_decay=weight_decay),
+            dict(params=plain, weight_decay=0.0)]
+
+
+def learning_rate(step, steps, warmup_steps, peak, minimum=0.0):
+    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum` at the last of `steps`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a file under `path` is always whole. UsageError if the disk refuses."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "; what was there before is kept" if Path(path).exists() else ""
+        raise UsageError(f"cannot write {path}: {reason}{kept}") from None
+
+
+def draw_reconstruction(method, images):
+    """Normalised images [B, 3, H, W] -> a grid [3, h, w] in [0, 1]: image, masked image, reconstruction.
+
+    Masked patches are grey; patches that the method threw away black, in the reconstruction too.
+    """
+    out, p = method(images), method.encoder.patch_size
+    shown = lambda x: denormalize(x.float())  # noqa: E731
+    patches, everything = mim.patchify(shown(images), p), torch.zeros_like(mim.patchify(images, p))
+    visible = mim.put(everything, out["ids_visible"], mim.take(patches, out["ids_visible"]))
+    masked = mim.put(visible, out["ids_masked"], torch.full((), 0.5, device=images.device))
+    filled = mim.patchify(shown(mim.reconstruct(images, out["pred"].float(), out["ids_masked"], p, method.norm_pix)), p)
+    filled = mim.put(visible, out["ids_masked"], mim.take(filled, out["ids_masked"]))
+    rows = torch.stack([patches, masked, filled], dim=1).flatten(0, 1)
+    rows = mim.unpatchify(rows, p, method.encoder.grid)
+    zoom = max(1, 96 // rows.shape[-1])
+    return make_grid(F.interpolate(rows, scale_factor=zoom, mode="nearest"), nrow=6, pad_value=1.0)
+
+
+def picture_images(dataset, count=8):
+    """`count` images spread over a dataset, normalised: [count, 3, H, W]."""
+    places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    return normalize(torch.stack([dataset[i]["image"] for i in places]))
+
+
+def save_picture(path, method, images, device, seed=0):
+    """Draws and writes reconstruction.png with the same masks each time."""
+    training = method.training
+    method.eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        grid = draw_reconstruction(method, images.to(device))
+    method.train(training)
+    write_atomically(path, lambda to: save_image(grid, to, format="png"))
+
+
+def save_run(run):
+    """Writes checkpoint.pt, all that an exact resume needs, and encoder.pt, a plain state dict of timm's names.
+
+    There are no generator states to keep: every draw is seeded by (seed, step, micro-batch) or (seed, epoch, index).
+    """
+    state = dict(model=run.method.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+                 epoch=run.epoch, step=run.epoch * (run.settings["num_images"] // run.settings["batch_size"]),
+                 args=run.settings, maps=getattr(run.method, "maps", None))
+    write_atomically(run.output / "checkpoint.pt", lambda to: torch.save(state, to))
+    write_atomically(run.output / "encoder.pt", lambda to: torch.save(run.method.encoder.state_dict(), to))
+
+
+def restore(run, state):
+    """Puts a loaded checkpoint's state into a prepared run."""
+    run.epoch = state["epoch"]
+    run.method.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    if state["maps"] is not None:
+        run.method.maps = state["maps"].to(run.device)
+    log = run.output / "log.jsonl"
+    if log.exists():  # a run killed between two writes has logged an epoch that it must repeat
+        run.log = [x for x in log.read_text().splitlines() if json.loads(x)["epoch"] <= run.epoch]
+
+
+def load_run(path):
+    """A checkpoint.pt of ours, whole; raises UsageError if it is something else."""
+    try:
+        state = mim.load_file(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if not isinstance(state, dict) or not {"model", "optimizer", "epoch", "args"} <= state.keys():
+        raise UsageError(f"{path} is not a checkpoint of train.py")
+    return state
+
+
+MAY_CHANGE = ("data", "device", "precision", "workers", "compile", "output", "resume", "overwrite", "accumulate")
+
+
+def open_output(given):
+    """Looks into --output: (folder, checkpoint to resume or None). Refuses to overwrite or mix up runs."""
+    output = Path(given.get("output", f"runs/{given['method']}"))
+    path = output / "checkpoint.pt"
+    if not given.get("resume"):
+        if path.exists() and not given.get("overwrite"):
+            done = load_run(path)["epoch"]
+            if done:
+                raise UsageError(f"{output} already holds a run of {done} epochs: --resume continues it, --overwrite starts "
+                                 "anew, --output writes elsewhere")
+        return output, None
+    if not path.exists():
+        raise UsageError(f"--resume: there is no {path}")
+    state = load_run(path)
+    saved = state["args"] | state["args"]["method_options"]
+    for name, value in given.items():
+        if name not in MAY_CHANGE and saved.get(name) != value:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was made with {saved.get(name)}; leave the flag out "
+                             "or write to another --output")
+    return output, state
+
+
+def write_log(path, lines):
+    """Replaces log.jsonl by these lines."""
+    write_atomically(path, lambda to: to.write_text("".join(line + "\n" for line in lines)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def join_processes(device):
+    """(rank, world size) under torchrun, (0, 1) without."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def settle_run(given, state, world_size):
+    """The data of a run and all its settings; those of a run to resume come from its checkpoint."""
+    if state:
+        saved = state["args"] | state["args"]["method_options"]
+        given = {k: v for k, v in saved.items() if k not in ("method_options", "num_images") and v is not None} | {
+            k: given[k] for k in MAY_CHANGE if k in given}
+        given.pop("base_lr")  # its product, lr, is saved too
+        if "accumulate" in given and world_size * given["accumulate"] != saved["world_size"] * saved["accumulate"]:
+            given.pop("accumulate")  # other processes share a step's micro-batches out anew
+    source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"))
+    if state and saved["num_images"] != len(source):
+        raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has {len(source)}")
+    keep_out = ("resume", "overwrite", "device", "precision", "workers", "world_size", "num_images")
+    settings = settle({k: v for k, v in given.items() if k not in keep_out}, len(source), source.image_size, world_size)
+    return source, settings | dict(num_images=len(source), world_size=world_size)
+
+
+def update_maps(run):
+    """AMT: this process's share of the training images, whole and resized, through the encoder."""
+    whole = Images(run.source, run.settings["image_size"], "whole")
+    share = torch.utils.data.Subset(whole, range(run.rank, len(whole), run.world_size))
+    batches = tqdm(make_loader(share, run.workers, batch_size=256), desc="attention maps", leave=False, disable=run.rank > 0)
+    with run.amp():
+        run.method.update_maps(((normalize(b["image"].to(run.device)), b["index"].to(run.device)) for b in batches), len(whole))
+
+
+def train_epoch(run, epoch):
+    """One pass over the data -> the line for log.jsonl: the mean of the loss and its parts, speed, learning rate."""
+    settings, device, accumulate = run.settings, run.device, run.settings["accumulate"]
+    steps = run.settings["num_images"] // settings["batch_size"]
+    run.batches.epoch, began, totals = epoch, time.perf_counter(), {}
+    run.model.train()
+    micro_batches = iter(run.loader)
+    progress = tqdm(range(steps), desc=f"epoch {epoch + 1}/{settings['epochs']}", disable=run.rank > 0, leave=False)
+    for i in progress:
+        step = epoch * steps + i
+        lr = learning_rate(step, settings["epochs"] * steps, settings["warmup_epochs"] * steps, settings["lr"])
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        losses = 0
+        for micro in range(accumulate):
+            batch = next(micro_batches)
+            run.broken.watch(batch["broken"])
+            images = normalize(batch["image"].to(device, non_blocking=True))
+            inputs = {k: batch[k].to(device, non_blocking=True) for k in run.method.inputs}
+            # Masks depend on the step and the micro-batch alone, so neither a stop nor the number of processes changes them.
+            torch.manual_seed(seed_of(settings["seed"], step, micro * run.world_size + run.rank))
+            last = micro == accumulate - 1
+            with contextlib.nullcontext() if last or run.world_size == 1 else run.model.no_sync():
+                with run.amp():
+                    out = run.model(images, **inputs)
+                run.scaler.scale(out["loss"] / accumulate).backward()
+            parts = {k: v.detach() / accumulate for k, v in out.items() if k.startswith("loss")}
+            losses = losses + torch.stack(list(parts.values()))
+        if settings["clip_grad"]:
+            run.scaler.unscale_(run.optimizer)
+            torch.nn.utils.clip_grad_norm_(run.method.parameters(), settings["clip_grad"])
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        losses = dict(zip(parts, losses.tolist()))  # the step's one wait for the device
+        if not math.isfinite(losses["loss"]):
+            raise UsageError(f"the loss is {losses['loss']} at step {step + 1} (epoch {epoch + 1}), learning rate {lr:.3g}; "
+                             f"{run.output / 'checkpoint.pt'} is of epoch {epoch}: try a lower --lr, --clip-grad or --precision fp32")
+        totals = {k: totals.get(k, 0.0) + v / steps for k, v in losses.items()}
+        speed = (i + 1) * settings["batch_size"] / (time.perf_counter() - began)
+        progress.set_postfix_str(f"loss {losses['loss']:.4f}, {speed:.0f} images/s")
+    seconds = time.perf_counter() - began
+    return dict(epoch=epoch + 1, step=(epoch + 1) * steps, **average_over_processes(totals, device, run.world_size), lr=lr,
+                images_per_s=round(steps * settings["batch_size"] / seconds, 1), seconds=round(seconds, 3))
+
+
+def prepare(given):
+    """Everything that a run needs, from the user's flags: a namespace, with run.epoch epochs done and run.log their lines."""
+    run = SimpleNamespace(epoch=0, log=[])
+    run.device, precision, run.workers = settle_machine(given)
+    run.rank, run.world_size = join_processes(run.device)
+    run.output, state = open_output(given)
+    run.source, run.settings = settle_run(given, state, run.world_size)
+    settings = run.settings
+    if run.rank == 0:
+        shown = {k: v for k, v in settings.items() if k not in ("method_options", "num_images")} | settings["method_options"]
+        print(run.source.description)
+        print("\n".join(f"  {k:14s} {v}" for k, v in (shown | dict(device=run.device, precision=precision, workers=run.workers)).items()))
+    on_cuda = run.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(run.device)
+        torch.set_float32_matmul_precision("high")
+    run.amp = lambda: torch.autocast(run.device.type, PRECISIONS[precision], enabled=precision != "fp32")
+    torch.manual_seed(settings["seed"])
+    run.method = build_method(settings).to(run.device)
+    run.optimizer = torch.optim.AdamW(parameter_groups(run.method, settings["weight_decay"]), lr=settings["lr"],
+                                      betas=tuple(settings["betas"]), fused=run.device.type in ("cuda", "cpu"))
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=precision == "fp16")
+    if state:
+        restore(run, state)
+    if settings["compile"]:
+        run.method.compile()
+    run.model = run.method
+    if run.world_size > 1:
+        run.model = DistributedDataParallel(run.method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    dataset = Images(run.source, settings["image_size"], "crop", tuple(settings["crop_scale"]), settings["seed"])
+    micro_batch = settings["batch_size"] // run.world_size // settings["accumulate"]
+    run.batches = EpochBatches(len(dataset), settings["batch_size"], micro_batch, settings["seed"], run.rank, run.world_size)
+    run.loader = make_loader(dataset, run.workers, pin_memory=on_cuda, batch_sampler=run.batches)
+    run.broken = BrokenFiles(run.source, tqdm.write)
+    return run
+
+
+def main(argv):
+    """One training run, from the command line to the files in --output."""
+    run = prepare(parse(argv))
+    output, epochs = run.output, run.settings["epochs"]
+    if run.rank == 0:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output {output}: {error.strerror}") from None
+        if run.epoch == 0:  # says now, and not after the first epoch, if this cannot be written
+            save_run(run)
+        write_log(output / "log.jsonl", run.log)
+        examples = picture_images(Images(run.source, run.settings["image_size"], "center"))
+    while run.epoch < epochs:
+        if hasattr(run.method, "maps_due") and run.method.maps_due(run.epoch, epochs):
+            update_maps(run)
+        line = train_epoch(run, run.epoch)
+        run.epoch += 1
+        if run.broken.found:
+            line["broken_images"] = len(run.broken.found)
+        if run.rank == 0:
+            tqdm.write(", ".join(f"{k} {v:.4g}" for k, v in line.items()))
+            run.log.append(json.dumps(line))
+            write_log(output / "log.jsonl", run.log)
+            save_run(run)
+            save_picture(output / "reconstruction.png", run.method, examples, run.device, run.settings["seed"])
+    if run.rank == 0:
+        print(f"{epochs} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and reconstruction.png")
+    if run.world_size > 1:
+        dist.destroy_process_group()
+
+
+def average_over_processes(totals, device, world_size):
+    """The mean of a dict of floats over all processes."""
+    if world_size == 1:
+        return totals
+    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return dict(zip(totals, (values / world_size).tolist()))
+
+
+def exit_with_one_line(program, main):
+    """Runs main(); a user's mistake, an interrupt or a full memory ends in one line on stderr, not in a traceback."""
+    try:
+        main()
+        return 0
+    except UsageError as error:  # one from a worker process brings its traceback; the last line is the message
+        message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory: use a smaller --batch-size, or a larger --accumulate ({str(error).splitlines()[0]})"
+    except OSError as error:
+        message = f"{error.filename or 'system'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; the last epoch's checkpoint is kept, --resume continues from it", file=sys.stderr)
+        return 130
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(exit_with_one_line("train.py", lambda: main(sys.argv[1:])))
