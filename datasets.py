@@ -287,16 +287,36 @@ def find_images(folder):
     return sorted(found)
 
 
-def folder_of_classes(folder, classes=None):
-    """(paths, labels, classes): a class for every subfolder with images, numbered by sorted name."""
-    paths = find_images(folder)
+def number_classes(folder, paths, classes=None):
+    """(labels, classes): the first folder of each relative path is its class, numbered by sorted name or as given."""
     names = [p.split(os.sep)[0] for p in paths]
     classes = classes or sorted(set(names))
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise UsageError(f"{folder} has the class {unknown[0]!r}, which its train folder has not")
     number = {name: i for i, name in enumerate(classes)}
-    return paths, [number[n] for n in names], classes
+    unknown = next((n for n in names if n not in number), None)
+    if unknown:
+        raise UsageError(f"{folder} has the class {unknown!r}, which its train folder has not")
+    return [number[n] for n in names], classes
+
+
+def train_and_val(root, split):
+    """The split of a folder with train/ and val/: (folder, paths, labels, classes)."""
+    train, val = os.path.join(root, "train"), os.path.join(root, "val")
+    paths = find_images(train)
+    if any(os.sep not in p for p in paths):
+        raise UsageError(f"--data {root}: images lie directly in {train}, which must have a folder per class; for "
+                         f"pre-training alone give --data {train}")
+    labels, classes = number_classes(train, paths)
+    if split != "val":
+        return train, paths, labels, classes
+    if not os.path.isdir(val):
+        raise UsageError(f"--data {root}: there is a train folder but no val folder")
+    annotations = Path(val, "val_annotations.txt")
+    if annotations.is_file():  # Tiny ImageNet: file name, class, box
+        rows = [line.split("\t") for line in annotations.read_text().splitlines() if line]
+        number = {name: i for i, name in enumerate(classes)}
+        return val, [os.path.join("images", r[0]) for r in rows], [number[r[1]] for r in rows], classes
+    paths = find_images(val)
+    return val, paths, number_classes(val, paths, classes)[0], classes
 
 
 def load_folder(root, split):
@@ -308,42 +328,27 @@ def load_folder(root, split):
     """
     if not os.path.isdir(root):
         raise UsageError(f"--data {root}: no such folder, and not one of {', '.join(NAMED)}")
-    train, val = (os.path.join(root, s) for s in ("train", "val"))
-    if os.path.isdir(train):
-        folder, layout = train, "train/ and val/ with a folder per class"
-        if any(os.sep not in p for p in find_images(train)):
-            raise UsageError(f"--data {root}: images lie directly in {train}; it must have a folder per class")
-        paths, labels, classes = folder_of_classes(train)
-        if split == "val":
-            if not os.path.isdir(val):
-                raise UsageError(f"--data {root}: there is a train folder but no val folder")
-            annotations = os.path.join(val, "val_annotations.txt")
-            folder = val
-            if os.path.isfile(annotations):  # Tiny ImageNet: file name, class, box
-                rows = [line.split("\t") for line in Path(annotations).read_text().splitlines() if line]
-                number = {name: i for i, name in enumerate(classes)}
-                paths = [os.path.join("images", r[0]) for r in rows]
-                labels = [number[r[1]] for r in rows]
-            else:
-                paths, labels, _ = folder_of_classes(val, classes)
+    folder, layout = root, "plain images, no labels"
+    if os.path.isdir(os.path.join(root, "train")):
+        layout = "train/ and val/ with a folder per class"
+        folder, paths, labels, classes = train_and_val(root, split)
     else:
-        folder, paths = root, find_images(root)
+        paths = find_images(root)
+        labels, classes = [0] * len(paths), []
         if paths and all(os.sep in p for p in paths):
             layout = "a folder per class"
-            paths, labels, classes = folder_of_classes(root)
-            if split != "pretrain":
-                seen, chosen = dict.fromkeys(range(len(classes)), 0), []
-                for i, label in enumerate(labels):
-                    seen[label] += 1
-                    if (seen[label] % 10 == 0) == (split == "val"):
-                        chosen.append(i)
-                paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
-        else:
-            layout, labels, classes = "plain images, no labels", [0] * len(paths), []
+            labels, classes = number_classes(root, paths)
+            place = np.zeros(len(classes), int)  # how many images of its class stand before each image
+            for i, label in enumerate(labels if split != "pretrain" else []):
+                place[label] += 1
+                if (place[label] % 10 == 0) != (split == "val"):
+                    paths[i] = None
+            labels = [label for path, label in zip(paths, labels) if path]
+            paths = [path for path in paths if path]
     if not paths:
-        raise UsageError(f"--data {root}: no images in {folder} for the {split} split (looked for {' '.join(EXTENSIONS)})")
-    description = f"{root}: {layout}, {len(paths)} images, {len(classes)} classes"
-    return Files(folder, paths, labels, classes, description)
+        raise UsageError(f"--data {root}: no images in {folder} for the {split} split "
+                         f"(looked for {' '.join(EXTENSIONS)})")
+    return Files(folder, paths, labels, classes, f"{root}: {layout}, {len(paths)} images, {len(classes)} classes")
 
 
 def load_named(name, split, root):

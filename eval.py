@@ -14,26 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import mim
 from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, Images, UsageError, decode, denormalize, load_data,
                       make_loader, normalize, pair_max, seed_of)
-from train import (PRECISIONS, Parser, build_method, check_choice, draw_reconstruction, exit_with_one_line,
-                   image_size_flag, learning_rate, load_run, method_parameters, add_method_flags, parameter_groups,
-                   picture_images, settle_machine, write_atomically)
+from train import (PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction,
+                   exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups,
+                   picture_images, settle_machine, tile, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------
-# Recipes: the papers' on large images, ours (in the second table) for images of up to 96 pixels
+# Recipes: the papers' on large images, ours (in the second table) for images of up to 96 pixels. base_lr is per 256 images.
 
 RECIPES = {
-    # MAE, Table 10: LARS without weight decay
-    "linear": dict(epochs=90, batch_size=16384, base_lr=0.1, warmup_epochs=10, pool="cls"),
-    # MAE, Table 9, for ViT-B; the larger models' layer decay is 0.75
-    "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
-                     drop_path=0.1, label_smoothing=0.1, pool="mean"),
-    "knn": dict(k=20, temperature=0.07, pool="cls"),
+    "knn": dict(k=20, temperature=0.07, pool="cls"),  # Wu et al., 2018, arXiv:1805.01978
+    "linear": dict(epochs=90, batch_size=16384, base_lr=0.1, warmup_epochs=10, pool="cls"),  # MAE, Table 10
+    "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=None,
+                     drop_path=0.1, label_smoothing=0.1, pool="mean"),  # MAE, Table 9
     "reconstruct": dict(count=8),
     "attention": dict(count=4, query=0),
 }
@@ -41,11 +39,21 @@ SMALL_RECIPES = {
     "linear": dict(epochs=30, batch_size=256, base_lr=20.0, warmup_epochs=2),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
 }
-HELP = dict(epochs="passes over the training images", batch_size="images per step", base_lr="learning rate per 256 images",
-            warmup_epochs="linear warm-up", weight_decay="of AdamW", layer_decay="learning rate factor from a block to the "
-            "one below", drop_path="stochastic depth of the last block", label_smoothing="of the cross-entropy",
-            pool="feature of an image: cls (class token) or mean (of the patches)", k="neighbours", temperature="of the votes",
-            count="images in the picture", query="whose attention: 0 the class token, 1+i patch i")
+SETTINGS = {  # flag: (type, what it is)
+    "epochs": (int, "passes over the training images"),
+    "batch_size": (int, "images per step"),
+    "base_lr": (float, "learning rate per 256 images of the batch"),
+    "warmup_epochs": (float, "linear warm-up"),
+    "weight_decay": (float, "of AdamW"),
+    "layer_decay": (float, "learning rate of a block over that of the one above (default: 0.65, from ViT-L on 0.75)"),
+    "drop_path": (float, "stochastic depth of the last block"),
+    "label_smoothing": (float, "of the cross-entropy"),
+    "pool": (str, "an image's feature: cls (class token) or mean (of the patches)"),
+    "k": (int, "neighbours"),
+    "temperature": (float, "of the neighbours' votes"),
+    "count": (int, "images in the picture"),
+    "query": (int, "whose attention: 0 the class token, 1+i patch i"),
+}
 
 
 class LARS(torch.optim.Optimizer):
@@ -84,7 +92,8 @@ def report(path, missing, left_over):
 
 def open_encoder(settings):
     """The ViT to evaluate, from settings["checkpoint"] or untrained; raises UsageError if it cannot be had."""
-    path, size, drop_path = settings["checkpoint"], settings.get("image_size"), settings.get("drop_path", 0.0)
+    path, size = settings["checkpoint"], settings.get("image_size")
+    drop_path = settings.get("drop_path", RECIPES["finetune"]["drop_path"]) if settings["task"] == "finetune" else 0.0
     try:
         if path == "random":
             torch.manual_seed(settings["seed"])
@@ -120,7 +129,7 @@ def open_method(settings, overrides):
             run = dict(content["args"])
             unknown = [k for k in overrides if k not in run["method_options"]]
             if unknown:
-                raise UsageError(f"--{unknown[0].replace('_', '-')} is no argument of {run['method']}, which {path} holds")
+                raise UsageError(f"--{unknown[0].replace('_', '-')} is no argument of {run['method']}, which {path} is of")
             run["method_options"] = run["method_options"] | overrides
             method = build_method(run)
             method.load_state_dict(content["model"])
@@ -162,7 +171,7 @@ def accuracies(logits, labels):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Tasks: each takes the settings and the machine (device, autocast, workers) and returns what the JSON line reports
+# Tasks: each takes the model, the settings and the machine (device, autocast, workers), and returns the JSON line's news
 
 
 def labelled(settings, split, size, view="center", **options):
@@ -184,9 +193,8 @@ def knn_logits(train_features, train_labels, features, num_classes, k=20, temper
     return votes
 
 
-def knn(settings, machine):
-    """k-nearest-neighbour classification on frozen features (Wu et al., 2018, arXiv:1805.01978: cosine, weights exp(s/T))."""
-    encoder = open_encoder(settings).to(machine[0])
+def knn(encoder, settings, machine):
+    """k-nearest-neighbour classification on frozen features."""
     datasets = [labelled(settings, split, encoder.image_size) for split in ("train", "val")]
     known, labels = extract(encoder, datasets[0], settings["pool"], machine, "train features")
     new, truth = extract(encoder, datasets[1], settings["pool"], machine, "val features")
@@ -215,14 +223,14 @@ def train_batches(train, batches, encoder, pool, machine, cached=None):
             pieces = []
 
 
-def linear(settings, machine):
+def linear(encoder, settings, machine):
     """Linear probe (MAE, Table 10): frozen encoder, batch norm without affine, linear layer, LARS.
 
     cache_features: the training images are encoded once, from the evaluation view, instead of anew in every epoch
     from random crops and flips.
     """
     device = machine[0]
-    encoder = open_encoder(settings).to(device).eval().requires_grad_(False)
+    encoder.requires_grad_(False)
     cache = settings["cache_features"]
     train = labelled(settings, "train", encoder.image_size, "center" if cache else "crop", crop_scale=(0.08, 1.0))
     val = labelled(settings, "val", encoder.image_size)
@@ -232,7 +240,7 @@ def linear(settings, machine):
                          nn.Linear(encoder.embed_dim, len(train.source.classes))).to(device)
     nn.init.normal_(head[1].weight, std=0.01)
     nn.init.zeros_(head[1].bias)
-    batch_size, epochs, lr = fit_batch(settings, train), settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
+    batch_size, epochs, lr = fit_batch(settings, train)
     optimizer = LARS(head.parameters(), lr=lr)
     piece = max(c for c in range(1, min(512, batch_size) + 1) if batch_size % c == 0)
     batches = EpochBatches(len(train), batch_size, batch_size if cache else piece, settings["seed"])
@@ -241,7 +249,8 @@ def linear(settings, machine):
     for epoch in range(epochs):
         batches.epoch = epoch
         for features, labels in train_batches(train, batches, encoder, settings["pool"], machine, cached):
-            optimizer.param_groups[0]["lr"] = learning_rate(progress.n, epochs * steps, settings["warmup_epochs"] * steps, lr)
+            warmup_steps = settings["warmup_epochs"] * steps
+            optimizer.param_groups[0]["lr"] = learning_rate(progress.n, epochs * steps, warmup_steps, lr)
             F.cross_entropy(head(features), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -253,9 +262,9 @@ def linear(settings, machine):
 
 
 def fit_batch(settings, train):
-    """The batch size, at most the number of training images; settings are told."""
+    """(batch size, epochs, learning rate), after cutting settings["batch_size"] to the number of training images."""
     settings["batch_size"] = min(settings["batch_size"], len(train))
-    return settings["batch_size"]
+    return settings["batch_size"], settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
 
 
 class Classifier(nn.Module):
@@ -282,28 +291,29 @@ def layer_groups(model, weight_decay, layer_decay):
     The patch embedding and tokens are layer 0, block i is layer i+1, the head is above all and keeps the full rate.
     """
     depth, groups = len(model.encoder.blocks), []
-    layers = [[model.encoder.patch_embed], *([b] for b in model.encoder.blocks), [model.encoder.norm, model.fc_norm, model.head]]
-    for number, modules in enumerate(layers):
-        for group in parameter_groups(nn.ModuleList(modules), weight_decay):
+    top = nn.ModuleList([model.encoder.norm, model.fc_norm, model.head])
+    for number, layer in enumerate([model.encoder.patch_embed, *model.encoder.blocks, top]):
+        for group in parameter_groups(layer, weight_decay):
             groups.append(group | dict(lr_scale=layer_decay ** (depth + 1 - number)))
-    tokens = [model.encoder.cls_token, model.encoder.pos_embed]
-    groups.append(dict(params=[p for p in tokens if p.requires_grad], weight_decay=0.0, lr_scale=layer_decay ** (depth + 1)))
+    tokens = [p for p in (model.encoder.cls_token, model.encoder.pos_embed) if p.requires_grad]
+    groups.append(dict(params=tokens, weight_decay=0.0, lr_scale=layer_decay ** (depth + 1)))
     return [g for g in groups if g["params"]]
 
 
-def finetune(settings, machine):
+def finetune(encoder, settings, machine):
     """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, RandAugment, mixup and cutmix, random erasing."""
     device, amp, workers = machine
     augment = v2.Compose([v2.RandAugment(2, 9, fill=[round(255 * m) for m in MEAN]),
                           v2.RandomErasing(0.25, value=[round(255 * m) for m in MEAN])])
-    encoder = open_encoder(settings)
     train = labelled(settings, "train", encoder.image_size, "crop", crop_scale=(0.08, 1.0), augment=augment)
     val = labelled(settings, "val", encoder.image_size)
     num_classes = len(train.source.classes)
     torch.manual_seed(settings["seed"])
     encoder.pos_embed.requires_grad_(True)  # as in MAE's fine-tuning
     model = Classifier(encoder, num_classes, settings["pool"]).to(device)
-    batch_size, epochs, peak = fit_batch(settings, train), settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
+    batch_size, epochs, peak = fit_batch(settings, train)
+    # The layer decay is Table 9's for ViT-B, and for larger models MAE's fine-tuning code's.
+    settings["layer_decay"] = settings["layer_decay"] or (0.75 if encoder.embed_dim >= 1024 else 0.65)
     optimizer = torch.optim.AdamW(layer_groups(model, settings["weight_decay"], settings["layer_decay"]), lr=peak,
                                   betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
@@ -331,7 +341,8 @@ def finetune(settings, machine):
             progress.update()
             progress.set_postfix_str(f"loss {loss.item():.4f}")
             if not math.isfinite(loss.item()):
-                raise UsageError(f"the loss is {loss.item()} at step {progress.n}, learning rate {lr:.3g}: try a lower --base-lr")
+                raise UsageError(f"the loss is {loss.item()} at step {progress.n}, learning rate {lr:.3g}: try a lower "
+                                 "--base-lr")
     progress.close()
     model.eval()
     outputs = []
@@ -369,10 +380,9 @@ class FileList:
         return self.paths[index]
 
 
-def reconstruct(settings, machine):
+def reconstruct(method, settings, machine):
     """A picture of image, masked image and reconstruction. The method's own flags override the run's."""
     device, amp, _ = machine
-    method = open_method(settings, settings["method_options"]).to(device).eval()
     images = pictured(settings, method.encoder.image_size).to(device)
     torch.manual_seed(settings["seed"])
     with torch.no_grad(), amp():
@@ -389,20 +399,19 @@ def heat(images, attention):
     return 0.4 * images + 0.6 * colour
 
 
-def attention(settings, machine):
-    """A picture of the last block's attention over the image: a row an image, then the mean of the heads, then each head."""
+def attention(encoder, settings, machine):
+    """A picture of the last block's attention: a row has the image, the mean of the heads over it, and each head."""
     device, amp, _ = machine
-    encoder = open_encoder(settings).to(device).eval()
     if not 0 <= settings["query"] <= encoder.num_patches:
-        raise UsageError(f"--query {settings['query']}: it may be 0 (class token) to {encoder.num_patches} (last patch)")
+        raise UsageError(f"--query {settings['query']}: it may be 0 (class token) to {encoder.num_patches} (the last "
+                         "patch)")
     images = pictured(settings, encoder.image_size).to(device)
     with torch.no_grad(), amp():
         maps = encoder.last_attention(images, settings["query"]).unflatten(2, encoder.grid)
     maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
     shown = denormalize(images)
     rows = [torch.cat([image[None], heat(image.expand(len(m), -1, -1, -1), m)]) for image, m in zip(shown, maps)]
-    zoom = max(1, 96 // shown.shape[-1])
-    grid = make_grid(F.interpolate(torch.cat(rows), scale_factor=zoom, mode="nearest"), nrow=len(rows[0]), pad_value=1.0)
+    grid = tile(torch.cat(rows), columns=len(rows[0]))
     write_atomically(settings["output"], lambda to: save_image(grid, to, format="png"))
     return dict(picture=str(settings["output"]))
 
@@ -429,9 +438,8 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     parser.add_argument("--precision")
-    recipe = {k: v for r in RECIPES.values() for k, v in r.items()}
-    for name, value in recipe.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(value), help=HELP[name])
+    for name, (kind, text) in SETTINGS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=text)
     options = {k: p for m in mim.METHODS for k, p in method_parameters(m).items()}
     add_method_flags(parser.add_argument_group("overrides of the run's method, for reconstruct"), options)
     given = {k: v for k, v in vars(parser.parse_all(argv)).items() if v is not None}
@@ -449,27 +457,23 @@ def main(argv):
     given = parse(argv)
     task, began = given["task"], time.perf_counter()
     device, precision, workers = settle_machine(given)
-    size = given.get("image_size")
-    if task in SMALL_RECIPES and size is None:
-        size = open_encoder(dict(given)).image_size
-    recipe = RECIPES[task] | (SMALL_RECIPES.get(task, {}) if size is not None and pair_max(size) <= SMALL else {})
-    for name in given["method_options"] if task != "reconstruct" else ():
-        raise UsageError(f"--{name.replace('_', '-')} is for --task reconstruct")
-    for name in {k for r in RECIPES.values() for k in r} & given.keys():
-        if name not in recipe:
-            raise UsageError(f"--{name.replace('_', '-')} is no setting of --task {task}")
-        if name not in ("query", "warmup_epochs", "weight_decay", "drop_path", "label_smoothing") and name != "pool" and given[name] <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {given[name]}")
-    settings = recipe | dict(precision=precision) | given
-    if "pool" in settings:
-        check_choice("--pool", settings["pool"], ["cls", "mean"])
+    if given["method_options"] and task != "reconstruct":
+        raise UsageError(f"--{next(iter(given['method_options'])).replace('_', '-')} is for --task reconstruct")
+    for name in SETTINGS.keys() & given.keys() - RECIPES[task].keys():
+        raise UsageError(f"--{name.replace('_', '-')} is no setting of --task {task}")
+    check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count"),
+                 ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
+    check_choice("--pool", given.get("pool", "cls"), ["cls", "mean"])
+    model = open_method(given, given["method_options"]) if task == "reconstruct" else open_encoder(given)
+    small = task in SMALL_RECIPES and max(model.image_size) <= SMALL
+    settings = RECIPES[task] | (SMALL_RECIPES[task] if small else {}) | dict(precision=precision) | given
     beside = Path(".") if given["checkpoint"] == "random" else Path(given["checkpoint"]).parent
     settings["output"] = Path(given.get("output", beside / f"{task}.png"))
     amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
-    result = TASKS[task](settings, (device, amp, workers))
-    kept = {k: settings[k] for k in recipe if k in settings}
-    print(json.dumps(dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"], **kept, seed=given["seed"],
-                          device=str(device), precision=precision, seconds=round(time.perf_counter() - began, 1))))
+    result = TASKS[task](model.to(device).eval(), settings, (device, amp, workers))
+    result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
+    result |= {k: settings[k] for k in RECIPES[task]} | dict(seed=given["seed"], device=str(device), precision=precision)
+    print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1))))
 
 
 if __name__ == "__main__":

@@ -34,21 +34,23 @@ from datasets import (SMALL, BrokenFiles, EpochBatches, Images, UsageError, deno
 
 RECIPES = {
     # MAE: Table 8 (pre-training setting)
-    "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256, warmup_epochs=40,
-                betas=(0.9, 0.95), weight_decay=0.05, clip_grad=None, crop_scale=(0.2, 1.0)),
+    "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
+                warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05, clip_grad=None, crop_scale=(0.2, 1.0)),
     # SimMIM: §4.1; the learning rate is per 512 images
-    "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512, warmup_epochs=10,
-                   betas=(0.9, 0.999), weight_decay=0.05, clip_grad=None, crop_scale=(0.67, 1.0)),
+    "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512,
+                   warmup_epochs=10, betas=(0.9, 0.999), weight_decay=0.05, clip_grad=None, crop_scale=(0.67, 1.0)),
 }
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1)
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
 
-# What changes for images of up to 96 pixels, and for the built-in scenes on a CPU: ours, not the papers'.
+# What changes for images of up to 96 pixels, and for the built-in scenes: ours, not the papers'. patch_size is an
+# eighth of the image; `options` are constructor arguments of the method, for those that have them.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
-                    decoder_dim=192, decoder_depth=4, decoder_heads=3)
-SHAPES_RECIPE = SMALL_RECIPE | dict(model="nano", epochs=5, batch_size=64, base_lr=1.2e-2, warmup_epochs=0.5, interval=2,
-                                    decoder_dim=64, decoder_depth=2, decoder_heads=2)  # new maps cost as much as an epoch
+                    options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3))
+SHAPES_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=1.2e-2, lr_batch=256, warmup_epochs=0.5,
+                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2,
+                                  interval=2))  # an update of the maps costs as much as an epoch here
 
 # ---------------------------------------------------------------------------------------------------------
 # Flags
@@ -115,7 +117,8 @@ class Parser(argparse.ArgumentParser):
             flag = rest[0].split("=")[0]
             known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
             near = difflib.get_close_matches(flag, known, 1, cutoff=0.5)
-            raise UsageError(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else "; --help lists them"))
+            hint = f": did you mean {near[0]}?" if near else "; --help lists them"
+            raise UsageError(f"unknown argument {flag}{hint}")
         return arguments
 
 
@@ -165,44 +168,47 @@ def image_size_flag(value):
 def settle(given, num_images, natural_size, world_size=1):
     """What the user gave, the recipe for the rest -> every setting of the run, in plain types.
 
-    num_images, natural_size: of the data, which batch and image size follow. Raises UsageError for values out of range.
+    num_images, natural_size: of the data, which batch and image size follow. UsageError for values out of range.
     """
-    recipe_name = f"amt-{given.get('base', 'mae')}" if given["method"] == "amt" else given["method"]
+    method, base = given["method"], given.get("base", "mae")
     image_size = given.get("image_size", natural_size)
-    recipe = dict(RECIPES[recipe_name])
-    papers_epochs = recipe["epochs"]
+    recipe = dict(RECIPES[f"amt-{base}" if method == "amt" else method])
     if pair_max(image_size) <= SMALL:
         recipe |= SHAPES_RECIPE if given.get("data", "shapes") == "shapes" else SMALL_RECIPE
         recipe["patch_size"] = max(1, pair_max(image_size) // 8)
     recipe["batch_size"] = min(recipe["batch_size"], max(world_size, 2 ** int(math.log2(num_images))))
-    epochs = given.get("epochs", recipe["epochs"])
-    recipe["warmup_epochs"] *= min(1.0, epochs / recipe["epochs"])  # a shorter run warms up for the same share of it
-    settings = dict(data="shapes", image_size=image_size, lr=None, seed=0, output=f"runs/{given['method']}", compile=False)
-    parameters = method_parameters(given["method"], given.get("base", "mae"))
-    chosen = {k: recipe.pop(k, p.default) for k, p in parameters.items()}
-    recipe = {k: v for k, v in recipe.items() if k not in SMALL_RECIPE | SHAPES_RECIPE or k in RECIPES["mae"]}
-    settings |= recipe | chosen | given
-    settings["method_options"] = {k: settings.pop(k) for k in parameters}
+    # A shorter run warms up for the same share of it.
+    recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
+    options = recipe.pop("options", {})
+    options = {k: options.get(k, p.default) for k, p in method_parameters(method, base).items()}
+    settings = dict(data="shapes", image_size=image_size, seed=0, output=f"runs/{method}", compile=False, lr=None)
+    settings |= recipe | given
+    settings["method_options"] = {k: settings.pop(k, default) for k, default in options.items()}
     check_choice("--model", settings["model"], list(mim.SIZES))
-    for flag in ("epochs", "batch_size", "patch_size", "lr", "base_lr", "clip_grad", "accumulate"):
-        if settings.get(flag) is not None and settings[flag] <= 0:
-            raise UsageError(f"--{flag.replace('_', '-')} must be positive, got {settings[flag]}")
-    for flag in ("warmup_epochs", "weight_decay", "seed"):
-        if settings[flag] < 0:
-            raise UsageError(f"--{flag.replace('_', '-')} must not be negative, got {settings[flag]}")
+    check_ranges(settings, ("epochs", "batch_size", "patch_size", "lr", "base_lr", "clip_grad", "accumulate"),
+                 ("warmup_epochs", "weight_decay", "seed"))
     if "lr" in given and "base_lr" in given:
         raise UsageError("--lr and --base-lr exclude each other")
     batch = settings["batch_size"]
     if batch > num_images:
         raise UsageError(f"--batch-size {batch} is more than the {num_images} images that there are")
     if "accumulate" not in settings:
-        settings["accumulate"] = next((a for a in range(1, batch + 1) if batch % (world_size * a) == 0
-                                       and batch // (world_size * a) <= 256), 1)
+        fits = (a for a in range(1, batch + 1) if batch % (world_size * a) == 0 and batch // (world_size * a) <= 256)
+        settings["accumulate"] = next(fits, 1)
     if batch % (world_size * settings["accumulate"]):
-        raise UsageError(f"--batch-size {batch} is not divisible by {world_size} processes x {settings['accumulate']} micro-batches")
-    if settings["lr"] is None:
-        settings["lr"] = settings["base_lr"] * batch / recipe["lr_batch"]
+        raise UsageError(f"--batch-size {batch} is not divisible by {world_size} processes x "
+                         f"{settings['accumulate']} micro-batches")
+    settings["lr"] = settings["lr"] or settings["base_lr"] * batch / recipe["lr_batch"]
     return settings
+
+
+def check_ranges(settings, positive, not_negative):
+    """Raises UsageError for a setting that is out of range; those that are absent or None pass."""
+    for name in (*positive, *not_negative):
+        value = settings.get(name)
+        if value is not None and (value < 0 or value == 0 and name in positive):
+            raise UsageError(f"--{name.replace('_', '-')} must {'be positive' if name in positive else 'not be negative'}, "
+                             f"got {value}")
 
 
 def settle_machine(given):
@@ -220,8 +226,7 @@ def settle_machine(given):
     precision = given.get("precision", default)
     check_choice("--precision", precision, list(PRECISIONS))
     workers = given.get("workers", min(8, os.cpu_count()) if on_cuda else 0)
-    if workers < 0:
-        raise UsageError(f"--workers must not be negative, got {workers}")
+    check_ranges(dict(workers=workers), (), ("workers",))
     return device, precision, workers
 
 
@@ -272,19 +277,23 @@ def write_atomically(path, write):
 def draw_reconstruction(method, images):
     """Normalised images [B, 3, H, W] -> a grid [3, h, w] in [0, 1]: image, masked image, reconstruction.
 
-    Masked patches are grey; patches that the method threw away black, in the reconstruction too.
+    Masked patches are grey; patches that the method threw away are black, in the reconstruction too.
     """
     out, p = method(images), method.encoder.patch_size
-    shown = lambda x: denormalize(x.float())  # noqa: E731
-    patches, everything = mim.patchify(shown(images), p), torch.zeros_like(mim.patchify(images, p))
-    visible = mim.put(everything, out["ids_visible"], mim.take(patches, out["ids_visible"]))
-    masked = mim.put(visible, out["ids_masked"], torch.full((), 0.5, device=images.device))
-    filled = mim.patchify(shown(mim.reconstruct(images, out["pred"].float(), out["ids_masked"], p, method.norm_pix)), p)
+    filled = mim.reconstruct(images, out["pred"].float(), out["ids_masked"], p, method.norm_pix)
+    image, filled = (mim.patchify(denormalize(x), p) for x in (images, filled))
+    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
+    visible = mim.put(black, out["ids_visible"], mim.take(image, out["ids_visible"]))
+    masked = mim.put(visible, out["ids_masked"], mim.take(grey, out["ids_masked"]))
     filled = mim.put(visible, out["ids_masked"], mim.take(filled, out["ids_masked"]))
-    rows = torch.stack([patches, masked, filled], dim=1).flatten(0, 1)
-    rows = mim.unpatchify(rows, p, method.encoder.grid)
-    zoom = max(1, 96 // rows.shape[-1])
-    return make_grid(F.interpolate(rows, scale_factor=zoom, mode="nearest"), nrow=6, pad_value=1.0)
+    tiles = torch.stack([image, masked, filled], dim=1).flatten(0, 1)
+    return tile(mim.unpatchify(tiles, p, method.encoder.grid), columns=6)
+
+
+def tile(pictures, columns):
+    """Pictures [n, 3, H, W] in [0, 1] -> one grid [3, h, w]; small ones are enlarged to about 96 pixels."""
+    zoom = max(1, 96 // pictures.shape[-1])
+    return make_grid(F.interpolate(pictures, scale_factor=zoom, mode="nearest"), nrow=columns, pad_value=1.0)
 
 
 def picture_images(dataset, count=8):
@@ -352,8 +361,8 @@ def open_output(given):
         if path.exists() and not given.get("overwrite"):
             done = load_run(path)["epoch"]
             if done:
-                raise UsageError(f"{output} already holds a run of {done} epochs: --resume continues it, --overwrite starts "
-                                 "anew, --output writes elsewhere")
+                raise UsageError(f"{output} already holds a run of {done} epochs: --resume continues it, --overwrite "
+                                 "starts anew, --output writes elsewhere")
         return output, None
     if not path.exists():
         raise UsageError(f"--resume: there is no {path}")
@@ -361,8 +370,8 @@ def open_output(given):
     saved = state["args"] | state["args"]["method_options"]
     for name, value in given.items():
         if name not in MAY_CHANGE and saved.get(name) != value:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was made with {saved.get(name)}; leave the flag out "
-                             "or write to another --output")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was made with {saved.get(name)}; leave the "
+                             "flag out or write to another --output")
     return output, state
 
 
@@ -394,7 +403,8 @@ def settle_run(given, state, world_size):
             given.pop("accumulate")  # other processes share a step's micro-batches out anew
     source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"))
     if state and saved["num_images"] != len(source):
-        raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has {len(source)}")
+        raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has "
+                         f"{len(source)}")
     keep_out = ("resume", "overwrite", "device", "precision", "workers", "world_size", "num_images")
     settings = settle({k: v for k, v in given.items() if k not in keep_out}, len(source), source.image_size, world_size)
     return source, settings | dict(num_images=len(source), world_size=world_size)
@@ -404,9 +414,10 @@ def update_maps(run):
     """AMT: this process's share of the training images, whole and resized, through the encoder."""
     whole = Images(run.source, run.settings["image_size"], "whole")
     share = torch.utils.data.Subset(whole, range(run.rank, len(whole), run.world_size))
-    batches = tqdm(make_loader(share, run.workers, batch_size=256), desc="attention maps", leave=False, disable=run.rank > 0)
+    loader = tqdm(make_loader(share, run.workers, batch_size=256), "attention maps", leave=False, disable=run.rank > 0)
+    batches = ((normalize(b["image"].to(run.device)), b["index"].to(run.device)) for b in loader)
     with run.amp():
-        run.method.update_maps(((normalize(b["image"].to(run.device)), b["index"].to(run.device)) for b in batches), len(whole))
+        run.method.update_maps(batches, len(whole))
 
 
 def train_epoch(run, epoch):
@@ -428,7 +439,7 @@ def train_epoch(run, epoch):
             run.broken.watch(batch["broken"])
             images = normalize(batch["image"].to(device, non_blocking=True))
             inputs = {k: batch[k].to(device, non_blocking=True) for k in run.method.inputs}
-            # Masks depend on the step and the micro-batch alone, so neither a stop nor the number of processes changes them.
+            # Masks depend on the step and the micro-batch alone: no stop and no number of processes changes them.
             torch.manual_seed(seed_of(settings["seed"], step, micro * run.world_size + run.rank))
             last = micro == accumulate - 1
             with contextlib.nullcontext() if last or run.world_size == 1 else run.model.no_sync():
@@ -445,18 +456,20 @@ def train_epoch(run, epoch):
         run.optimizer.zero_grad()
         losses = dict(zip(parts, losses.tolist()))  # the step's one wait for the device
         if not math.isfinite(losses["loss"]):
-            raise UsageError(f"the loss is {losses['loss']} at step {step + 1} (epoch {epoch + 1}), learning rate {lr:.3g}; "
-                             f"{run.output / 'checkpoint.pt'} is of epoch {epoch}: try a lower --lr, --clip-grad or --precision fp32")
+            raise UsageError(f"the loss is {losses['loss']} at step {step + 1} (epoch {epoch + 1}), learning rate "
+                             f"{lr:.3g}; {run.output / 'checkpoint.pt'} is of epoch {epoch}: try a lower --lr, "
+                             "--clip-grad or --precision fp32")
         totals = {k: totals.get(k, 0.0) + v / steps for k, v in losses.items()}
         speed = (i + 1) * settings["batch_size"] / (time.perf_counter() - began)
         progress.set_postfix_str(f"loss {losses['loss']:.4f}, {speed:.0f} images/s")
     seconds = time.perf_counter() - began
-    return dict(epoch=epoch + 1, step=(epoch + 1) * steps, **average_over_processes(totals, device, run.world_size), lr=lr,
+    totals = average_over_processes(totals, device, run.world_size)
+    return dict(epoch=epoch + 1, step=(epoch + 1) * steps, **totals, lr=lr,
                 images_per_s=round(steps * settings["batch_size"] / seconds, 1), seconds=round(seconds, 3))
 
 
 def prepare(given):
-    """Everything that a run needs, from the user's flags: a namespace, with run.epoch epochs done and run.log their lines."""
+    """Everything that a run needs, from the user's flags; run.epoch epochs are done, run.log holds their lines."""
     run = SimpleNamespace(epoch=0, log=[])
     run.device, precision, run.workers = settle_machine(given)
     run.rank, run.world_size = join_processes(run.device)
@@ -466,7 +479,8 @@ def prepare(given):
     if run.rank == 0:
         shown = {k: v for k, v in settings.items() if k not in ("method_options", "num_images")} | settings["method_options"]
         print(run.source.description)
-        print("\n".join(f"  {k:14s} {v}" for k, v in (shown | dict(device=run.device, precision=precision, workers=run.workers)).items()))
+        shown |= dict(device=run.device, precision=precision, workers=run.workers)
+        print("\n".join(f"  {k:14s} {v}" for k, v in shown.items()))
     on_cuda = run.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(run.device)
@@ -486,7 +500,8 @@ def prepare(given):
         run.model = DistributedDataParallel(run.method, broadcast_buffers=False, gradient_as_bucket_view=True)
     dataset = Images(run.source, settings["image_size"], "crop", tuple(settings["crop_scale"]), settings["seed"])
     micro_batch = settings["batch_size"] // run.world_size // settings["accumulate"]
-    run.batches = EpochBatches(len(dataset), settings["batch_size"], micro_batch, settings["seed"], run.rank, run.world_size)
+    run.batches = EpochBatches(len(dataset), settings["batch_size"], micro_batch, settings["seed"], run.rank,
+                               run.world_size)
     run.loader = make_loader(dataset, run.workers, pin_memory=on_cuda, batch_sampler=run.batches)
     run.broken = BrokenFiles(run.source, tqdm.write)
     return run
@@ -545,7 +560,8 @@ def exit_with_one_line(program, main):
     except OSError as error:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; the last epoch's checkpoint is kept, --resume continues from it", file=sys.stderr)
+        kept = "; the last epoch's checkpoint is kept, --resume continues from it" if program == "train.py" else ""
+        print(f"\n{program}: interrupted{kept}", file=sys.stderr)
         return 130
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2
