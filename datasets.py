@@ -38,19 +38,30 @@ class UsageError(ValueError):
     """A user's mistake, told in one line: which file or flag, what it was, what it may be."""
 
 
+class TooSmall(ValueError):
+    """An image with a side shorter than MIN_SIDE."""
+
+
 def seed_of(*keys):
-    """Non-negative ints -> one 64-bit seed that depends on all of them."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+    """Non-negative ints -> one 64-bit seed that depends on all of them, and on how many they are."""
+    return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
+
+
+@functools.cache
+def statistics(device):
+    """ImageNet's mean and standard deviation, [3, 1, 1] each, copied to a device once: every copy would wait for it."""
+    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
 
 
 def normalize(images):
     """uint8 [B, 3, H, W] -> float32 of ImageNet's mean 0 and standard deviation 1, on the images' device."""
-    return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+    mean, std = statistics(images.device)
+    return (images.float() / 255 - mean) / std
 
 
 def denormalize(images):
     """The inverse of `normalize`, clipped to floats in [0, 1]: what a picture shows."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = statistics(images.device)
     return (images.float() * std + mean).clamp(0, 1)
 
 
@@ -206,7 +217,8 @@ class Shapes:
         self.length = length or self.length
         self.image_size = image_size
         self.kept = {}  # scenes once rendered, if they are small: drawing one takes longer than cropping it
-        self.description = f"shapes: {len(self)} built-in scenes of {image_size}x{image_size}, {len(self.classes)} classes"
+        self.description = (f"shapes: {len(self)} built-in scenes of {image_size}x{image_size}, "
+                            f"{len(self.classes)} classes")
 
     def __len__(self):
         return self.length
@@ -233,7 +245,8 @@ class Arrays:
         labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
         self.labels, self.classes = np.asarray(labels).astype(int), list(dataset.classes)
         self.image_size, self.title = self.data.shape[-1], name
-        self.description = f"{name}: {len(self)} images of {self.image_size}x{self.image_size}, {len(self.classes)} classes"
+        self.description = (f"{name}: {len(self)} images of {self.image_size}x{self.image_size}, "
+                            f"{len(self.classes)} classes")
 
     def __len__(self):
         return len(self.data)
@@ -248,26 +261,28 @@ class Arrays:
 def decode(path):
     """An image file of any kind -> uint8 RGB [3, H, W]; the EXIF rotation is applied.
 
-    Raises OSError, RuntimeError or ValueError if the file cannot be decoded.
+    JPEGs go through torchvision, all else through Pillow: torchvision's PNG decoder takes the process down with it on
+    some damaged files. Raises what they raise if the file cannot be decoded.
     """
-    if decode_image is None or path.lower().endswith((".bmp", ".tif", ".tiff")):  # what torchvision does not decode
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    image = decode_image(path, mode="RGB", apply_exif_orientation=True)
-    if image.ndim == 4:  # an animation: its first frame
-        image = image[0]
-    return TF.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNGs come as uint16
+    with open(path, "rb") as file:
+        is_jpeg = file.read(2) == b"\xff\xd8"
+    if is_jpeg and decode_image is not None:
+        return decode_image(path, mode="RGB", apply_exif_orientation=True)
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 class Files:
-    """Image files below a folder with their labels. Paths are kept as one byte array: workers share its memory."""
+    """Image files below a folder with their labels. Paths are one byte array, which forked workers share."""
 
     def __init__(self, root, paths, labels, classes, description):
-        self.root, self.classes, self.image_size, self.description = root, classes, 224, description
+        self.root, self.classes, self.description = root, classes, description
         self.paths, self.labels = np.array([os.fsencode(p) for p in paths]), np.asarray(labels)
+        side = np.median([max_side(self.name(i)) for i in np.linspace(0, len(paths) - 1, 9).astype(int)])
+        self.image_size = int(side) if MIN_SIDE <= side <= SMALL else 224
 
     def __len__(self):
         return len(self.paths)
@@ -277,6 +292,15 @@ class Files:
 
     def name(self, index):
         return os.path.join(self.root, os.fsdecode(self.paths[index].item()))
+
+
+def max_side(path):
+    """The longer side of an image file in pixels, from its header; 224 if that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return max(image.size)
+    except Exception:
+        return 224
 
 
 def find_images(folder):
@@ -414,12 +438,12 @@ class Images(torch.utils.data.Dataset):
             try:
                 item = self.source.read(at)
                 if min(item["image"].shape[-2:]) < MIN_SIDE:
-                    raise ValueError("{2}x{1} pixels, too small".format(*item["image"].shape))
+                    raise TooSmall("{2}x{1} pixels, too small".format(*item["image"].shape))
                 return item, at, index if shift else -1
             except UsageError:
                 raise
-            except (OSError, RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "cannot be decoded as an image"
+            except Exception as error:  # decoders raise anything from OSError to SyntaxError
+                reason = str(error) if isinstance(error, TooSmall) else "cannot be decoded as an image"
         raise UsageError(f"{self.source.name(index)} and the images after it are broken; the last: {reason}")
 
     def __getitem__(self, key):
@@ -497,6 +521,10 @@ class BrokenFiles:
         for index in set(broken[broken >= 0].tolist()) - self.found:
             self.found.add(index)
             self.echo(f"broken image, another takes its place: {self.source.name(index)}")
+        self.check()
+
+    def check(self):
+        """Raises UsageError if too many have been found."""
         if len(self.found) > 0.01 * len(self.source):
             raise UsageError(f"{len(self.found)} of {len(self.source)} images are broken, more than 1%: "
                              f"{self.source.name(min(self.found))} is one")

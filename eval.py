@@ -25,7 +25,7 @@ from train import (PRECISIONS, Parser, add_method_flags, build_method, check_cho
                    picture_images, settle_machine, tile, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------
-# Recipes: the papers' on large images, ours (in the second table) for images of up to 96 pixels. base_lr is per 256 images.
+# Recipes: the papers' on large images, ours (the second table) for images of up to 96 pixels
 
 RECIPES = {
     "knn": dict(k=20, temperature=0.07, pool="cls"),  # Wu et al., 2018, arXiv:1805.01978
@@ -109,6 +109,8 @@ def open_encoder(settings):
         content = mim.load_file(path)
         if size is None and isinstance(content, dict) and isinstance(content.get("args"), dict):
             size = content["args"].get("image_size")  # the only record of a grid that is not square
+        if size is None and not any(k.endswith("pos_embed") for k in mim.read_checkpoint(content)):
+            size = load_data(settings["data"], "val").image_size  # relative positions: any size will do
         encoder, names = mim.vit_from_checkpoint(content, size, drop_path=drop_path)
     except UsageError:
         raise
@@ -129,14 +131,19 @@ def open_method(settings, overrides):
             run = dict(content["args"])
             unknown = [k for k in overrides if k not in run["method_options"]]
             if unknown:
-                raise UsageError(f"--{unknown[0].replace('_', '-')} is no argument of {run['method']}, which {path} is of")
+                flag = unknown[0].replace("_", "-")
+                raise UsageError(f"--{flag} is no argument of {run['method']}, which {path} is of")
             run["method_options"] = run["method_options"] | overrides
             method = build_method(run)
-            method.load_state_dict(content["model"])
+            try:
+                method.load_state_dict(content["model"])
+            except RuntimeError:
+                flags = ", ".join("--" + k.replace("_", "-") for k in overrides)
+                raise UsageError(f"{flags}: makes another model than the one in {path}") from None
             return method
         state = mim.read_checkpoint(content)
         if not any(k.startswith("decoder_blocks.") for k in state):
-            raise ValueError("it has an encoder only; --task reconstruct needs checkpoint.pt, or an MAE with its decoder")
+            raise ValueError("it has an encoder only; --task reconstruct needs checkpoint.pt, or an MAE with decoder")
         encoder, _ = mim.vit_from_checkpoint(state)
         decoder_dim = state["decoder_embed.weight"].shape[0]
         depth = len({k.split(".")[1] for k in state if k.startswith("decoder_blocks.")})
@@ -146,7 +153,8 @@ def open_method(settings, overrides):
     except UsageError:
         raise
     except (ValueError, RuntimeError, TypeError) as error:
-        raise UsageError(str(error) if str(path) in str(error) else f"{path}: {str(error).splitlines()[0]}") from None
+        message = str(error).splitlines()[0]
+        raise UsageError(message if str(path) in message else f"{path}: {message}") from None
 
 
 @torch.no_grad()
@@ -171,7 +179,7 @@ def accuracies(logits, labels):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Tasks: each takes the model, the settings and the machine (device, autocast, workers), and returns the JSON line's news
+# Tasks: each takes the model, the settings and the machine (device, autocast, workers); returns news for the JSON line
 
 
 def labelled(settings, split, size, view="center", **options):
@@ -208,6 +216,7 @@ def train_batches(train, batches, encoder, pool, machine, cached=None):
     cached: (features, labels) of all images; otherwise each batch is read and encoded, in pieces that fit.
     """
     device, amp, workers = machine
+    broken = BrokenFiles(train.source, tqdm.write)
     if cached:
         for keys in batches:
             ids = torch.tensor([index for _, index in keys], device=device)
@@ -215,6 +224,7 @@ def train_batches(train, batches, encoder, pool, machine, cached=None):
         return
     pieces = []
     for batch in make_loader(train, workers, batch_sampler=batches):
+        broken.watch(batch["broken"])
         with torch.no_grad(), amp():
             features = encoder.features(normalize(batch["image"].to(device)), pool).float()
         pieces.append((features, batch["label"].to(device)))
@@ -242,8 +252,7 @@ def linear(encoder, settings, machine):
     nn.init.zeros_(head[1].bias)
     batch_size, epochs, lr = fit_batch(settings, train)
     optimizer = LARS(head.parameters(), lr=lr)
-    piece = max(c for c in range(1, min(512, batch_size) + 1) if batch_size % c == 0)
-    batches = EpochBatches(len(train), batch_size, batch_size if cache else piece, settings["seed"])
+    batches = EpochBatches(len(train), batch_size, batch_size if cache else piece_of(batch_size), settings["seed"])
     steps = len(train) // batch_size
     progress = tqdm(total=epochs * steps, desc="linear probe")
     for epoch in range(epochs):
@@ -256,6 +265,8 @@ def linear(encoder, settings, machine):
             optimizer.zero_grad()
             progress.update()
     progress.close()
+    if not all(p.isfinite().all() for p in head.parameters()):
+        raise UsageError(f"the probe's weights are no longer finite: try a lower --base-lr than {settings['base_lr']}")
     features, labels = extract(encoder, val, settings["pool"], machine, "val features")
     with torch.no_grad():
         return accuracies(head.eval()(features), labels) | dict(features="cached" if cache else "augmented")
@@ -264,7 +275,14 @@ def linear(encoder, settings, machine):
 def fit_batch(settings, train):
     """(batch size, epochs, learning rate), after cutting settings["batch_size"] to the number of training images."""
     settings["batch_size"] = min(settings["batch_size"], len(train))
+    if settings["batch_size"] < 2:
+        raise UsageError(f"--batch-size must be at least 2, got {settings['batch_size']}")
     return settings["batch_size"], settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
+
+
+def piece_of(batch_size, largest=256):
+    """How many images of a batch go through the encoder at a time: its largest divisor up to `largest`."""
+    return max(n for n in range(1, min(largest, batch_size) + 1) if batch_size % n == 0)
 
 
 class Classifier(nn.Module):
@@ -295,21 +313,26 @@ def layer_groups(model, weight_decay, layer_decay):
     for number, layer in enumerate([model.encoder.patch_embed, *model.encoder.blocks, top]):
         for group in parameter_groups(layer, weight_decay):
             groups.append(group | dict(lr_scale=layer_decay ** (depth + 1 - number)))
-    tokens = [p for p in (model.encoder.cls_token, model.encoder.pos_embed) if p.requires_grad]
+    tokens = [p for _, p in model.encoder.named_parameters(recurse=False) if p.requires_grad]
     groups.append(dict(params=tokens, weight_decay=0.0, lr_scale=layer_decay ** (depth + 1)))
     return [g for g in groups if g["params"]]
 
 
 def finetune(encoder, settings, machine):
-    """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, RandAugment, mixup and cutmix, random erasing."""
+    """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, RandAugment, mixup and cutmix, random erasing.
+
+    torchvision's RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean, not noise.
+    """
     device, amp, workers = machine
-    augment = v2.Compose([v2.RandAugment(2, 9, fill=[round(255 * m) for m in MEAN]),
-                          v2.RandomErasing(0.25, value=[round(255 * m) for m in MEAN])])
+    mean = [round(255 * m) for m in MEAN]
+    augment = v2.Compose([  # magnitude 9 of 10
+        v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean),
+        v2.RandomErasing(0.25, value=mean)])
     train = labelled(settings, "train", encoder.image_size, "crop", crop_scale=(0.08, 1.0), augment=augment)
     val = labelled(settings, "val", encoder.image_size)
     num_classes = len(train.source.classes)
     torch.manual_seed(settings["seed"])
-    encoder.pos_embed.requires_grad_(True)  # as in MAE's fine-tuning
+    encoder.requires_grad_(True)  # the position table too, as in MAE's fine-tuning
     model = Classifier(encoder, num_classes, settings["pool"]).to(device)
     batch_size, epochs, peak = fit_batch(settings, train)
     # The layer decay is Table 9's for ViT-B, and for larger models MAE's fine-tuning code's.
@@ -318,23 +341,26 @@ def finetune(encoder, settings, machine):
                                   betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)])
-    batches = EpochBatches(len(train), batch_size, batch_size, settings["seed"])
+    piece = piece_of(batch_size)  # mixed, and through the model, at a time
+    batches = EpochBatches(len(train), batch_size, piece, settings["seed"])
     loader, broken = make_loader(train, workers, batch_sampler=batches), BrokenFiles(train.source, tqdm.write)
     steps = len(train) // batch_size
     progress = tqdm(total=epochs * steps, desc="fine-tuning")
     for epoch in range(epochs):
         batches.epoch = epoch
         model.train()
-        for batch in loader:
+        for number, batch in enumerate(loader, start=1):
             broken.watch(batch["broken"])
-            torch.manual_seed(seed_of(settings["seed"], progress.n))
+            torch.manual_seed(seed_of(settings["seed"], epoch, number))
             images, targets = mix(normalize(batch["image"].to(device)), batch["label"].to(device))
             lr = learning_rate(progress.n, epochs * steps, settings["warmup_epochs"] * steps, peak, minimum=1e-6)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             with amp():
                 loss = F.cross_entropy(model(images).float(), targets, label_smoothing=settings["label_smoothing"])
-            scaler.scale(loss).backward()
+            scaler.scale(loss * piece / batch_size).backward()
+            if number * piece % batch_size:
+                continue
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -345,9 +371,10 @@ def finetune(encoder, settings, machine):
                                  "--base-lr")
     progress.close()
     model.eval()
-    outputs = []
+    outputs, broken = [], BrokenFiles(val.source, tqdm.write)
     with torch.no_grad(), amp():
         for batch in tqdm(make_loader(val, workers, batch_size=256), desc="val", leave=False):
+            broken.watch(batch["broken"])
             outputs.append((model(normalize(batch["image"].to(device))).float(), batch["label"].to(device)))
     return accuracies(*(torch.cat(x) for x in zip(*outputs)))
 
@@ -416,6 +443,8 @@ def attention(encoder, settings, machine):
     return dict(picture=str(settings["output"]))
 
 
+ONLY_FOR = dict(cache_features=["linear"], images=["reconstruct", "attention"], output=["reconstruct", "attention"],
+                image_size=["knn", "linear", "finetune", "attention"])  # reconstruct: the decoder has its own size
 TASKS = dict(knn=knn, linear=linear, finetune=finetune, reconstruct=reconstruct, attention=attention)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -461,18 +490,30 @@ def main(argv):
         raise UsageError(f"--{next(iter(given['method_options'])).replace('_', '-')} is for --task reconstruct")
     for name in SETTINGS.keys() & given.keys() - RECIPES[task].keys():
         raise UsageError(f"--{name.replace('_', '-')} is no setting of --task {task}")
+    for name, tasks in ONLY_FOR.items():
+        if given.get(name) and task not in tasks:
+            raise UsageError(f"--{name.replace('_', '-')} is for --task {' and '.join(tasks)}")
+    for name, end in (("label_smoothing", 1), ("drop_path", 1), ("seed", 2**63)):
+        if given.get(name, 0) >= end:
+            raise UsageError(f"--{name.replace('_', '-')} must be below {end}, got {given[name]}")
     check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count"),
                  ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
     check_choice("--pool", given.get("pool", "cls"), ["cls", "mean"])
     model = open_method(given, given["method_options"]) if task == "reconstruct" else open_encoder(given)
     small = task in SMALL_RECIPES and max(model.image_size) <= SMALL
-    settings = RECIPES[task] | (SMALL_RECIPES[task] if small else {}) | dict(precision=precision) | given
+    recipe = RECIPES[task] | (SMALL_RECIPES[task] if small else {})
+    if "epochs" in given:  # a shorter run warms up for the same share of it
+        recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
+    settings = recipe | dict(precision=precision) | given
     beside = Path(".") if given["checkpoint"] == "random" else Path(given["checkpoint"]).parent
+    if getattr(model, "relative_position", False) and "pool" in RECIPES[task]:
+        settings["pool"] = given.get("pool", "mean")  # LoMaR's own: its class token is trained for nothing (§4)
     settings["output"] = Path(given.get("output", beside / f"{task}.png"))
     amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
     result = TASKS[task](model.to(device).eval(), settings, (device, amp, workers))
     result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
-    result |= {k: settings[k] for k in RECIPES[task]} | dict(seed=given["seed"], device=str(device), precision=precision)
+    result |= {k: settings[k] for k in RECIPES[task]}
+    result |= dict(seed=given["seed"], device=str(device), precision=precision)
     print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1))))
 
 

@@ -1,4 +1,4 @@
-"""Masked image modeling, one class a paper: MAE, SimMIM and AMT on a plain Vision Transformer.
+"""Masked image modeling, one class a paper, on a plain Vision Transformer: MAE, SimMIM, AMT, LoMaR.
 
 The file reads top to bottom: tensor helpers, the ViT, loading weights, masking functions, losses, and
 then one class a paper, simplest first. A class and the named pieces above it run elsewhere unchanged.
@@ -74,6 +74,27 @@ def sincos_position_embedding(dim, grid):
     return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)
 
 
+NUM_BUCKETS = 50  # 7 x 7 classes of offsets, and one for every pair with the class token
+
+
+def relative_buckets(grid):
+    """The relative-position bucket of every pair of tokens, [1+N, 1+N] in 0..49; token 0 is the class token.
+
+    iRPE's product method: the row and the column offset each fall into -3..3 by a piecewise index that is exact for
+    near and logarithmic for far patches (alpha 1.9, beta 3.8, gamma 15.2), so one table serves grids of any size.
+    """
+    alpha, beta, gamma = 1.9, 3.8, 15.2
+
+    def piecewise(size):
+        offset = (torch.arange(size)[None, :] - torch.arange(size)[:, None]).double()
+        far = alpha + (offset.abs().clamp(min=1) / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
+        return torch.where(offset.abs() <= alpha, offset, offset.sign() * far.round().clamp(max=beta)).long() + 3
+
+    (gh, gw), (rows, columns) = grid, (piecewise(g) for g in grid)
+    pairs = rows[:, None, :, None] * 7 + columns[None, :, None, :]
+    return F.pad(pairs.reshape(gh * gw, gh * gw), (1, 0, 1, 0), value=NUM_BUCKETS - 1)
+
+
 class PatchEmbed(nn.Module):
     """Images [B, 3, H, W] -> one linear projection per patch [B, N, D]."""
 
@@ -86,33 +107,51 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, L, D] -> [B, L, D]."""
+    """Multi-head self-attention, [B, L, D] -> [B, L, D].
 
-    def __init__(self, dim, num_heads):
+    relative_position: adds q_i . r[bucket(i, j)] to the logits, r a learned table that the heads share: contextual
+    relative position encoding on the keys (Wu et al., ICCV 2021, arXiv:2107.14222, product method). forward then
+    needs `buckets` [L, L].
+    """
+
+    def __init__(self, dim, num_heads, relative_position=False):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"a width of {dim} cannot be split into {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        if relative_position:
+            self.relative_table = nn.Parameter(torch.zeros(NUM_BUCKETS, dim // num_heads))
 
     def split_heads(self, x):
         B, L, D = x.shape
         return self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x):
+    def relative_bias(self, q, buckets):
+        """q [B, heads, l, d], buckets [l, L] -> q_i . r[bucket(i, j)], [B, heads, l, L]."""
+        products = q @ self.relative_table.to(q.dtype).T
+        return products.gather(-1, buckets.expand(*q.shape[:2], -1, -1))
+
+    def forward(self, x, buckets=None):
         q, k, v = self.split_heads(x)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        bias = None if buckets is None else self.relative_bias(q, buckets)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         return self.proj(x)
 
-    def weights(self, x, query):
+    def weights(self, x, query, buckets=None):
         """The attention of token number `query` to all tokens: [B, heads, L], rows sum to one."""
         q, k, _ = self.split_heads(x)
-        logits = q[:, :, query : query + 1] @ k.transpose(-2, -1)
-        return (logits.squeeze(2).float() / math.sqrt(q.shape[-1])).softmax(-1)
+        q = q[:, :, query : query + 1]
+        logits = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
+        if buckets is not None:
+            logits = logits + self.relative_bias(q, buckets[query : query + 1])
+        return logits.squeeze(2).softmax(-1)
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU between, [..., D] -> [..., D]."""
+
     def __init__(self, dim, hidden_dim):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -125,16 +164,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, [B, L, D] -> [B, L, D]."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, relative_position=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, relative_position)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
 
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x, buckets=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), buckets))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -153,10 +192,11 @@ class ViT(nn.Module):
 
     image_size: pixels, an int or (height, width), divisible by patch_size.
     drop_path: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+    relative_position: instead of the position embedding, contextual relative positions in every block (LoMaR's).
     """
 
     def __init__(self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-                 drop_path=0.0):
+                 drop_path=0.0, relative_position=False):
         super().__init__()
         self.image_size, self.patch_size, self.embed_dim = pair(image_size), patch_size, embed_dim
         H, W = self.image_size
@@ -166,9 +206,13 @@ class ViT(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_position_embedding(embed_dim, self.grid), requires_grad=False)
+        self.relative_position = relative_position
+        if relative_position:
+            self.register_buffer("buckets", relative_buckets(self.grid), persistent=False)
+        else:
+            self.pos_embed = nn.Parameter(sincos_position_embedding(embed_dim, self.grid), requires_grad=False)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, r, relative_position) for r in rates])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
         # The patch projection is a Linear layer in disguise: its fan-in is a whole patch.
@@ -185,17 +229,25 @@ class ViT(nn.Module):
 
     def sequence(self, tokens, ids=None):
         """Patch embeddings [B, N, D] -> the blocks' input [B, 1+n, D]: positions, choice, class token."""
-        x = tokens + self.pos_embed[:, 1:]
+        x, cls = tokens, self.cls_token
+        if not self.relative_position:
+            x, cls = x + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
         if ids is not None:
             x = take(x, ids)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        return torch.cat([cls, x], dim=1)
+        return torch.cat([cls.expand(len(x), -1, -1), x.to(cls.dtype)], dim=1)
 
-    def encode(self, tokens, ids=None):
-        """Patch embeddings [B, N, D] (masked ones may have been replaced) -> latents [B, 1+n, D]."""
+    def encode(self, tokens, ids=None, buckets=None):
+        """Patch embeddings [B, N, D] (masked ones may have been replaced) -> latents [B, 1+n, D].
+
+        buckets: with relative positions, those of the patches `ids`, if not all (`relative_buckets`).
+        """
         x = self.sequence(tokens, ids)
+        if buckets is None and self.relative_position:
+            if ids is not None:
+                raise ValueError("a ViT with relative positions needs the buckets of the chosen patches")
+            buckets = self.buckets
         for block in self.blocks:
-            x = block(x)
+            x = block(x, buckets)
         return self.norm(x)
 
     def forward(self, images, ids=None):
@@ -204,16 +256,18 @@ class ViT(nn.Module):
 
     def features(self, images, pool: Literal["cls", "mean"] = "cls"):
         """One vector an image, [B, D]: the class token or the mean of the patches."""
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool must be cls or mean, got {pool!r}")
         x = self(images)
         return x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
 
     def last_attention(self, images, query=0):
         """The last block's attention of one token (0: class token, 1+i: patch i) to the patches: [B, heads, N]."""
-        x = self.sequence(self.embed(images))
+        x, buckets = self.sequence(self.embed(images)), self.buckets if self.relative_position else None
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, buckets)
         block = self.blocks[-1]
-        return block.attn.weights(block.norm1(x), query)[..., 1:]
+        return block.attn.weights(block.norm1(x), query, buckets)[..., 1:]
 
 
 SIZES = {  # embed_dim, depth, num_heads; `nano` is for CPUs and tests, the others are the literature's
@@ -230,14 +284,15 @@ SIZES = {  # embed_dim, depth, num_heads; `nano` is for CPUs and tests, the othe
 
 
 def load_file(path):
-    """A checkpoint file -> what torch.save wrote; tensors and plain types only. ValueError in one line if it cannot be read."""
+    """A checkpoint file -> what torch.save wrote, tensors and plain types only; ValueError in one line if it cannot."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the MAE release stores its arguments as one
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a broken file raises whatever its bytes happen to spell
-        raise ValueError(f"cannot read {path}: not a whole PyTorch checkpoint of plain tensors ({type(error).__name__})") from None
+        reason = f"not a whole PyTorch checkpoint of plain tensors ({type(error).__name__})"
+        raise ValueError(f"cannot read {path}: {reason}") from None
 
 
 def read_checkpoint(source):
@@ -265,12 +320,26 @@ def encoder_prefix(state):
     return found[0]
 
 
+def grid_of(table, likely=(0, 0)):
+    """The (gh, gw) grid that a position table [1, 1+N, D] was made for.
+
+    A sine-cosine table tells; another is taken for square or, if N is no square number, for `likely`.
+    """
+    N, D = table.shape[1] - 1, table.shape[2]
+    for gh in range(1, N + 1):
+        if N % gh == 0 and D % 4 == 0:
+            if torch.allclose(table.float(), sincos_position_embedding(D, (gh, N // gh)), atol=1e-3):
+                return gh, N // gh
+    if math.isqrt(N) ** 2 != N and likely[0] * likely[1] == N:
+        return likely
+    if math.isqrt(N) ** 2 != N:
+        raise ValueError(f"a position table of {N} patches, neither sine-cosine nor of a square grid")
+    return math.isqrt(N), math.isqrt(N)
+
+
 def resize_position_embedding(table, grid):
-    """Bicubic resizing of a table [1, 1+N, D] (class token first, square grid) to a (gh, gw) grid."""
-    side = math.isqrt(table.shape[1] - 1)
-    if side * side != table.shape[1] - 1:
-        raise ValueError(f"cannot resize a position table of {table.shape[1] - 1} patches: not a square grid")
-    patches = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    """Bicubic resizing of a position table [1, 1+N, D] (class token first) to a (gh, gw) grid."""
+    patches = table[:, 1:].float().unflatten(1, grid_of(table)).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
@@ -278,25 +347,29 @@ def resize_position_embedding(table, grid):
 def load_weights(module, state, grid, may_miss=()):
     """Loads `state` into `module` and returns (missing, left_over), two lists of names.
 
-    Position tables of another number of patches, taken for a square grid, are resized to `grid`. Raises ValueError, and
-    loads nothing, if a shape differs or if a parameter is missing whose name does not start with one of `may_miss`.
+    Position tables of another grid are resized to `grid`. Raises ValueError, and loads nothing, if a shape differs, if
+    a parameter is missing whose name does not start with one of `may_miss`, or if a block has one too many.
     """
     own = module.state_dict()
     state = dict(state)
     for key in [k for k in own if k.endswith("pos_embed") and k in state]:
         table = state[key]
-        if table.ndim == 3 and table.shape[-1] == own[key].shape[-1] and table.shape != own[key].shape:
+        if table.ndim == 3 and table.shape[-1] == own[key].shape[-1] and grid_of(table, grid) != grid:
             state[key] = resize_position_embedding(table, grid)
     for key in own:
         if key in state and state[key].shape != own[key].shape:
             raise ValueError(f"{key} is {list(state[key].shape)} in the checkpoint, {list(own[key].shape)} here: "
                              "another model or patch size")
-    missing = [k for k in own if k not in state]
+    missing, left_over = [k for k in own if k not in state], [k for k in state if k not in own]
+    stacks = {k.split("blocks.")[0] + "blocks." for k in own if "blocks." in k}
+    foreign = [k for k in left_over if k.startswith(tuple(stacks))]
+    if foreign:
+        raise ValueError(f"another architecture: there is no {foreign[0]} here")
     if any(not k.startswith(tuple(may_miss)) for k in missing):
         lacking = [k for k in missing if not k.startswith(tuple(may_miss))]
         raise ValueError(f"the checkpoint lacks {len(lacking)} of {len(own)} parameters, {lacking[0]} first")
     module.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
-    return missing, [k for k in state if k not in own]
+    return missing, left_over
 
 
 def load_encoder(encoder, source):
@@ -319,28 +392,33 @@ def load_mae(mae, source):
     outer = encoder_prefix(state).removesuffix("encoder.")
     state = {k.removeprefix(outer): v for k, v in state.items()}
     own = ("encoder.", "decoder_", "mask_token")  # the release's encoder has no prefix
-    return load_weights(mae, {k if k.startswith(own) else f"encoder.{k}": v for k, v in state.items()}, mae.encoder.grid)
+    state = {k if k.startswith(own) else f"encoder.{k}": v for k, v in state.items()}
+    return load_weights(mae, state, mae.encoder.grid)
 
 
 def vit_from_checkpoint(source, image_size=None, num_heads=None, drop_path=0.0):
     """Builds the ViT that fits a checkpoint and loads it: (vit, (missing, left_over)).
 
     All sizes are read off the tensors but the number of heads, which the literature's sizes imply;
-    image_size defaults to the square that the position table was made for.
+    image_size defaults to what the position table was made for.
     """
     state = read_checkpoint(source)
     prefix = encoder_prefix(state)
     embed_dim, _, patch_size, _ = state[prefix + "patch_embed.proj.weight"].shape
     depth = len({k.removeprefix(prefix).split(".")[1] for k in state if k.startswith(prefix + "blocks.")})
+    relative = state.get(prefix + "blocks.0.attn.relative_table")
     heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
-    num_heads = num_heads or heads.get((embed_dim, depth)) or max(1, embed_dim // 64)
+    if num_heads is None:
+        head_dim = 64 if relative is None else relative.shape[1]
+        num_heads = heads.get((embed_dim, depth)) or max(1, embed_dim // head_dim)
     if image_size is None:
-        num_patches = state[prefix + "pos_embed"].shape[1] - 1 if prefix + "pos_embed" in state else 196
-        if math.isqrt(num_patches) ** 2 != num_patches:
-            raise ValueError(f"the checkpoint's {num_patches} patches are no square grid: give image_size")
-        image_size = math.isqrt(num_patches) * patch_size
+        if prefix + "pos_embed" not in state:
+            raise ValueError("give image_size: the checkpoint has no position table to tell it")
+        image_size = [g * patch_size for g in grid_of(state[prefix + "pos_embed"])]
+    if prefix + "blocks.0.mlp.fc1.weight" not in state:
+        raise ValueError("another architecture: no parameter is named blocks.0.mlp.fc1.weight")
     mlp_ratio = state[prefix + "blocks.0.mlp.fc1.weight"].shape[0] / embed_dim
-    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path)
+    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path, relative is not None)
     return vit, load_encoder(vit, state)
 
 
@@ -348,9 +426,14 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None, drop_path=0.0):
 # Masking: functions of sizes or weights that return index tensors
 
 
-def count_visible(num_patches, mask_ratio):
-    """int(N * (1 - mask_ratio)), as the MAE release counts, and at least one patch on each side."""
+def count_visible(num_patches, mask_ratio, masked_first=False):
+    """int(N * (1 - mask_ratio)), as the MAE release counts, and at least one patch on each side.
+
+    masked_first: N - int(N * mask_ratio), as LoMaR's authors count.
+    """
     visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.999...
+    if masked_first:
+        visible = num_patches - int(num_patches * mask_ratio + 1e-6)
     if not 0 < visible < num_patches:
         raise ValueError(f"mask_ratio={mask_ratio} leaves {visible} of {num_patches} patches visible; "
                          "at least one must be visible and one masked")
@@ -388,6 +471,22 @@ def unit_masking(batch, grid, unit_size, mask_ratio, device=None, generator=None
     return units_to_patches(ids_visible, grid, unit_size), units_to_patches(ids_masked, grid, unit_size)
 
 
+def window_masking(batch, grid, window_size, num_windows, mask_ratio, device=None, generator=None):
+    """Windows of K*K patches at uniform places, int(K*K * mask_ratio) masked in each (LoMaR, §3.2).
+
+    Returns ids_visible [B, num_windows * n], ids_masked [B, num_windows * m], window after window; windows may overlap.
+    """
+    (gh, gw), K = grid, window_size
+    if not 0 < K <= min(gh, gw) or num_windows < 1:
+        raise ValueError(f"num_windows={num_windows} windows of window_size={K} do not fit into {gh}x{gw} patches")
+    masked = K * K - count_visible(K * K, mask_ratio, masked_first=True)
+    row = torch.randint(gh - K + 1, (batch, num_windows, 1), device=device, generator=generator)
+    column = torch.randint(gw - K + 1, (batch, num_windows, 1), device=device, generator=generator)
+    order = torch.rand(batch, num_windows, K * K, device=device, generator=generator).argsort(2)
+    ids = (row + order // K) * gw + column + order % K
+    return ids[..., masked:].flatten(1), ids[..., :masked].flatten(1)
+
+
 def attention_masking(weights, num_masked, num_thrown, throw="middle", generator=None):
     """Attention-driven masking and throwing (AMT, Eq. 5, 6 and Alg. 1).
 
@@ -396,6 +495,8 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
     which draws the whole order without the weights (Table 4, "MAE+Random T").
     Returns ids_visible, ids_masked, ids_thrown, together all N patches.
     """
+    if throw not in ("middle", "low", "random"):
+        raise ValueError(f"throw must be middle, low or random, got {throw!r}")
     if throw == "random":
         weights = torch.ones_like(weights)
     # Eq. 5, M = S(P_A): sorting E_i / w_i, E_i exponential, draws by weight without replacement (the smallest
@@ -437,6 +538,8 @@ def pixel_loss(pred, target, norm_pix=False, kind="l2"):
 
     norm_pix: the target is each patch minus its mean, over its standard deviation. In float32.
     """
+    if kind not in ("l1", "l2"):
+        raise ValueError(f"kind must be l1 or l2, got {kind!r}")
     pred, target = pred.float(), target.float()
     if norm_pix:
         mean, std = patch_statistics(target)
@@ -505,7 +608,8 @@ class MAE(nn.Module):
     def forward(self, images, ids_visible=None, ids_masked=None):
         """images [B, 3, H, W], and optionally the mask to replay -> loss, pred, ids_visible, ids_masked."""
         if ids_visible is None:
-            ids_visible, ids_masked = random_masking(len(images), self.encoder.num_patches, self.mask_ratio, images.device)
+            ids_visible, ids_masked = random_masking(
+                len(images), self.encoder.num_patches, self.mask_ratio, images.device)
         latents = self.encoder(images, ids_visible)
         pred = self.decode(latents, ids_visible, ids_masked)
         target = take(patchify(images, self.encoder.patch_size), ids_masked)
@@ -529,7 +633,7 @@ class SimMIM(nn.Module):
     def __init__(self, encoder: ViT, mask_ratio: float = 0.6, unit_size: int = 2):
         super().__init__()
         if unit_size < 1 or any(g % unit_size for g in encoder.grid):
-            raise ValueError(f"unit_size={unit_size} must divide the grid of {encoder.grid[0]}x{encoder.grid[1]} patches")
+            raise ValueError("unit_size={} must divide the grid of {}x{} patches".format(unit_size, *encoder.grid))
         self.encoder, self.mask_ratio, self.unit_size = encoder, mask_ratio, unit_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
         self.head = nn.Linear(encoder.embed_dim, encoder.patch_size**2 * 3)
@@ -564,7 +668,7 @@ class AMT(nn.Module):
     base: "mae" or "simmim"; further keyword arguments go to that class.
     mask_ratio, throw_ratio: default to §4.1: 0.45 / 0.40 on MAE, 0.44 / 0.26 on SimMIM. With throw_ratio=0
         alone, mask_ratio is the base's own: attention-driven masking without throwing (Table 1).
-    throw: "middle", "low" or "random": see `attention_masking` (Table 4).
+    throw: "middle", "low" or "random" (Table 4): see `attention_masking`. "random" needs no maps and is the same always.
     interval: epochs between updates of the maps; default 40, or in shorter runs 10% (MAE) and 20% (SimMIM) of them.
 
     Training: masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image
@@ -583,12 +687,12 @@ class AMT(nn.Module):
         if base not in AMT_BASES or throw not in ("middle", "low", "random"):
             raise ValueError(f"base must be mae or simmim and throw middle, low or random, got {base!r} and {throw!r}")
         self.base = AMT_BASES[base](encoder, **base_options)
-        self.encoder, self.norm_pix, self.throw, self.interval = encoder, self.base.norm_pix, throw, interval
+        self.norm_pix, self.throw, self.interval = self.base.norm_pix, throw, interval
         if mask_ratio is None:
             mask_ratio = self.base.mask_ratio if throw_ratio == 0 else {"mae": 0.45, "simmim": 0.44}[base]  # §4.1
         if throw_ratio is None:
             throw_ratio = {"mae": 0.40, "simmim": 0.26}[base]  # §4.1
-        self.mask_ratio, self.throw_ratio, self.interval_fraction = mask_ratio, throw_ratio, {"mae": 0.1, "simmim": 0.2}[base]
+        self.interval_fraction = {"mae": 0.1, "simmim": 0.2}[base]  # §4.1
         if interval is not None and interval < 1:
             raise ValueError(f"interval must be at least 1 epoch, got {interval}")
         # SimMIM masks units of patches, and counts them upwards; MAE masks patches, and counts downwards.
@@ -601,6 +705,10 @@ class AMT(nn.Module):
             raise ValueError(f"mask_ratio={mask_ratio} and throw_ratio={throw_ratio} must mask at least one and leave "
                              f"at least one visible of {units}, got {self.num_masked} masked, {self.num_thrown} thrown")
         self.register_buffer("maps", None, persistent=False)  # float16 [n_images, gh, gw], None in the first interval
+
+    @property
+    def encoder(self):
+        return self.base.encoder
 
     @torch.no_grad()
     def attention_map(self, images):
@@ -615,6 +723,8 @@ class AMT(nn.Module):
 
     def maps_due(self, epoch, epochs):
         """Whether the maps are to be (re)computed before this epoch (0-based): every interval, not at the first."""
+        if self.throw == "random":
+            return False
         interval = self.interval or min(40, max(1, round(self.interval_fraction * epochs)))  # §4.1
         return epoch > 0 and epoch % interval == 0
 
@@ -628,7 +738,7 @@ class AMT(nn.Module):
         for images, index in batches:
             maps[index] = self.attention_map(images).half()
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(maps)  # a sum in which every map has one process's value and zeros
+            dist.all_reduce(maps, op=dist.ReduceOp.MAX)  # what a process did not compute is zero there
         self.maps = maps
 
     def draw(self, weights):
@@ -639,11 +749,16 @@ class AMT(nn.Module):
     def forward(self, images, index=None, box=None, flip=None, ids_visible=None, ids_masked=None):
         """images [B, 3, H, W] -> the base's loss, pred, ids_visible, ids_masked, and ids_thrown.
 
-        index [B]: each image's number among the training images; box [B, 4], flip [B]: see `crop_maps`.
+        index [B]: each image's number among the training images; with it box [B, 4], flip [B]: see `crop_maps`.
         ids_visible, ids_masked: a mask to replay.
         """
+        if index is not None and (box is None or flip is None):
+            raise ValueError("index needs box and flip, to cut the maps as the images were cut")
         ids_thrown = None
-        if ids_visible is None and index is None:
+        if ids_visible is None and self.throw == "random":
+            weights = torch.ones(len(images), *self.unit_grid, device=images.device)
+            ids_visible, ids_masked, ids_thrown = self.draw(weights)
+        elif ids_visible is None and index is None:
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images), -1)
             unflipped = torch.zeros(len(images), dtype=torch.bool)
             weights = crop_maps(self.attention_map(images), whole, unflipped, self.unit_grid)
@@ -658,4 +773,64 @@ class AMT(nn.Module):
 
 
 AMT_BASES = {"mae": MAE, "simmim": SimMIM}
-METHODS = {"mae": MAE, "simmim": SimMIM, "amt": AMT}
+
+
+class LoMaR(nn.Module):
+    """Local masked reconstruction. Chen, Hu, Li, Elhoseiny, "Efficient Self-supervised Vision Pretraining with Local
+    Masked Reconstruction", 2022, arXiv:2206.00790.
+
+    New: an image is reconstructed inside a few small windows, each a sequence of its own, so the cost does not grow
+    with the image; one encoder sees visible and masked patches, and relative positions make all places alike.
+
+    encoder: a ViT with relative_position=True.
+    num_windows: defaults to Table 4's partner of the window size (7 patches: 4 windows); with windows of 7, to §4.1's
+        6 on a 24x24 grid (384 pixels) and 9 on a 28x28 grid (448 pixels).
+
+    Departs from the authors' code, and follows the paper, in that each image has windows at places of its own. "Zero
+    out" (§3.2) is a learned mask token, and the "MLP head" one linear layer, as in that code.
+    """
+
+    inputs = ()
+    relative_position = True  # what the encoder must have
+
+    def __init__(self, encoder: ViT, mask_ratio: float = 0.8, window_size: int = 7, num_windows: int | None = None,
+                 norm_pix: bool = True):
+        super().__init__()
+        if not encoder.relative_position:
+            raise ValueError("LoMaR needs an encoder with relative positions: ViT(..., relative_position=True)")
+        if num_windows is None:
+            at_size = {(24, 24): 6, (28, 28): 9}.get(encoder.grid) if window_size == 7 else None
+            num_windows = at_size or {5: 8, 7: 4, 9: 3, 11: 2, 14: 1}.get(window_size, 1)  # Table 4
+        ids_visible, _ = window_masking(1, encoder.grid, window_size, num_windows, mask_ratio)  # or says what is wrong
+        self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
+        self.window_size, self.num_windows = window_size, num_windows
+        self.num_visible = ids_visible.shape[1] // num_windows  # of each window
+        self.num_masked = window_size**2 - self.num_visible
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
+        self.head = nn.Linear(encoder.embed_dim, encoder.patch_size**2 * 3)
+        self.head.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("buckets", relative_buckets((window_size, window_size)), persistent=False)
+
+    def forward(self, images, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W], and optionally the windows to replay -> loss, pred, ids_visible, ids_masked.
+
+        The index tensors are `window_masking`'s: W windows after one another, in all [B, W * n] and [B, W * m].
+        """
+        if ids_visible is None:
+            ids_visible, ids_masked = window_masking(
+                len(images), self.encoder.grid, self.window_size, self.num_windows, self.mask_ratio, images.device)
+        # A window is a sequence of its own, [B*W, K*K], its patches in raster order as §3.2 feeds them.
+        ids = torch.cat([ids_visible.reshape(-1, self.num_visible), ids_masked.reshape(-1, self.num_masked)], dim=1)
+        ids_window, order = ids.sort(1)
+        masked = order.argsort(1)[:, self.num_visible :]  # where in the window the masked patches lie
+        tokens = take(self.encoder.embed(images), ids_window.view(len(images), -1))
+        tokens = put(tokens.reshape(*ids_window.shape, -1), masked, self.mask_token)
+        latents = self.encoder.encode(tokens, buckets=self.buckets)
+        pred = self.head(take(latents[:, 1:], masked)).reshape(*ids_masked.shape, -1)
+        target = take(patchify(images, self.encoder.patch_size), ids_masked)
+        loss = pixel_loss(pred, target, self.norm_pix)
+        return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+
+
+METHODS = {"mae": MAE, "simmim": SimMIM, "amt": AMT, "lomar": LoMaR}

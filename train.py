@@ -43,13 +43,15 @@ RECIPES = {
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1)
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
+# LoMaR: "we follow the MAE settings"; 40 epochs of warm-up for 1600 (its supplement, §6.1)
+RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600)
 
 # What changes for images of up to 96 pixels, and for the built-in scenes: ours, not the papers'. patch_size is an
 # eighth of the image; `options` are constructor arguments of the method, for those that have them.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
-                    options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3))
+                    options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5, num_windows=2))
 SHAPES_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=1.2e-2, lr_batch=256, warmup_epochs=0.5,
-                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2,
+                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, num_windows=2,
                                   interval=2))  # an update of the maps costs as much as an epoch here
 
 # ---------------------------------------------------------------------------------------------------------
@@ -139,15 +141,19 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     epilog="" if known.method else "With --method, --help also lists the method's own flags.")
     parser.add_argument("--method", help=", ".join(mim.METHODS))
-    for name, (kind, text) in FLAGS.items():
-        nargs = "+" if name == "image_size" else None
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=nargs, help=text)
-    for name, text in SWITCHES.items():
-        parser.add_argument("--" + name, action="store_true", default=None, help=text)
+    recipe = {}
     if known.method is not None:
         check_choice("--method", known.method, list(mim.METHODS))
         if known.method == "amt":
             check_choice("--base", known.base, list(mim.AMT_BASES))
+        recipe = RECIPES[f"amt-{known.base}" if known.method == "amt" else known.method]
+    for name, (kind, text) in FLAGS.items():
+        nargs = "+" if name == "image_size" else None
+        text += f" (the paper's: {recipe[name]})" if recipe.get(name) is not None else ""
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=nargs, help=text)
+    for name, text in SWITCHES.items():
+        parser.add_argument("--" + name, action="store_true", default=None, help=text)
+    if known.method is not None:
         group = parser.add_argument_group(f"{known.method}'s own")
         add_method_flags(group, method_parameters(known.method, known.base))
     given = {k: v for k, v in vars(parser.parse_all(argv)).items() if v is not None}
@@ -175,7 +181,9 @@ def settle(given, num_images, natural_size, world_size=1):
     recipe = dict(RECIPES[f"amt-{base}" if method == "amt" else method])
     if pair_max(image_size) <= SMALL:
         recipe |= SHAPES_RECIPE if given.get("data", "shapes") == "shapes" else SMALL_RECIPE
-        recipe["patch_size"] = max(1, pair_max(image_size) // 8)
+        sides = [image_size] if isinstance(image_size, int) else image_size
+        common = math.gcd(*sides)  # an eighth of the image, or the nearest below that divides it
+        recipe["patch_size"] = max([p for p in range(1, max(sides) // 8 + 1) if common % p == 0], default=1)
     recipe["batch_size"] = min(recipe["batch_size"], max(world_size, 2 ** int(math.log2(num_images))))
     # A shorter run warms up for the same share of it.
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
@@ -187,6 +195,8 @@ def settle(given, num_images, natural_size, world_size=1):
     check_choice("--model", settings["model"], list(mim.SIZES))
     check_ranges(settings, ("epochs", "batch_size", "patch_size", "lr", "base_lr", "clip_grad", "accumulate"),
                  ("warmup_epochs", "weight_decay", "seed"))
+    if settings["seed"] >= 2**63:
+        raise UsageError(f"--seed must be below 2**63, got {settings['seed']}")
     if "lr" in given and "base_lr" in given:
         raise UsageError("--lr and --base-lr exclude each other")
     batch = settings["batch_size"]
@@ -206,23 +216,24 @@ def check_ranges(settings, positive, not_negative):
     """Raises UsageError for a setting that is out of range; those that are absent or None pass."""
     for name in (*positive, *not_negative):
         value = settings.get(name)
-        if value is not None and (value < 0 or value == 0 and name in positive):
-            raise UsageError(f"--{name.replace('_', '-')} must {'be positive' if name in positive else 'not be negative'}, "
-                             f"got {value}")
+        good = value is None or value >= 0 and math.isfinite(value) and (value > 0 or name in not_negative)
+        if not good:
+            must = "be positive" if name in positive else "not be negative"
+            raise UsageError(f"--{name.replace('_', '-')} must {must}, got {value}")
 
 
 def settle_machine(given):
     """(device, precision, workers) of this machine from what the user gave."""
     name = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     on_cuda = device.type == "cuda"
-    default = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_cuda else "fp32"
+    default = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
     precision = given.get("precision", default)
     check_choice("--precision", precision, list(PRECISIONS))
     workers = given.get("workers", min(8, os.cpu_count()) if on_cuda else 0)
@@ -237,8 +248,10 @@ def settle_machine(given):
 def build_method(settings):
     """The method with its encoder, as the settings say; raises UsageError if they do not fit together."""
     try:
-        encoder = mim.ViT(settings["image_size"], settings["patch_size"], **mim.SIZES[settings["model"]])
-        return mim.METHODS[settings["method"]](encoder, **settings["method_options"])
+        method = mim.METHODS[settings["method"]]
+        encoder = mim.ViT(settings["image_size"], settings["patch_size"], **mim.SIZES[settings["model"]],
+                          relative_position=getattr(method, "relative_position", False))
+        return method(encoder, **settings["method_options"])
     except ValueError as error:
         raise UsageError(f"--method {settings['method']}: {error}") from None
 
@@ -246,7 +259,7 @@ def build_method(settings):
 def parameter_groups(module, weight_decay):
     """AdamW's two groups: weight decay on weight matrices; none on biases, norms, tokens and position tables."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    plain = [p for n, p in named if p.ndim <= 1 or n.endswith(("_token", "pos_embed"))]
+    plain = [p for n, p in named if p.ndim <= 1 or n.endswith(("_token", "pos_embed", "relative_table"))]
     kept = {id(p) for p in plain}
     return [dict(params=[p for _, p in named if id(p) not in kept], weight_decay=weight_decay),
             dict(params=plain, weight_decay=0.0)]
@@ -269,7 +282,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "writing it failed, the disk may be full"
         kept = "; what was there before is kept" if Path(path).exists() else ""
         raise UsageError(f"cannot write {path}: {reason}{kept}") from None
 
@@ -277,22 +290,28 @@ def write_atomically(path, write):
 def draw_reconstruction(method, images):
     """Normalised images [B, 3, H, W] -> a grid [3, h, w] in [0, 1]: image, masked image, reconstruction.
 
-    Masked patches are grey; patches that the method threw away are black, in the reconstruction too.
+    Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's window) are
+    black, in the reconstruction too. Of LoMaR's windows the first is shown, unmasked as well (its Figure 7).
     """
     out, p = method(images), method.encoder.patch_size
+    if hasattr(method, "num_windows"):
+        out = {k: out[k][:, : out[k].shape[1] // method.num_windows] for k in ("pred", "ids_visible", "ids_masked")}
     filled = mim.reconstruct(images, out["pred"].float(), out["ids_masked"], p, method.norm_pix)
     image, filled = (mim.patchify(denormalize(x), p) for x in (images, filled))
     black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
     visible = mim.put(black, out["ids_visible"], mim.take(image, out["ids_visible"]))
     masked = mim.put(visible, out["ids_masked"], mim.take(grey, out["ids_masked"]))
     filled = mim.put(visible, out["ids_masked"], mim.take(filled, out["ids_masked"]))
-    tiles = torch.stack([image, masked, filled], dim=1).flatten(0, 1)
-    return tile(mim.unpatchify(tiles, p, method.encoder.grid), columns=6)
+    tiles = [image, masked, filled]
+    if hasattr(method, "num_windows"):
+        tiles.insert(1, mim.put(visible, out["ids_masked"], mim.take(image, out["ids_masked"])))
+    pictures = mim.unpatchify(torch.stack(tiles, dim=1).flatten(0, 1), p, method.encoder.grid)
+    return tile(pictures, columns=2 * len(tiles))
 
 
 def tile(pictures, columns):
-    """Pictures [n, 3, H, W] in [0, 1] -> one grid [3, h, w]; small ones are enlarged to about 96 pixels."""
-    zoom = max(1, 96 // pictures.shape[-1])
+    """Pictures [n, 3, H, W] in [0, 1] -> one grid [3, h, w]; small ones are enlarged to at most 128 pixels."""
+    zoom = max(1, 128 // pictures.shape[-1])
     return make_grid(F.interpolate(pictures, scale_factor=zoom, mode="nearest"), nrow=columns, pad_value=1.0)
 
 
@@ -314,15 +333,15 @@ def save_picture(path, method, images, device, seed=0):
 
 
 def save_run(run):
-    """Writes checkpoint.pt, all that an exact resume needs, and encoder.pt, a plain state dict of timm's names.
+    """Writes encoder.pt, a plain state dict of timm's names, and last checkpoint.pt, all that an exact resume needs.
 
     There are no generator states to keep: every draw is seeded by (seed, step, micro-batch) or (seed, epoch, index).
     """
     state = dict(model=run.method.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
                  epoch=run.epoch, step=run.epoch * (run.settings["num_images"] // run.settings["batch_size"]),
                  args=run.settings, maps=getattr(run.method, "maps", None))
-    write_atomically(run.output / "checkpoint.pt", lambda to: torch.save(state, to))
     write_atomically(run.output / "encoder.pt", lambda to: torch.save(run.method.encoder.state_dict(), to))
+    write_atomically(run.output / "checkpoint.pt", lambda to: torch.save(state, to))
 
 
 def restore(run, state):
@@ -392,21 +411,27 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size()
 
 
-def settle_run(given, state, world_size):
+def settle_run(given, state, rank, world_size):
     """The data of a run and all its settings; those of a run to resume come from its checkpoint."""
     if state:
         saved = state["args"] | state["args"]["method_options"]
-        given = {k: v for k, v in saved.items() if k not in ("method_options", "num_images") and v is not None} | {
-            k: given[k] for k in MAY_CHANGE if k in given}
-        given.pop("base_lr")  # its product, lr, is saved too
-        if "accumulate" in given and world_size * given["accumulate"] != saved["world_size"] * saved["accumulate"]:
-            given.pop("accumulate")  # other processes share a step's micro-batches out anew
+        chosen = {k: given[k] for k in MAY_CHANGE if k in given}
+        given = {k: v for k, v in saved.items() if k not in ("method_options", "base_lr") and v is not None} | chosen
+        # A step keeps its micro-batches, and so its masks, if the processes can share them out.
+        if "accumulate" not in chosen:
+            given["accumulate"] = max(1, saved["world_size"] * saved["accumulate"] // world_size)
+    if rank and world_size > 1:
+        dist.barrier()  # one process downloads
     source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"))
+    if not rank and world_size > 1:
+        dist.barrier()
     if state and saved["num_images"] != len(source):
         raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has "
                          f"{len(source)}")
     keep_out = ("resume", "overwrite", "device", "precision", "workers", "world_size", "num_images")
     settings = settle({k: v for k, v in given.items() if k not in keep_out}, len(source), source.image_size, world_size)
+    if state:
+        settings["base_lr"] = saved["base_lr"]
     return source, settings | dict(num_images=len(source), world_size=world_size)
 
 
@@ -471,15 +496,18 @@ def train_epoch(run, epoch):
 def prepare(given):
     """Everything that a run needs, from the user's flags; run.epoch epochs are done, run.log holds their lines."""
     run = SimpleNamespace(epoch=0, log=[])
+    run.output, state = open_output(given)
+    if state:
+        given = dict(precision=state["args"]["precision"]) | given
     run.device, precision, run.workers = settle_machine(given)
     run.rank, run.world_size = join_processes(run.device)
-    run.output, state = open_output(given)
-    run.source, run.settings = settle_run(given, state, run.world_size)
-    settings = run.settings
+    run.source, run.settings = settle_run(given, state, run.rank, run.world_size)
+    settings = run.settings = run.settings | dict(precision=precision)
     if run.rank == 0:
-        shown = {k: v for k, v in settings.items() if k not in ("method_options", "num_images")} | settings["method_options"]
+        shown = {k: v for k, v in settings.items() if k not in ("method_options", "num_images")}
+        shown |= settings["method_options"]
         print(run.source.description)
-        shown |= dict(device=run.device, precision=precision, workers=run.workers)
+        shown |= dict(device=run.device, workers=run.workers)
         print("\n".join(f"  {k:14s} {v}" for k, v in shown.items()))
     on_cuda = run.device.type == "cuda"
     if on_cuda:
@@ -524,15 +552,23 @@ def main(argv):
         if hasattr(run.method, "maps_due") and run.method.maps_due(run.epoch, epochs):
             update_maps(run)
         line = train_epoch(run, run.epoch)
+        if not all(p.isfinite().all() for p in run.method.parameters()):
+            raise UsageError(f"the weights are no longer finite after epoch {run.epoch + 1}; {output}/checkpoint.pt is "
+                             f"of epoch {run.epoch}: try a lower --lr, --clip-grad or --precision fp32")
         run.epoch += 1
+        if run.world_size > 1:  # a file is broken for all, and all stop together if there are too many
+            found = [None] * run.world_size
+            dist.all_gather_object(found, run.broken.found)
+            run.broken.found = set().union(*found)
+            run.broken.check()
         if run.broken.found:
             line["broken_images"] = len(run.broken.found)
         if run.rank == 0:
             tqdm.write(", ".join(f"{k} {v:.4g}" for k, v in line.items()))
             run.log.append(json.dumps(line))
             write_log(output / "log.jsonl", run.log)
-            save_run(run)
             save_picture(output / "reconstruction.png", run.method, examples, run.device, run.settings["seed"])
+            save_run(run)
     if run.rank == 0:
         print(f"{epochs} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and reconstruction.png")
     if run.world_size > 1:
@@ -556,7 +592,8 @@ def exit_with_one_line(program, main):
     except UsageError as error:  # one from a worker process brings its traceback; the last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
     except torch.OutOfMemoryError as error:
-        message = f"out of memory: use a smaller --batch-size, or a larger --accumulate ({str(error).splitlines()[0]})"
+        advice = "a smaller --batch-size" + (" or a larger --accumulate" if program == "train.py" else "")
+        message = f"out of memory: use {advice} ({str(error).splitlines()[0]})"
     except OSError as error:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
     except KeyboardInterrupt:

@@ -177,6 +177,29 @@ def test_all_kinds_of_images_come_out_as_rgb(tmp_path):
                 assert (out[:, 6, column].int() - colour).abs().max() <= 12, name
 
 
+def test_damaged_files_raise_and_nothing_worse(tmp_path):
+    """A file cut short, with a zeroed end, or with a changed byte: an exception or an image, never the process's end."""
+    rgb = (np.random.default_rng(0).random((40, 40, 3)) * 255).astype(np.uint8)
+    for kind in ("png", "jpg", "webp", "gif", "bmp", "tiff"):
+        path = tmp_path / f"x.{kind}"
+        Image.fromarray(rgb).save(path)
+        content, raised = path.read_bytes(), 0
+        half = len(content) // 2
+        damaged = [content[:half], content[:half] + bytes(half), b"", content[:20]]
+        damaged += [content[:k] + bytes([content[k] ^ 255]) + content[k + 1 :] for k in range(30, len(content), len(content) // 20)]
+        for bad in damaged:
+            path.write_bytes(bad)
+            try:
+                assert decode(str(path)).dtype == torch.uint8
+            except Exception:
+                raised += 1
+        assert raised >= 2, kind
+
+
+def test_small_images_set_the_size(folder):
+    assert load_data(str(folder)).image_size == 32
+
+
 def test_exif_rotation_is_applied(tmp_path):
     rgb = np.zeros((12, 16, 3), np.uint8)
     rgb[:4] = 255  # bright at the top

@@ -30,8 +30,8 @@ def call(cli):
 def runs(folder, tmp_path_factory):
     """A finished run of each method, one epoch long."""
     root = tmp_path_factory.mktemp("runs")
-    for name, flags in {"mae": ["mae"], "amt": ["amt"], "simmim": ["simmim"]}.items():
-        small = ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2] if name != "simmim" else []
+    for name, flags in {"mae": ["mae"], "amt": ["amt"], "simmim": ["simmim"], "lomar": ["lomar"]}.items():
+        small = ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2] if name in ("mae", "amt") else []
         train.main([str(a) for a in ["--method", *flags, "--data", folder, "--output", root / name, *SIZE, "--epochs", 1,
                                      "--batch-size", 8, *small]])
     return root
@@ -104,6 +104,16 @@ def test_accuracies_of_every_kind_of_checkpoint(call, runs, folder, name, file):
     assert results["linear", True]["features"] == "cached" and results["linear", False]["features"] == "augmented"
 
 
+def test_a_lomar_encoder_is_pooled_by_the_mean_at_any_size(call, runs, folder):
+    code, result, _ = call(runs / "lomar" / "encoder.pt", "knn", "--data", folder, "--image-size", 48)
+    assert code == 0 and result["pool"] == "mean"
+    assert call(runs / "lomar" / "checkpoint.pt", "linear", "--data", folder, "--pool", "cls", "--epochs", 1)[1]["pool"] == "cls"
+    assert call(runs / "lomar" / "checkpoint.pt", "finetune", "--data", folder, "--epochs", 1, "--batch-size", 8)[0] == 0
+    code, result, _ = call(runs / "lomar" / "checkpoint.pt", "reconstruct", "--data", folder, "--count", 2, "--mask-ratio", 0.6)
+    assert code == 0 and read_image(result["picture"]).shape == (3, 130 + 2, 8 * 130 + 2)
+    assert call(runs / "lomar" / "checkpoint.pt", "attention", "--data", folder, "--count", 1)[0] == 0
+
+
 def test_random_and_foreign_checkpoints(call, runs, folder, tmp_path):
     code, result, _ = call("random", "knn", "--data", folder, *SIZE)
     assert code == 0 and result["checkpoint"] == "random"
@@ -137,19 +147,19 @@ def test_reconstruct_draws_a_run_and_the_release_and_takes_overrides(call, runs,
     image = folder / "val" / "a" / "0.png"
     for name in ("mae", "amt", "simmim"):
         code, result, _ = call(runs / name / "checkpoint.pt", "reconstruct", "--data", folder, "--count", 2)
-        assert code == 0 and read_image(result["picture"]).shape == (3, 98 + 2, 6 * 98 + 2)
+        assert code == 0 and read_image(result["picture"]).shape == (3, 130 + 2, 6 * 130 + 2)
     content = torch.load(runs / "mae" / "checkpoint.pt", weights_only=True)["model"]
     torch.save({"model": {k.removeprefix("encoder."): v for k, v in content.items()}}, tmp_path / "full.pth")
     code, result, _ = call(tmp_path / "full.pth", "reconstruct", "--images", image, "--output", tmp_path / "one.png", "--mask-ratio", 0.5)
     assert code == 0 and result["picture"] == str(tmp_path / "one.png")
-    masked = read_image(str(tmp_path / "one.png"))[:, 2:98, 100:196].reshape(3, 8, 12, 8, 12).float()
+    masked = read_image(str(tmp_path / "one.png"))[:, 2:130, 132:260].reshape(3, 8, 16, 8, 16).float()
     grey = (masked.std((0, 2, 4)) < 1) & ((masked.mean((0, 2, 4)) - 127.5).abs() < 1)
     assert grey.sum() == 32  # half of 64 patches
 
 
 def test_attention_draws_the_mean_and_every_head(call, runs, folder):
     code, result, _ = call(runs / "amt" / "encoder.pt", "attention", "--data", folder, "--count", 3)
-    assert code == 0 and read_image(result["picture"]).shape == (3, 3 * 98 + 2, 6 * 98 + 2)  # image, mean, 4 heads
+    assert code == 0 and read_image(result["picture"]).shape == (3, 3 * 130 + 2, 6 * 130 + 2)  # image, mean, 4 heads
 
 
 def test_heat_is_brightest_where_attention_is():
@@ -183,11 +193,17 @@ def test_heat_is_brightest_where_attention_is():
     (["{mae}/encoder.pt", "--task", "attention", "--images", "LICENSE"], "--images LICENSE: cannot be decoded"),
     (["{mae}/encoder.pt", "--task", "attention", "--output", "no/such/folder/a.png"], "cannot write no/such/folder/a.png"),
     (["{mae}/encoder.pt", "--task", "knn", "--data", "{plain}"], "needs labels"),
+    (["{mae}/encoder.pt", "--task", "knn", "--cache-features"], "--cache-features is for --task linear"),
+    (["{mae}/checkpoint.pt", "--task", "reconstruct", "--image-size", "64"], "--image-size is for --task knn"),
+    (["{mae}/checkpoint.pt", "--task", "reconstruct", "--decoder-dim", "32"], "--decoder-dim: makes another model"),
+    (["{mae}/encoder.pt", "--task", "finetune", "--label-smoothing", "2"], "--label-smoothing must be below 1, got 2.0"),
+    (["{mae}/encoder.pt", "--task", "linear", "--batch-size", "1", "--data", "{data}"], "--batch-size must be at least 2"),
+    (["{mae}/encoder.pt", "--task", "linear", "--base-lr", "1e38", "--data", "{data}"], "no longer finite"),
     (["{mae}/encoder.pt", "--task", "knn", "--dat", "shapes"], "unknown argument --dat: did you mean --data"),
 ])
 def test_a_users_mistake_is_one_line(cli, runs, folder, arguments, words, monkeypatch):
     monkeypatch.chdir(train.Path(train.__file__).parent)
-    places = dict(mae=runs / "mae", plain=folder / "val" / "a")
+    places = dict(mae=runs / "mae", plain=folder / "val" / "a", data=folder)
     code, _, err = cli(evaluation, *[a.format(**places) for a in arguments])
     last = err.strip().splitlines()[-1]
     assert code == 2 and words in last and last.startswith("eval.py: error: ") and "Traceback" not in err

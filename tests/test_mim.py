@@ -8,9 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mim
-from mim import AMT, MAE, SimMIM, ViT
+from mim import AMT, MAE, LoMaR, SimMIM, ViT
 
 SMALL = dict(image_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=4)
+NAMES = ["mae", "simmim", "amt-mae", "amt-simmim", "lomar"]
 DECODER = dict(decoder_dim=16, decoder_depth=2, decoder_heads=2)
 
 
@@ -274,10 +275,11 @@ def test_a_perfect_prediction_reconstructs_the_image(norm_pix):
 
 def methods():
     mae, simmim = MAE(ViT(**SMALL), **DECODER), SimMIM(ViT(**SMALL))
-    return [mae, simmim, AMT(ViT(**SMALL), **DECODER), AMT(ViT(**SMALL), base="simmim")]
+    lomar = LoMaR(ViT(**SMALL, relative_position=True), window_size=5, num_windows=2)
+    return [mae, simmim, AMT(ViT(**SMALL), **DECODER), AMT(ViT(**SMALL), base="simmim"), lomar]
 
 
-@pytest.mark.parametrize("number", range(4), ids=["mae", "simmim", "amt-mae", "amt-simmim"])
+@pytest.mark.parametrize("number", range(5), ids=NAMES)
 def test_every_method_returns_the_same_keys_learns_everywhere_and_replays(number):
     method, x = methods()[number], images()
     out = method(x)
@@ -286,11 +288,11 @@ def test_every_method_returns_the_same_keys_learns_everywhere_and_replays(number
     again = method(x, ids_visible=out["ids_visible"], ids_masked=out["ids_masked"])
     assert torch.equal(again["loss"], out["loss"]) and torch.equal(again["pred"], out["pred"])
     out["loss"].backward()
-    frozen = {n for n, p in method.named_parameters() if p.grad is None or not p.grad.any()}
-    assert {n.split(".")[-1] for n in frozen} <= {"pos_embed", "decoder_pos_embed"} and frozen
+    still = {n for n, p in method.named_parameters() if p.grad is None or not p.grad.any()}
+    assert still == {n for n, _ in method.named_parameters() if n.endswith("pos_embed")}
 
 
-@pytest.mark.parametrize("number", range(4), ids=["mae", "simmim", "amt-mae", "amt-simmim"])
+@pytest.mark.parametrize("number", range(5), ids=NAMES)
 def test_predictions_see_visible_patches_alone(number):
     method, x = methods()[number], images().requires_grad_()
     out = method(x)
@@ -336,6 +338,9 @@ def test_simmim_loss_is_mean_absolute_error_of_raw_pixels():
     (lambda: AMT(ViT(**SMALL), base="beit"), "base must be mae or simmim"),
     (lambda: AMT(ViT(**SMALL), interval=0, **DECODER), "interval must be at least 1"),
     (lambda: ViT(embed_dim=30, num_heads=4), "divisible by 4"),
+    (lambda: LoMaR(ViT(**SMALL)), "needs an encoder with relative positions"),
+    (lambda: LoMaR(ViT(**SMALL, relative_position=True), window_size=9), "window_size=9 do not fit into 8x8 patches"),
+    (lambda: LoMaR(ViT(**SMALL, relative_position=True), num_windows=0), "num_windows=0"),
 ])
 def test_bad_arguments_are_named(make, words):
     with pytest.raises(ValueError, match=words):
@@ -359,7 +364,7 @@ def test_amt_counts_are_the_papers():
 
 
 def test_thrown_patches_change_nothing():
-    for amt in methods()[2:]:
+    for amt in methods()[2:4]:
         x = images()
         ids = amt.draw(torch.rand(4, *amt.unit_grid))
         out = amt(x, ids_visible=ids[0], ids_masked=ids[1])
@@ -403,6 +408,14 @@ def test_maps_are_updated_at_the_papers_epochs():
     assert due(20) == list(range(2, 20, 2)) and due(10, base="simmim") == [2, 4, 6, 8] and due(9, interval=4) == [4, 8]
 
 
+def test_random_throwing_needs_no_maps():
+    amt = AMT(ViT(**SMALL), throw="random", **DECODER)
+    out = amt(images(), torch.arange(4), torch.zeros(4, 4), torch.zeros(4, dtype=torch.bool))
+    assert out["ids_thrown"].shape[1] == 25 and not any(amt.maps_due(e, 40) for e in range(40))
+    with pytest.raises(ValueError, match="index needs box and flip"):
+        amt(images(), torch.arange(4))
+
+
 def test_update_maps_places_each_map_at_its_index():
     amt, x = AMT(ViT(**SMALL), **DECODER), images(6)
     amt.update_maps([(x[[4, 0, 2]], torch.tensor([4, 0, 2])), (x[[5, 1]], torch.tensor([5, 1]))], 6)
@@ -417,6 +430,130 @@ def test_crop_maps_by_hand():
     crops = mim.crop_maps(maps, box, torch.tensor([False, False, True]), (4, 4))
     assert torch.allclose(crops[0][:3, :3], torch.zeros(3, 3)) and torch.allclose(crops[1][1:, 1:], torch.full((3, 3), 3.0))
     assert torch.allclose(crops[2][:3], torch.tensor([1.0, 1, 0, 0]).expand(3, -1), atol=0.13)  # flipped
+
+
+# LoMaR
+
+
+def test_relative_buckets_by_hand():
+    """round(1.9 + ln(|x|/1.9) / ln(8) * 1.9): 2 -> 1.95, 3 -> 2.32, 4 -> 2.58, 5 -> 2.78, 6 -> 2.95, 8 -> 3.21, 11 -> 3.50."""
+    index = {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 3, 8: 3, 11: 3, 13: 3, 40: 3}
+    buckets = mim.relative_buckets((14, 41))
+    assert buckets.shape == (1 + 14 * 41,) * 2 and set(buckets.unique().tolist()) == set(range(50))
+    assert (buckets[0] == 49).all() and (buckets[:, 0] == 49).all() and (buckets[1:, 1:] < 49).all()
+    for dy, dx in itertools.product([0, 1, 2, 3, 4, 5, 6, 8, 11, 13], index):
+        there, back = 1 + dy * 41 + dx, 1  # from the first patch to one dy rows below and dx columns to the right
+        assert buckets[back, there] == (index[dy] + 3) * 7 + index[dx] + 3
+        assert buckets[there, back] == (3 - index[dy]) * 7 + 3 - index[dx]
+
+
+def test_relative_attention_against_its_formula_in_float64():
+    attn = mim.Attention(8, 2, relative_position=True).double()
+    torch.nn.init.normal_(attn.relative_table)
+    buckets, x = mim.relative_buckets((2, 3)), torch.randn(2, 7, 8, dtype=torch.float64)
+    q, k, v = attn.split_heads(x)
+    out = torch.zeros_like(q)
+    for b, h, i in itertools.product(range(2), range(2), range(7)):
+        r = attn.relative_table[buckets[i]]  # [L, d]: r_ij for all j
+        logits = torch.stack([q[b, h, i] @ k[b, h, j] / math.sqrt(4) + q[b, h, i] @ r[j] for j in range(7)])
+        out[b, h, i] = logits.softmax(0) @ v[b, h]
+        if i == 3:
+            assert torch.allclose(attn.weights(x, 3, buckets)[b, h], logits.softmax(0))
+    assert torch.allclose(attn(x, buckets), attn.proj(out.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("grid, window, windows", [((14, 14), 7, 4), ((8, 8), 5, 2), ((6, 11), 4, 3), ((5, 5), 5, 1)])
+def test_windows_are_squares_inside_the_grid(grid, window, windows):
+    ids_visible, ids_masked = mim.window_masking(6, grid, window, windows, 0.8)
+    masked = int(window**2 * 0.8)
+    assert ids_masked.shape == (6, windows * masked) and ids_visible.shape == (6, windows * (window**2 - masked))
+    ids = torch.cat([ids_visible.view(6, windows, -1), ids_masked.view(6, windows, -1)], dim=2).sort(2).values
+    first = ids[..., :1]
+    square = (torch.arange(window)[:, None] * grid[1] + torch.arange(window)).flatten()
+    assert torch.equal(ids, first + square)
+    assert (first // grid[1] + window <= grid[0]).all() and (first % grid[1] + window <= grid[1]).all() and first.min() >= 0
+
+
+def test_windows_are_uniform_over_places_and_drawn_for_each_image():
+    draws = 20_000
+    ids_visible, ids_masked = mim.window_masking(draws, (5, 6), 3, 2, 0.8)
+    ids = torch.cat([ids_visible.view(draws, 2, -1), ids_masked.view(draws, 2, -1)], dim=2)
+    first = ids.min(2).values  # the upper left patch: 3 x 4 places
+    counts = torch.bincount(first.flatten(), minlength=30)[[r * 6 + c for r in range(3) for c in range(4)]]
+    assert counts.sum() == first.numel()
+    assert (counts / first.numel() - 1 / 12).abs().max() < 5 * math.sqrt(1 / 12 / first.numel())
+    assert ((first[:, 0] == first[:, 1]).float().mean() - 1 / 12).abs() < 0.01  # windows of an image, too, are independent
+    inside = (ids_masked.view(draws, 2, 7) - first[..., None])
+    chance = torch.bincount(inside.flatten(), minlength=18).float() / inside.shape[:2].numel()
+    assert (chance[[0, 1, 2, 6, 7, 8, 12, 13, 14]] - 7 / 9).abs().max() < 0.02  # uniform inside the window
+
+
+def test_a_moved_window_predicts_the_same():
+    """The image and its windows, moved by whole patches: absolute positions are really gone."""
+    lomar = methods()[4].double()
+    for block in lomar.encoder.blocks:
+        torch.nn.init.normal_(block.attn.relative_table)
+    patches = torch.randn(1, 8, 8, 48).double()
+    moved = patches.roll((2, 1), (1, 2))
+    ids_visible, ids_masked = mim.window_masking(1, (6, 7), 5, 2, 0.8)  # on the part that stays inside
+    place = lambda ids, dy, dx: (ids // 7 + dy) * 8 + ids % 7 + dx  # noqa: E731
+    preds = [lomar(mim.unpatchify(x.flatten(1, 2), 4, (8, 8)), place(ids_visible, dy, dx), place(ids_masked, dy, dx))["pred"]
+             for x, dy, dx in ((patches, 0, 0), (moved, 2, 1))]
+    assert torch.allclose(*preds, atol=1e-10) and preds[0].std() > 0.1
+    assert "encoder.pos_embed" not in lomar.state_dict()
+
+
+def test_relative_positions_matter_and_learn():
+    lomar, x = methods()[4], images()
+    out = lomar(x)
+    out["loss"].backward()
+    assert all(b.attn.relative_table.grad.abs().max() > 0 for b in lomar.encoder.blocks)
+    before = lomar.encoder(x)
+    torch.nn.init.normal_(lomar.encoder.blocks[0].attn.relative_table)
+    assert not torch.allclose(lomar.encoder(x), before, atol=1e-3)
+
+
+def test_windows_are_sequences_of_their_own():
+    lomar, x = methods()[4], images(2)
+    out = lomar(x)
+    one = [k[:, : k.shape[1] // 2] for k in (out["ids_visible"], out["ids_masked"])]
+    assert torch.allclose(lomar(x, *one)["pred"], out["pred"][:, : one[1].shape[1]], atol=1e-5)
+
+
+def test_lomar_defaults_and_cost_are_the_papers():
+    """17.5 GMAC at ViT-B/16 with 4 windows of 7x7; at 448 pixels the same but for the patch projection."""
+
+    def build(size, **options):
+        with torch.device("meta"):
+            lomar = LoMaR(ViT(size, relative_position=True), **options)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                lomar(torch.randn(1, 3, size, size))
+        return lomar, counter.get_total_flops() / 2e9
+
+    lomar, small = build(224)
+    assert (lomar.num_windows, lomar.window_size, lomar.num_masked, lomar.num_visible) == (4, 7, 39, 10)
+    assert small == pytest.approx(17.5, rel=0.01)
+    projection = (28**2 - 14**2) * 768 * 768 / 1e9
+    assert build(448, num_windows=4)[1] - projection == pytest.approx(small, rel=1e-6)
+    assert [build(s)[0].num_windows for s in (384, 448)] == [6, 9]
+    assert [build(224, window_size=k)[0].num_windows for k in (5, 9, 11, 14)] == [8, 3, 2, 1]
+
+
+def test_the_plain_vit_pays_nothing():
+    assert not any("relative" in k or "bucket" in k for k in ViT(**SMALL).state_dict()) and not hasattr(ViT(**SMALL), "buckets")
+
+
+def test_a_relative_encoder_loads_at_any_size():
+    relative = ViT(**SMALL, relative_position=True)
+    for block in relative.blocks:
+        torch.nn.init.normal_(block.attn.relative_table)
+    vit, report = mim.vit_from_checkpoint(relative.state_dict(), image_size=(32, 48))
+    assert report == ([], []) and vit.grid == (8, 12) and vit.blocks[0].attn.num_heads == 4
+    assert torch.equal(vit.blocks[2].attn.relative_table, relative.blocks[2].attn.relative_table)
+    with pytest.raises(ValueError, match="give image_size"):
+        mim.vit_from_checkpoint(relative.state_dict())
+    with pytest.raises(ValueError, match="another architecture: there is no blocks.0.attn.relative_table"):
+        mim.load_encoder(ViT(**SMALL), relative.state_dict())
 
 
 # Loading weights
@@ -479,7 +616,24 @@ def test_position_tables_are_resized():
     assert torch.equal(vit.pos_embed, mim.resize_position_embedding(table, (4, 12)))
 
 
+def test_a_table_tells_its_grid():
+    for grid in ((4, 16), (16, 4), (8, 8), (3, 5)):
+        assert mim.grid_of(mim.sincos_position_embedding(16, grid)) == grid
+    learned = torch.randn(1, 65, 16)
+    assert mim.grid_of(learned) == (8, 8) and mim.grid_of(torch.randn(1, 16, 16), likely=(3, 5)) == (3, 5)
+    with pytest.raises(ValueError, match="position table of 15 patches"):
+        mim.grid_of(torch.randn(1, 16, 16))
+    vit, _ = mim.vit_from_checkpoint(ViT((16, 64), 4, 32, 1, 1).state_dict())
+    assert vit.grid == (4, 16)
+    square = ViT(32, 4, 32, 1, 1)
+    mim.load_encoder(square, vit.state_dict())  # as many patches, another grid
+    assert torch.equal(square.pos_embed, mim.resize_position_embedding(vit.pos_embed, (8, 8)))
+    assert not torch.allclose(square.pos_embed, vit.pos_embed)
+
+
 @pytest.mark.parametrize("change, words", [
+    (lambda s: s.update({"blocks.0.ls1.gamma": torch.ones(32)}), "another architecture: there is no blocks.0.ls1.gamma"),
+    (lambda s: s.update({"blocks.3.norm1.weight": torch.ones(32)}), "another architecture: there is no blocks.3"),
     (lambda s: s.pop("blocks.1.mlp.fc1.weight"), "lacks 1 of .* blocks.1.mlp.fc1.weight"),
     (lambda s: s.update({"blocks.0.norm1.weight": torch.zeros(5)}), r"blocks.0.norm1.weight is \[5\] in the checkpoint, \[32\] here"),
     (lambda s: s.pop("patch_embed.proj.weight"), "no Vision Transformer"),
@@ -514,7 +668,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
 # Learning, and lifting
 
 
-@pytest.mark.parametrize("number", range(4), ids=["mae", "simmim", "amt-mae", "amt-simmim"])
+@pytest.mark.parametrize("number", range(5), ids=NAMES)
 def test_a_tiny_model_learns_in_seconds(number):
     """Images of one colour each: any visible patch tells what is masked, so the loss must fall far below the start."""
     method = methods()[number]

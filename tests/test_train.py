@@ -27,7 +27,7 @@ def call(cli, folder, tmp_path):
     """call(method, *flags, out=name) trains on the folder of 24 scenes -> (exit code, stdout, stderr, output folder)."""
 
     def run(method, *flags, out="run", data=folder, tiny=TINY):
-        tiny = tiny if method != "simmim" and "simmim" not in flags else tiny[:10]
+        tiny = tiny[:10] if method in ("simmim", "lomar") or "simmim" in flags else tiny  # a decoder is MAE's alone
         result = cli(train, "--method", method, "--data", data, "--output", tmp_path / out, *tiny, *flags)
         return *result, tmp_path / out
 
@@ -70,6 +70,7 @@ def test_weight_decay_spares_biases_norms_tokens_and_positions():
 @pytest.mark.parametrize("flags, expected", [
     (["--method", "mae"], dict(epochs=800, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, betas=(0.9, 0.95), model="base", patch_size=16)),
     (["--method", "amt"], dict(epochs=400, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, crop_scale=(0.2, 1.0))),
+    (["--method", "lomar"], dict(epochs=1600, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, betas=(0.9, 0.95))),
     (["--method", "simmim"], dict(epochs=800, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10, betas=(0.9, 0.999), crop_scale=(0.67, 1.0))),
     (["--method", "amt", "--base", "simmim"], dict(epochs=200, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10)),
     (["--method", "mae", "--epochs", "80", "--batch-size", "1024", "--accumulate", "8"], dict(warmup_epochs=4.0, lr=6e-4, accumulate=8)),
@@ -88,6 +89,7 @@ def test_recipes_shrink_for_small_images():
     settings = train.settle(train.parse(["--method", "simmim"]), 4096, 64)
     assert (settings["patch_size"], settings["model"]) == (8, "nano") and "decoder_dim" not in settings["method_options"]
     assert train.settle(train.parse(["--method", "mae", "--data", "x"]), 100, 224)["batch_size"] == 64
+    assert train.settle(train.parse(["--method", "mae", "--data", "x"]), 100, 50)["patch_size"] == 5
 
 
 @pytest.mark.parametrize("method", mim.METHODS)
@@ -113,7 +115,8 @@ def test_flags_have_their_arguments_types():
 # Training
 
 
-@pytest.mark.parametrize("method, flags", [("mae", []), ("simmim", []), ("amt", []), ("amt", ["--base", "simmim"])])
+@pytest.mark.parametrize("method, flags", [("mae", []), ("simmim", []), ("amt", []), ("amt", ["--base", "simmim"]),
+                                           ("lomar", ["--window-size", 5])])
 def test_a_run_leaves_what_it_promises(call, method, flags):
     code, out, err, output = call(method, *flags)
     assert code == 0 and "24 images, 2 classes" in out and "patch_size" in out
@@ -122,14 +125,15 @@ def test_a_run_leaves_what_it_promises(call, method, flags):
     assert {"loss", "lr", "images_per_s", "seconds"} <= lines[0].keys() and all(math.isfinite(line["loss"]) for line in lines)
     assert not list(output.glob("*.tmp")) and not any(output.glob("*.tmp"))
     state = torch.load(output / "encoder.pt", weights_only=True)
-    encoder, (missing, left_over) = mim.vit_from_checkpoint(output / "encoder.pt")
+    encoder, (missing, left_over) = mim.vit_from_checkpoint(output / "encoder.pt", 32 if method == "lomar" else None)
     assert not missing and not left_over and encoder.image_size == (32, 32)
     assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
     checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 3 and checkpoint["step"] == 9
     assert (checkpoint["maps"] is not None) == (method == "amt")
     picture = read_image(str(output / "reconstruction.png"))
-    assert picture.shape == (3, 4 * 98 + 2, 6 * 98 + 2)  # 8 images, 3 tiles each, 6 tiles a row, zoomed to 96 pixels
+    columns = 8 if method == "lomar" else 6  # 8 images of 3 tiles each, LoMaR's window besides; zoomed to 128 pixels
+    assert picture.shape == (3, 4 * 130 + 2, columns * 130 + 2)
 
 
 def test_the_loss_falls(call):
@@ -141,8 +145,8 @@ def test_the_loss_falls(call):
 def test_pictures_show_thrown_patches_black_and_masked_ones_grey():
     amt = mim.AMT(mim.ViT(32, 4, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2).eval()
     images = torch.zeros(1, 3, 32, 32)  # ImageNet's mean colour
-    grid = train.draw_reconstruction(amt, images)[:, 2:-2, 2:].unfold(2, 96, 98)
-    image, masked, filled = (grid[:, :, k].reshape(3, 8, 12, 8, 12) for k in range(3))
+    grid = train.draw_reconstruction(amt, images)[:, 2:-2, 2:].unfold(2, 128, 130)
+    image, masked, filled = (grid[:, :, k].reshape(3, 8, 16, 8, 16) for k in range(3))
     assert torch.allclose(image.mean((2, 4))[0], torch.full((8, 8), 0.485), atol=1e-3)
     tones = masked.mean((0, 2, 4))
     counts = [(abs(tones - tone) < 1e-3).sum().item() for tone in (0.5, 0.0)]
@@ -150,7 +154,7 @@ def test_pictures_show_thrown_patches_black_and_masked_ones_grey():
     assert ((abs(filled.amax((0, 2, 4))) < 1e-3) == (abs(tones) < 1e-3)).all()
 
 
-@pytest.mark.parametrize("flags", [["mae"], ["amt", "--interval", 1], ["amt", "--base", "simmim", "--interval", 1]])
+@pytest.mark.parametrize("flags", [["mae"], ["amt", "--interval", 1], ["amt", "--base", "simmim", "--interval", 1], ["lomar"]])
 def test_a_resumed_run_is_the_uninterrupted_one(call, flags, monkeypatch):
     *_, whole = call(*flags, out="whole")
     save, saves = train.save_run, []
@@ -169,6 +173,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, flags, monkeypatch):
     assert_same_run(whole, output)
     code, out, *_ = call(*flags, "--resume")
     assert code == 0 and "3 epochs done" in out
+    assert_same_run(whole, output)
+
+
+def test_resuming_keeps_what_was_given_at_the_start(call, monkeypatch):
+    save = train.save_run
+
+    def save_then_interrupt(run):
+        save(run)
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", save_then_interrupt)
+    flags = ["mae", "--base-lr", 0.05, "--accumulate", 2, "--precision", "bf16"]
+    *_, output = call(*flags)
+    monkeypatch.setattr(train, "save_run", save)
+    assert call("mae", "--resume")[0] == 0 and call(*flags, "--resume")[0] == 0
+    settings = torch.load(output / "checkpoint.pt", weights_only=True)["args"]
+    assert (settings["base_lr"], settings["accumulate"], settings["precision"]) == (0.05, 2, "bf16")
+    *_, whole = call(*flags, out="whole")
     assert_same_run(whole, output)
 
 
@@ -285,7 +308,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(call):
         code, _, err, _ = call("mae", "--overwrite")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2 and "cannot write" in err and "checkpoint.pt" in err and "kept" in err and err.strip().count("\n") == 0
+    assert code == 2 and "cannot write" in err and "encoder.pt" in err and "kept" in err and err.strip().count("\n") == 0
     assert (output / "checkpoint.pt").read_bytes() == before and not list(output.glob("*.tmp"))
 
 
@@ -316,6 +339,9 @@ MISTAKES = {
     "no folder": (["--method", "mae", "--data", "nowhere"], "--data nowhere: no such folder"),
     "zero epochs": (["--method", "mae", "--epochs", "0"], "--epochs must be positive, got 0"),
     "negative workers": (["--method", "mae", "--workers", "-1"], "--workers must not be negative, got -1"),
+    "no number": (["--method", "mae", "--lr", "nan"], "--lr must be positive, got nan"),
+    "no heads": (["--method", "mae", "--decoder-heads", "0"], "cannot be split into 0 heads"),
+    "long seed": (["--method", "mae", "--seed", str(2**63)], "--seed must be below 2**63"),
     "negative seed": (["--method", "mae", "--seed", "-1"], "--seed must not be negative, got -1"),
     "large batch": (["--method", "mae", "--batch-size", "5000"], "--batch-size 5000 is more than the 4096 images"),
     "uneven batch": (["--method", "mae", "--batch-size", "9", "--accumulate", "2"], "--batch-size 9 is not divisible by"),
