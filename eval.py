@@ -36,7 +36,7 @@ RECIPES = {
     "attention": dict(count=4, query=0),
 }
 SMALL_RECIPES = {
-    "linear": dict(epochs=30, batch_size=256, base_lr=20.0, warmup_epochs=2),
+    "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
 }
 SETTINGS = {  # flag: (type, what it is)

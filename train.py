@@ -50,7 +50,7 @@ RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600)
 # eighth of the image; `options` are constructor arguments of the method, for those that have them.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
                     options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5, num_windows=2))
-SHAPES_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=1.2e-2, lr_batch=256, warmup_epochs=0.5,
+SHAPES_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
                      options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, num_windows=2,
                                   interval=2))  # an update of the maps costs as much as an epoch here
 
