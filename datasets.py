@@ -412,8 +412,9 @@ def pair_max(size):
 class Images(torch.utils.data.Dataset):
     """Items of a source for one way of looking at its images.
 
-    view: "crop" a random resized crop and flip (training); "center" the largest centred crop, of 7/8 the side for
-        large images, as the papers evaluate; "whole" the full image, resized.
+    view: "crop" a random resized crop (training); "center" the largest centred crop, of 7/8 the side for large images,
+        as the papers evaluate; "whole" the full image, resized.
+    flip: whether every second random crop, by chance, is mirrored.
     crop_scale: area of the random crop, as fractions of the image's.
     augment: a transforms.v2 transform of the cropped uint8 image, such as RandAugment.
     instances: whether items carry the instance map of a source that has one, cropped exactly as the image.
@@ -422,8 +423,9 @@ class Images(torch.utils.data.Dataset):
     that cannot be decoded comes the next that can; `index` says which, and `broken` is the bad one's (else -1).
     """
 
-    def __init__(self, source, image_size, view="crop", crop_scale=(0.2, 1.0), seed=0, augment=None, instances=False):
-        self.source, self.view, self.seed, self.augment = source, view, seed, augment
+    def __init__(self, source, image_size, view="crop", crop_scale=(0.2, 1.0), flip=True, seed=0, augment=None,
+                 instances=False):
+        self.source, self.view, self.flip, self.seed, self.augment = source, view, flip, seed, augment
         self.size = list(image_size) if not isinstance(image_size, int) else [image_size, image_size]
         self.random_crop = v2.RandomResizedCrop(self.size, scale=crop_scale)
         self.keys = ("image", "instances") if instances else ("image",)
@@ -454,7 +456,7 @@ class Images(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
         H, W = image.shape[-2:]
         top, left, height, width = self.choose_box(image, H, W)
-        flip = self.view == "crop" and bool(torch.rand(()) < 0.5)
+        flip = self.flip and self.view == "crop" and bool(torch.rand(()) < 0.5)
         out = dict(label=item["label"], index=index, broken=broken, flip=flip,
                    box=torch.tensor([left / W, top / H, (left + width) / W, (top + height) / H]))
         maps = {"image": image, "instances": tv_tensors.Mask(item["instances"]) if "instances" in item else None}

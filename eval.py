@@ -31,9 +31,9 @@ RECIPES = {
     "knn": dict(k=20, temperature=0.07, pool="cls"),  # Wu et al., 2018, arXiv:1805.01978
     "linear": dict(epochs=90, batch_size=16384, base_lr=0.1, warmup_epochs=10, pool="cls"),  # MAE, Table 10
     "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=None,
-                     drop_path=0.1, label_smoothing=0.1, pool="mean"),  # MAE, Table 9
+                     drop_path=0.1, label_smoothing=0.1, pool="mean"),  # MAE, Table 9; base_lr its code's for ViT-B
     "reconstruct": dict(count=8),
-    "attention": dict(count=4, query=0),
+    "attention": dict(count=4, query=None),
 }
 SMALL_RECIPES = {
     "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
@@ -52,7 +52,8 @@ SETTINGS = {  # flag: (type, what it is)
     "k": (int, "neighbours"),
     "temperature": (float, "of the neighbours' votes"),
     "count": (int, "images in the picture"),
-    "query": (int, "whose attention: 0 the class token, 1+i patch i"),
+    "query": (int, "whose attention: 0 the class token (default; of LoMaR, which does not train it, the patch in the "
+                   "middle), 1+i patch i"),
 }
 
 
@@ -102,15 +103,19 @@ def open_encoder(settings):
             model = settings.get("model", "nano" if shapes else "tiny" if small else "base")
             check_choice("--model", model, list(mim.SIZES))
             patch_size = settings.get("patch_size", max(1, pair_max(size) // 8) if small else 16)
-            return mim.ViT(size, patch_size, **mim.SIZES[model], drop_path=drop_path)
-        for flag in ("model", "patch_size"):
+            return mim.ViT(size, patch_size, **mim.SIZES[model], drop_path=drop_path,
+                           relative_position="relative_position" in settings)
+        for flag in ("model", "patch_size", "relative_position"):
             if flag in settings:
                 raise UsageError(f"--{flag.replace('_', '-')} is for an untrained encoder; {path} brings its own")
         content = mim.load_file(path)
         if size is None and isinstance(content, dict) and isinstance(content.get("args"), dict):
             size = content["args"].get("image_size")  # the only record of a grid that is not square
         if size is None and not any(k.endswith("pos_embed") for k in mim.read_checkpoint(content)):
-            size = load_data(settings["data"], "val").image_size  # relative positions: any size will do
+            if "images" in settings:
+                raise UsageError(f"--image-size is needed: {path} has relative positions, which fit any")
+            size = load_data(settings["data"], "val").image_size
+            print(f"{path} has relative positions, which fit any size: taking the data's, {size}", file=sys.stderr)
         encoder, names = mim.vit_from_checkpoint(content, size, drop_path=drop_path)
     except UsageError:
         raise
@@ -429,6 +434,9 @@ def heat(images, attention):
 def attention(encoder, settings, machine):
     """A picture of the last block's attention: a row has the image, the mean of the heads over it, and each head."""
     device, amp, _ = machine
+    if settings["query"] is None:
+        (gh, gw), relative = encoder.grid, encoder.relative_position
+        settings["query"] = 1 + gh // 2 * gw + gw // 2 if relative else 0
     if not 0 <= settings["query"] <= encoder.num_patches:
         raise UsageError(f"--query {settings['query']}: it may be 0 (class token) to {encoder.num_patches} (the last "
                          "patch)")
@@ -461,6 +469,8 @@ def parse(argv):
     parser.add_argument("--model", help="size of an untrained encoder")
     parser.add_argument("--image-size", type=int, nargs="+", help="pixels (default: the checkpoint's)")
     parser.add_argument("--patch-size", type=int, help="of an untrained encoder")
+    parser.add_argument("--relative-position", action="store_true", default=None,
+                        help="an untrained encoder with LoMaR's relative positions")
     parser.add_argument("--cache-features", action="store_true", help="linear: encode the training images once")
     parser.add_argument("--output", help="the picture's file (default: TASK.png beside the checkpoint)")
     parser.add_argument("--workers", type=int)
@@ -506,12 +516,16 @@ def main(argv):
         recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
     settings = recipe | dict(precision=precision) | given
     beside = Path(".") if given["checkpoint"] == "random" else Path(given["checkpoint"]).parent
-    if getattr(model, "relative_position", False) and "pool" in RECIPES[task]:
-        settings["pool"] = given.get("pool", "mean")  # LoMaR's own: its class token is trained for nothing (§4)
+    encoder = getattr(model, "encoder", model)
+    if encoder.relative_position and "pool" in recipe:  # LoMaR pools by the mean, and fine-tunes at 1e-3 (its §6.1)
+        settings["pool"] = given.get("pool", "mean")
+        if task == "finetune" and not small:
+            settings["base_lr"] = given.get("base_lr", 1e-3)
     settings["output"] = Path(given.get("output", beside / f"{task}.png"))
     amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
     result = TASKS[task](model.to(device).eval(), settings, (device, amp, workers))
     result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
+    result |= dict(image_size=list(encoder.image_size))
     result |= {k: settings[k] for k in RECIPES[task]}
     result |= dict(seed=given["seed"], device=str(device), precision=precision)
     print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1))))

@@ -408,9 +408,9 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None, drop_path=0.0):
     depth = len({k.removeprefix(prefix).split(".")[1] for k in state if k.startswith(prefix + "blocks.")})
     relative = state.get(prefix + "blocks.0.attn.relative_table")
     heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
-    if num_heads is None:
-        head_dim = 64 if relative is None else relative.shape[1]
-        num_heads = heads.get((embed_dim, depth)) or max(1, embed_dim // head_dim)
+    if relative is not None:
+        heads = {(embed_dim, depth): embed_dim // relative.shape[1]}
+    num_heads = num_heads or heads.get((embed_dim, depth)) or max(1, embed_dim // 64)
     if image_size is None:
         if prefix + "pos_embed" not in state:
             raise ValueError("give image_size: the checkpoint has no position table to tell it")
@@ -668,7 +668,7 @@ class AMT(nn.Module):
     base: "mae" or "simmim"; further keyword arguments go to that class.
     mask_ratio, throw_ratio: default to §4.1: 0.45 / 0.40 on MAE, 0.44 / 0.26 on SimMIM. With throw_ratio=0
         alone, mask_ratio is the base's own: attention-driven masking without throwing (Table 1).
-    throw: "middle", "low" or "random" (Table 4): see `attention_masking`. "random" needs no maps and is the same always.
+    throw: "middle", "low" or "random" (Table 4): see `attention_masking`. "random" needs no maps at all.
     interval: epochs between updates of the maps; default 40, or in shorter runs 10% (MAE) and 20% (SimMIM) of them.
 
     Training: masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image
@@ -783,8 +783,8 @@ class LoMaR(nn.Module):
     with the image; one encoder sees visible and masked patches, and relative positions make all places alike.
 
     encoder: a ViT with relative_position=True.
-    num_windows: defaults to Table 4's partner of the window size (7 patches: 4 windows); with windows of 7, to §4.1's
-        6 on a 24x24 grid (384 pixels) and 9 on a 28x28 grid (448 pixels).
+    num_windows: defaults to as many as hold the patches of a 14x14 grid (or of a smaller one, whole), which is Table 4:
+        8 of 5x5, 4 of 7x7, 3 of 9x9; and for images of 384 and 448 pixels to §4.1's 6 and 9 of 7x7.
 
     Departs from the authors' code, and follows the paper, in that each image has windows at places of its own. "Zero
     out" (§3.2) is a learned mask token, and the "MLP head" one linear layer, as in that code.
@@ -799,8 +799,8 @@ class LoMaR(nn.Module):
         if not encoder.relative_position:
             raise ValueError("LoMaR needs an encoder with relative positions: ViT(..., relative_position=True)")
         if num_windows is None:
-            at_size = {(24, 24): 6, (28, 28): 9}.get(encoder.grid) if window_size == 7 else None
-            num_windows = at_size or {5: 8, 7: 4, 9: 3, 11: 2, 14: 1}.get(window_size, 1)  # Table 4
+            at_size = {(384, 384): 6, (448, 448): 9}.get(encoder.image_size) if window_size == 7 else None  # §4.1
+            num_windows = at_size or math.ceil(min(encoder.num_patches, 196) / max(1, window_size) ** 2)  # Table 4
         ids_visible, _ = window_masking(1, encoder.grid, window_size, num_windows, mask_ratio)  # or says what is wrong
         self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
         self.window_size, self.num_windows = window_size, num_windows

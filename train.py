@@ -2,7 +2,8 @@
 
 Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every flag does: `--help`, with --method
 also the method's own. All randomness of a step is a function of (seed, step, micro-batch) and that of an image of
-(seed, epoch, index), so a run continued with --resume ends where it would have ended without the stop.
+(seed, epoch, index), so a run continued with --resume ends where it would have ended without the stop: bit for bit on
+a CPU, on CUDA but for the order in which its kernels sum.
 """
 
 import argparse
@@ -35,23 +36,25 @@ from datasets import (SMALL, BrokenFiles, EpochBatches, Images, UsageError, deno
 RECIPES = {
     # MAE: Table 8 (pre-training setting)
     "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
-                warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05, clip_grad=None, crop_scale=(0.2, 1.0)),
+                warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05, clip_grad=None, crop_scale=(0.2, 1.0),
+                flip=True),
     # SimMIM: §4.1; the learning rate is per 512 images
     "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512,
-                   warmup_epochs=10, betas=(0.9, 0.999), weight_decay=0.05, clip_grad=None, crop_scale=(0.67, 1.0)),
+                   warmup_epochs=10, betas=(0.9, 0.999), weight_decay=0.05, clip_grad=None, crop_scale=(0.67, 1.0),
+                   flip=True),
 }
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1)
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
-# LoMaR: "we follow the MAE settings"; 40 epochs of warm-up for 1600 (its supplement, §6.1)
-RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600)
+# LoMaR: "we follow the MAE settings", but crops alone, no flip; 40 epochs of warm-up for 1600 (its supplement, §6.1)
+RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, flip=False)
 
 # What changes for images of up to 96 pixels, and for the built-in scenes: ours, not the papers'. patch_size is an
 # eighth of the image; `options` are constructor arguments of the method, for those that have them.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
-                    options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5, num_windows=2))
+                    options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5))
 SHAPES_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
-                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, num_windows=2,
+                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5,
                                   interval=2))  # an update of the maps costs as much as an epoch here
 
 # ---------------------------------------------------------------------------------------------------------
@@ -407,6 +410,8 @@ def join_processes(device):
     """(rank, world size) under torchrun, (0, 1) without."""
     if "RANK" not in os.environ:
         return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
@@ -418,8 +423,12 @@ def settle_run(given, state, rank, world_size):
         chosen = {k: given[k] for k in MAY_CHANGE if k in given}
         given = {k: v for k, v in saved.items() if k not in ("method_options", "base_lr") and v is not None} | chosen
         # A step keeps its micro-batches, and so its masks, if the processes can share them out.
+        micro_batches = saved["world_size"] * saved["accumulate"]
         if "accumulate" not in chosen:
-            given["accumulate"] = max(1, saved["world_size"] * saved["accumulate"] // world_size)
+            given["accumulate"] = micro_batches // world_size if micro_batches % world_size == 0 else None
+        if world_size * (given["accumulate"] or 0) != micro_batches and rank == 0:
+            print(f"--resume: a step no longer has {micro_batches} micro-batches, so its masks differ from now on")
+        given = {k: v for k, v in given.items() if v is not None}
     if rank and world_size > 1:
         dist.barrier()  # one process downloads
     source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"))
@@ -526,7 +535,8 @@ def prepare(given):
     run.model = run.method
     if run.world_size > 1:
         run.model = DistributedDataParallel(run.method, broadcast_buffers=False, gradient_as_bucket_view=True)
-    dataset = Images(run.source, settings["image_size"], "crop", tuple(settings["crop_scale"]), settings["seed"])
+    dataset = Images(run.source, settings["image_size"], "crop", tuple(settings["crop_scale"]), settings["flip"],
+                     settings["seed"])
     micro_batch = settings["batch_size"] // run.world_size // settings["accumulate"]
     run.batches = EpochBatches(len(dataset), settings["batch_size"], micro_batch, settings["seed"], run.rank,
                                run.world_size)

@@ -1,9 +1,12 @@
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from torchvision.io import write_png
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere: a GPU's sums are not bit for bit repeatable
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torchvision.io import write_png  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

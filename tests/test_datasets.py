@@ -254,6 +254,10 @@ def test_random_crops_cover_the_asked_share():
     assert 0.63 < min(areas) < 0.75 and max(areas) > 0.9
 
 
+def test_flips_can_be_turned_off():
+    assert not any(Images(Source(coordinates()), 16, flip=False)[e, 0]["flip"] for e in range(30))
+
+
 def test_instance_map_is_cropped_exactly_as_its_image():
     source = Shapes(image_size=64)
     image = torch.stack([source.read(3)["instances"]] * 3) * 40  # an image that shows its own map

@@ -111,7 +111,12 @@ def test_a_lomar_encoder_is_pooled_by_the_mean_at_any_size(call, runs, folder):
     assert call(runs / "lomar" / "checkpoint.pt", "finetune", "--data", folder, "--epochs", 1, "--batch-size", 8)[0] == 0
     code, result, _ = call(runs / "lomar" / "checkpoint.pt", "reconstruct", "--data", folder, "--count", 2, "--mask-ratio", 0.6)
     assert code == 0 and read_image(result["picture"]).shape == (3, 130 + 2, 8 * 130 + 2)
-    assert call(runs / "lomar" / "checkpoint.pt", "attention", "--data", folder, "--count", 1)[0] == 0
+    code, result, _ = call(runs / "lomar" / "checkpoint.pt", "attention", "--data", folder, "--count", 1)
+    assert code == 0 and result["query"] == 1 + 4 * 8 + 4  # the patch in the middle
+    code, result, _ = call("random", "knn", "--data", folder, *SIZE, "--relative-position")
+    assert code == 0 and result["pool"] == "mean" and result["image_size"] == [32, 32]
+    code, _, err = call(runs / "lomar" / "encoder.pt", "attention", "--images", folder / "val" / "a" / "0.png")
+    assert code == 2 and "--image-size is needed" in err
 
 
 def test_random_and_foreign_checkpoints(call, runs, folder, tmp_path):
@@ -177,7 +182,7 @@ def test_heat_is_brightest_where_attention_is():
     (["random"], "--task is missing; it may be knn, linear, finetune, reconstruct, attention"),
     (["random", "--task", "lineal"], "--task 'lineal' is unknown: did you mean linear"),
     (["nowhere.pt", "--task", "knn"], "cannot read nowhere.pt: No such file"),
-    (["LICENSE", "--task", "knn"], "cannot read LICENSE: not a whole PyTorch checkpoint"),
+    (["text", "--task", "knn"], "cannot read text: not a whole PyTorch checkpoint"),
     (["random", "--task", "reconstruct"], "needs a pre-trained model with its decoder, not random"),
     (["{mae}/encoder.pt", "--task", "reconstruct"], "it has an encoder only"),
     (["{mae}/encoder.pt", "--task", "knn", "--model", "tiny"], "--model is for an untrained encoder"),
@@ -190,7 +195,7 @@ def test_heat_is_brightest_where_attention_is():
     (["{mae}/encoder.pt", "--task", "knn", "--pool", "max"], "--pool 'max' is unknown"),
     (["{mae}/encoder.pt", "--task", "attention", "--query", "65"], "--query 65: it may be 0 (class token) to 64"),
     (["{mae}/encoder.pt", "--task", "attention", "--images", "nowhere.png"], "--images nowhere.png"),
-    (["{mae}/encoder.pt", "--task", "attention", "--images", "LICENSE"], "--images LICENSE: cannot be decoded"),
+    (["{mae}/encoder.pt", "--task", "attention", "--images", "text"], "--images text: cannot be decoded"),
     (["{mae}/encoder.pt", "--task", "attention", "--output", "no/such/folder/a.png"], "cannot write no/such/folder/a.png"),
     (["{mae}/encoder.pt", "--task", "knn", "--data", "{plain}"], "needs labels"),
     (["{mae}/encoder.pt", "--task", "knn", "--cache-features"], "--cache-features is for --task linear"),
@@ -201,8 +206,9 @@ def test_heat_is_brightest_where_attention_is():
     (["{mae}/encoder.pt", "--task", "linear", "--base-lr", "1e38", "--data", "{data}"], "no longer finite"),
     (["{mae}/encoder.pt", "--task", "knn", "--dat", "shapes"], "unknown argument --dat: did you mean --data"),
 ])
-def test_a_users_mistake_is_one_line(cli, runs, folder, arguments, words, monkeypatch):
-    monkeypatch.chdir(train.Path(train.__file__).parent)
+def test_a_users_mistake_is_one_line(cli, runs, folder, arguments, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("neither a checkpoint nor an image")
     places = dict(mae=runs / "mae", plain=folder / "val" / "a", data=folder)
     code, _, err = cli(evaluation, *[a.format(**places) for a in arguments])
     last = err.strip().splitlines()[-1]

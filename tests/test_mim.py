@@ -537,6 +537,8 @@ def test_lomar_defaults_and_cost_are_the_papers():
     projection = (28**2 - 14**2) * 768 * 768 / 1e9
     assert build(448, num_windows=4)[1] - projection == pytest.approx(small, rel=1e-6)
     assert [build(s)[0].num_windows for s in (384, 448)] == [6, 9]
+    with torch.device("meta"):
+        assert LoMaR(ViT(224, patch_size=8, relative_position=True)).num_windows == 4  # §4.1, pretraining on small patches
     assert [build(224, window_size=k)[0].num_windows for k in (5, 9, 11, 14)] == [8, 3, 2, 1]
 
 
@@ -551,6 +553,8 @@ def test_a_relative_encoder_loads_at_any_size():
     vit, report = mim.vit_from_checkpoint(relative.state_dict(), image_size=(32, 48))
     assert report == ([], []) and vit.grid == (8, 12) and vit.blocks[0].attn.num_heads == 4
     assert torch.equal(vit.blocks[2].attn.relative_table, relative.blocks[2].attn.relative_table)
+    narrow = ViT(32, 4, embed_dim=192, depth=12, num_heads=6, relative_position=True)
+    assert mim.vit_from_checkpoint(narrow.state_dict(), 32)[0].blocks[0].attn.num_heads == 6
     with pytest.raises(ValueError, match="give image_size"):
         mim.vit_from_checkpoint(relative.state_dict())
     with pytest.raises(ValueError, match="another architecture: there is no blocks.0.attn.relative_table"):
