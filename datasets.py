@@ -120,6 +120,7 @@ TEXTURES = (  # how much of the second colour; p and q count periods along two a
 
 @functools.cache
 def pixel_centres(size):
+    """The centres of `size` pixels as fractions of the side, [size]."""
     return (np.arange(size, dtype=np.float32) + 0.5) / size
 
 
@@ -131,6 +132,7 @@ def project(x, y, axes):
 
 
 def pick(rng, options):
+    """One of the options, by a draw that is the same on every Python."""
     return options[int(rng.random() * len(options))]
 
 
