@@ -734,7 +734,7 @@ class AMT(nn.Module):
 
         Under torch.distributed each process brings its share, and all end with all of them.
         """
-        maps = torch.zeros(num_images, *self.encoder.grid, dtype=torch.float16, device=self.encoder.pos_embed.device)
+        maps = torch.zeros(num_images, *self.encoder.grid, dtype=torch.float16, device=self.encoder.cls_token.device)
         for images, index in batches:
             maps[index] = self.attention_map(images).half()
         if dist.is_available() and dist.is_initialized():

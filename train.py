@@ -410,8 +410,6 @@ def join_processes(device):
     """(rank, world size) under torchrun, (0, 1) without."""
     if "RANK" not in os.environ:
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
@@ -509,6 +507,10 @@ def prepare(given):
     if state:
         given = dict(precision=state["args"]["precision"]) | given
     run.device, precision, run.workers = settle_machine(given)
+    on_cuda = run.device.type == "cuda"
+    if on_cuda:  # before the processes meet: NCCL works on the current device
+        torch.cuda.set_device(run.device)
+        torch.set_float32_matmul_precision("high")
     run.rank, run.world_size = join_processes(run.device)
     run.source, run.settings = settle_run(given, state, run.rank, run.world_size)
     settings = run.settings = run.settings | dict(precision=precision)
@@ -518,10 +520,6 @@ def prepare(given):
         print(run.source.description)
         shown |= dict(device=run.device, workers=run.workers)
         print("\n".join(f"  {k:14s} {v}" for k, v in shown.items()))
-    on_cuda = run.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(run.device)
-        torch.set_float32_matmul_precision("high")
     run.amp = lambda: torch.autocast(run.device.type, PRECISIONS[precision], enabled=precision != "fp32")
     torch.manual_seed(settings["seed"])
     run.method = build_method(settings).to(run.device)
