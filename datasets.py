@@ -1,27 +1,36 @@
-"""Images for pre-training and evaluation: the built-in `shapes`, torchvision's small sets, any folder.
+"""Images for pre-training and evaluation, and maps of their regions: the built-in `shapes`, torchvision's small sets,
+COCO, any folder.
 
 A *source* reads one image as it is; `Images` turns a source into items, cropped and flipped in uint8.
 Every item is a dict of image [3, H, W] uint8, label, index, box (x1, y1, x2, y2 as fractions of the whole
-image), flip, broken (see `Images`), and the instance map on request. `normalize` does the rest on the
+image), flip, broken (see `Images`), and on request the maps of its regions. `normalize` does the rest on the
 device, a batch at a time.
 
 All randomness of an item is a function of (seed, epoch, index): a run is the same for any number of workers
 and processes, and one resumed is the same as one never stopped.
 """
 
+import collections
 import functools
+import hashlib
+import json
 import math
 import os
+import pickle
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import mim
 
 try:  # torchvision has announced that it will drop its decoders; Pillow, which it brings, takes over then
     from torchvision.io import decode_image
@@ -67,7 +76,8 @@ def denormalize(images):
 
 # ---------------------------------------------------------------------------------------------------------
 # Sources: len(source), source.read(i) -> dict(image=uint8 [3, H, W], label=int, instances=optional [H, W]),
-# source.name(i) for messages, source.classes, source.image_size (its natural one), source.description
+# source.name(i) for messages, source.file(i) a relative path for what is kept of image i, source.classes,
+# source.image_size (its natural one), source.description
 
 # The built-in scenes: a textured background with 3 to 5 textured objects that partly hide each other. The largest,
 # near the centre, is the main object, and its shape is the label; colours and textures say nothing about it.
@@ -237,6 +247,9 @@ class Shapes:
     def name(self, index):
         return f"scene {index}"
 
+    def file(self, index):
+        return f"shapes-{self.image_size}/{self.first + index}"
+
 
 class Arrays:
     """A torchvision dataset that holds its images as one array, [N, 32, 32, 3] (CIFAR) or [N, 3, 96, 96] (STL-10)."""
@@ -258,6 +271,9 @@ class Arrays:
 
     def name(self, index):
         return f"{self.title} image {index}"
+
+    def file(self, index):
+        return f"{self.title}-{len(self)}/{index}"
 
 
 def decode(path):
@@ -294,6 +310,11 @@ class Files:
 
     def name(self, index):
         return os.path.join(self.root, os.fsdecode(self.paths[index].item()))
+
+    def file(self, index):
+        root = os.path.abspath(self.root)
+        key = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]  # folders of one name are not one data set
+        return os.path.join(f"{os.path.basename(root)}-{key}", os.fsdecode(self.paths[index].item()))
 
 
 def max_side(path):
@@ -348,12 +369,15 @@ def train_and_val(root, split):
 def load_folder(root, split):
     """A folder of one of three layouts -> Files; `split` is "pretrain" (all there is to train on), "train" or "val".
 
+    - COCO's own: train2017/, val2017/ and annotations/; no labels;
     - train/ and val/ with a folder per class (ImageNet; Tiny ImageNet with its val_annotations.txt);
     - a folder per class: every tenth image of a class is the val split;
     - plain images at any depth: no labels, one split.
     """
     if not os.path.isdir(root):
         raise UsageError(f"--data {root}: no such folder, and not one of {', '.join(NAMED)}")
+    if coco_folder(root, "train"):
+        return load_coco(root, split)
     folder, layout = root, "plain images, no labels"
     if os.path.isdir(os.path.join(root, "train")):
         layout = "train/ and val/ with a folder per class"
@@ -408,6 +432,378 @@ def pair_max(size):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Regions: regions.read(i, item) -> maps [L, h, w] of image i, at any resolution. Integers are labels, 0 is nothing, and
+# the L layers may overlap one another; booleans are L single regions; floats are responses with maximum 1.
+
+# COCO (Lin et al. 2014, https://cocodataset.org/#format-data) with its instances or its panoptic segments
+# (Kirillov et al. 2019) as maps of numbered regions.
+
+def coco_folder(root, split):
+    """The image folder of a COCO root's split, such as root/train2017, the newest; None if root is not a COCO root."""
+    folders = Path(root).glob("val*" if split == "val" else "train*") if Path(root, "annotations").is_dir() else ()
+    return max((f for f in folders if any(f.glob("*.jpg"))), default=None)
+
+
+def load_coco(root, split):
+    """A COCO root -> Files without labels, in the order of the names; UsageError if the split has no images."""
+    folder = coco_folder(root, split)
+    if folder is None:
+        raise UsageError(f"--data {root}: no {'val' if split == 'val' else 'train'}* folder with .jpg images in it")
+    paths = find_images(folder)
+    return Files(folder, paths, [0] * len(paths), [], f"{root}: COCO {folder.name}, {len(paths)} images")
+
+
+def fill_polygon(points, height, width):
+    """[x1, y1, x2, y2, ...] in pixels -> bool [height, width]: the pixels with their centre inside, by even-odd rule.
+
+    Pillow would draw the outline too, half a pixel all around. Going down the columns, as COCO's own tools do, puts
+    centres right on an edge on the same side as theirs.
+    """
+    start = np.reshape(points, (-1, 2)).T
+    end = np.roll(start, -1, axis=1)
+    centres = np.arange(width)[:, None] + 0.5
+    columns, edges = np.nonzero((start[0] > centres) != (end[0] > centres))  # which edge crosses which column
+    (x, y), (dx, dy) = start[:, edges], (end - start)[:, edges]
+    rows = np.ceil(y + (columns + 0.5 - x) / dx * dy - 0.5).clip(0, height).astype(int)  # the first centre below it
+    crossings = np.zeros((height + 1, width), np.uint8)  # it may overflow, and stay odd or even
+    np.add.at(crossings, (rows, columns), 1)
+    return crossings[:height].cumsum(0, dtype=np.uint8) % 2 == 1
+
+
+def rle_counts(text):
+    """COCO's compressed run lengths -> list of ints. A character is 5 bits, the lowest first; its bit 5 says that more
+    follow, the last one's bit 4 is the sign. From the fourth on they are differences to the number two before."""
+    counts, value, shift = [], 0, 0
+    for code in text.encode():
+        bits, shift = code - 48, shift + 5
+        value |= (bits & 31) << shift - 5
+        if not bits & 32:
+            value -= (bits & 16 > 0) << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
+def coco_mask(segmentation, height, width):
+    """A COCO segmentation -> bool [height, width]: the union of polygons, or runs of 0 and 1 in turn, by columns."""
+    if isinstance(segmentation, list):
+        return np.any([fill_polygon(part, height, width) for part in segmentation], axis=0)
+    counts = segmentation["counts"]
+    counts = rle_counts(counts) if isinstance(counts, str) else counts
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+class CocoMaps:
+    """The region maps of a COCO root's split. kind: "instances" (crowds left out) or "panoptic" (things and stuff).
+
+    Raises UsageError if the annotations are not there or cannot be understood.
+    """
+
+    def __init__(self, root, split, kind):
+        name = (coco_folder(root, split) or Path(split)).name
+        self.kind, self.pngs = kind, Path(root, "annotations", f"{kind}_{name}")
+        path = self.pngs.with_suffix(".json")
+        for needed in (path, self.pngs) if kind == "panoptic" else (path,):
+            if not needed.exists():
+                raise UsageError(f"--regions {kind}: there is no {needed}")
+        regions = collections.defaultdict(list)  # of an image: its segmentations, or pairs of a PNG and the ids in it
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            if kind == "instances":
+                data["annotations"].sort(key=lambda a: -a["area"])
+            for a in data["annotations"]:
+                if kind == "panoptic":
+                    regions[a["image_id"]].append((a["file_name"], [segment["id"] for segment in a["segments_info"]]))
+                elif not a.get("iscrowd"):
+                    regions[a["image_id"]].append(a["segmentation"])
+            kept = [pickle.dumps((i["height"], i["width"], regions[i["id"]])) for i in data["images"]]
+            stems = [Path(i["file_name"]).stem for i in data["images"]]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"--regions {kind}: {path} is not a file of COCO annotations ({error!r})") from None
+        ends = np.cumsum([len(k) for k in kept]).tolist()  # one string of bytes: forked workers share it
+        self.kept, self.spans = b"".join(kept), dict(zip(stems, zip([0] + ends, ends)))
+
+    def read(self, path):
+        """The path of an image, or its stem -> uint16 [height, width], 0 = nothing, 1.. the regions.
+
+        Instances count from the largest to the smallest, which lies on top; a hidden one leaves a gap. Panoptic
+        segments count as in the JSON. Raises UsageError if the image's annotations are broken, or its PNG missing.
+        """
+        stem = Path(path).stem
+        if stem not in self.spans:
+            return np.zeros(decode(path).shape[1:], np.uint16)
+        height, width, regions = pickle.loads(self.kept[slice(*self.spans[stem])])
+        numbers = np.zeros((height, width), np.uint16)
+        try:
+            for number, region in enumerate(regions, start=1):
+                if self.kind == "instances":
+                    numbers[coco_mask(region, height, width)] = number
+                    continue
+                with Image.open(self.pngs / region[0]) as image:
+                    red, green, blue = np.asarray(image.convert("RGB"), np.uint32).transpose(2, 0, 1)
+                number_of = np.zeros(1 << 24, np.uint16)  # pages never touched take no memory
+                number_of[region[1]] = np.arange(1, len(region[1]) + 1)
+                numbers = number_of[red + 256 * green + 65536 * blue]
+        except FileNotFoundError as error:
+            raise UsageError(f"--regions {self.kind}: there is no {error.filename}") from None
+        except Exception as error:  # Pillow raises anything from OSError to SyntaxError
+            raise UsageError(f"--regions {self.kind}: broken annotations of {stem} ({error!r})") from None
+        return numbers
+
+
+def renumber(maps, most=255):
+    """Label maps, or any number of binary maps, [L, H, W] -> uint8 label maps, numbered from the largest region down.
+
+    Binary maps are dealt to at most 8 layers in which they do not overlap, the largest first. What is in excess of
+    `most` regions in a layer, or of the layers, becomes 0.
+    """
+    if maps.dtype == torch.bool:
+        layers = np.zeros((1, *maps.shape[1:]), np.int64)
+        maps = maps.numpy()
+        for number, region in enumerate(maps[np.argsort(-maps.sum((1, 2)), kind="stable")], start=1):
+            free = [k for k, layer in enumerate(layers) if not layer[region].any()]
+            if not free and len(layers) < 8:
+                free, layers = [len(layers)], np.concatenate([layers, np.zeros_like(layers[:1])])
+            if free:
+                layers[free[0]][region] = number
+    else:
+        layers = maps.numpy()
+    out = np.zeros(layers.shape, np.uint8)
+    for layer, into in zip(layers, out):
+        areas = np.bincount(layer.ravel())
+        areas[0] = 0
+        order = np.argsort(-areas, kind="stable")[: min(most, np.count_nonzero(areas))]
+        number = np.zeros(len(areas), np.uint8)
+        number[order] = np.arange(1, len(order) + 1)
+        np.take(number, layer, out=into)
+    return torch.from_numpy(out)
+
+
+class Instances:
+    """The instance maps that a source has itself (`shapes`)."""
+
+    def read(self, index, item):
+        return item["instances"][None]
+
+
+class CocoRegions:
+    """COCO's instances or panoptic segments."""
+
+    def __init__(self, source, root, split, kind):
+        self.source, self.maps = source, CocoMaps(root, split, kind)
+
+    def read(self, index, item):
+        return torch.from_numpy(self.maps.read(self.source.name(index)).astype(np.int32))[None]
+
+
+class MaskFolder:
+    """A user's masks, matched by file name: label PNGs, or .npz files with one stack of binary masks [M, H, W] (SAM's).
+
+    Beside the folder's root they may lie in the images' own subfolders. An image without one has no regions.
+    """
+
+    def __init__(self, source, folder):
+        self.source, self.files = source, {}
+        if not os.path.isdir(folder):
+            raise UsageError(f"--regions {folder}: no such folder, and not one of {', '.join(REGIONS)}")
+        for where, _, names in os.walk(folder, followlinks=True):
+            for name in names:
+                stem, extension = os.path.splitext(os.path.relpath(os.path.join(where, name), folder))
+                if extension.lower() in (".png", ".npz"):
+                    self.files[stem] = os.path.join(where, name)
+        self.found = sum(self.path(i) is not None for i in range(len(source)))
+        if not self.found:
+            raise UsageError(f"--regions {folder}: no .png or .npz in it has the name of an image, such as "
+                             f"{os.path.basename(source.name(0))}")
+
+    def path(self, index):
+        stem = os.path.splitext(self.source.file(index).split(os.sep, 1)[1])[0]
+        return self.files.get(stem) or self.files.get(os.path.basename(stem))
+
+    def read(self, index, item):
+        path = self.path(index)
+        if path is None:
+            return torch.zeros(1, *item["image"].shape[1:], dtype=torch.int32)
+        try:
+            if path.endswith(".npz"):
+                with np.load(path) as file:
+                    masks = file[file.files[0]]
+                if masks.ndim != 3:
+                    raise ValueError(f"its first array is {list(masks.shape)}, not [M, H, W]")
+                return torch.from_numpy(masks != 0)
+            with Image.open(path) as image:
+                labels = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "RGB") else image, dtype=np.int64)
+        except Exception as error:
+            raise UsageError(f"--regions: {path} holds no masks ({error})") from None
+        if labels.ndim == 3:  # a colour a region
+            labels = np.unique(labels @ [1, 256, 65536], return_inverse=True)[1].reshape(labels.shape[:2])
+        return torch.from_numpy(labels.astype(np.int32))[None]
+
+
+class RegionCache:
+    """Maps computed once and kept in one file an image below `folder`, whose name has the settings.
+
+    compute(image uint8 [3, H, W]) -> the maps, an array. Files are written whole or not at all, so that an interrupted
+    computation continues where it was.
+    """
+
+    def __init__(self, source, folder, compute):
+        self.source, self.folder, self.compute = source, folder, compute
+
+    def path(self, index):
+        return os.path.join(self.folder, self.source.file(index) + ".npz")
+
+    def save(self, index, maps):
+        path = self.path(index)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{os.getpid()}.npz"
+        try:
+            np.savez_compressed(temporary, maps)
+            os.replace(temporary, path)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise UsageError(f"--region-cache: cannot write {path}: {error.strerror}") from None
+
+    def read(self, index, item):
+        path = self.path(index)
+        if not os.path.exists(path):
+            self.save(index, self.compute(item["image"]))
+        try:
+            with np.load(path) as file:
+                maps = file["arr_0"]
+        except Exception:
+            raise UsageError(f"{path} is broken: delete it, it will be computed anew") from None
+        return torch.from_numpy(maps.astype(np.float32) / 255 if maps.dtype == np.uint8 else maps.astype(np.int32))
+
+    def missing(self, rank=0, world_size=1):
+        """The indices of this process's share of the images that have no maps yet."""
+        return [i for i in range(rank, len(self.source), world_size) if not os.path.exists(self.path(i))]
+
+    def fill(self, workers=0, rank=0, world_size=1):
+        """Computes what is missing, an image at a time in each of the workers."""
+        missing = self.missing(rank, world_size)
+        if missing:
+            loader = make_loader(torch.utils.data.Subset(self, missing), workers, batch_size=4)
+            with tqdm(total=len(missing), desc=f"regions ({os.path.basename(self.folder)})", disable=rank > 0) as bar:
+                for batch in loader:
+                    bar.update(len(batch["index"]))
+
+    def __getitem__(self, index):
+        if not os.path.exists(self.path(index)):
+            try:
+                image = self.source.read(index)["image"]
+            except UsageError:
+                raise
+            except Exception:  # a broken image is named when it is to be trained on
+                return dict(index=index)
+            self.save(index, self.compute(image))
+        return dict(index=index)
+
+
+def fh_maps(image, scales, largest=640):
+    """FH partitions of an image uint8 [3, H, W] -> uint16 [scales, h, w]; maps of more than `largest` pixels a side are
+    kept at that size, which a crop of a fifth of the image still exceeds at 224 pixels."""
+    maps = np.stack(felzenszwalb(image.numpy(), scales)) + 1
+    step = max(1.0, max(maps.shape[1:]) / largest)
+    rows, columns = (((np.arange(int(n / step)) + 0.5) * step).astype(int) for n in maps.shape[1:])
+    return maps[:, rows[:, None], columns].astype(np.uint16)
+
+
+class CAMCache(RegionCache):
+    """Class activation maps of a classifier (see `mim.class_activation_map`), as 8-bit responses at its resolution.
+
+    labelled: of the images' labels, which must be the classifier's, instead of the predicted classes.
+    """
+
+    def __init__(self, source, folder, network, device="cpu", labelled=False):
+        whole = functools.partial(TF.resize, size=[224, 224], interpolation=v2.InterpolationMode.BICUBIC)
+        super().__init__(source, folder, lambda image: self.maps(whole(image)[None])[0])
+        self.network, self.device, self.labelled = network.to(device).eval(), device, labelled
+
+    def maps(self, images, labels=None):
+        """uint8 images [B, 3, 224, 224] -> uint8 responses [B, 1, h, w]."""
+        images = normalize(images.to(self.device))
+        maps = mim.class_activation_map(self.network, images, labels.to(self.device) if self.labelled else None)
+        return (255 * maps.clamp(0, 1)).round().byte().cpu().numpy()
+
+    def read(self, index, item):
+        maps = super().read(index, item)[None]
+        return F.interpolate(maps, item["image"].shape[1:], mode="bilinear", align_corners=False)[0]
+
+    def fill(self, workers=0, rank=0, world_size=1):
+        missing = self.missing(rank, world_size)
+        whole = torch.utils.data.Subset(Images(self.source, 224, "whole"), missing)
+        with tqdm(total=len(missing), desc="class activation maps", disable=rank > 0 or not missing) as bar:
+            for batch in make_loader(whole, workers, batch_size=64) if missing else ():
+                for index, maps in zip(batch["index"].tolist(), self.maps(batch["image"], batch["label"])):
+                    self.save(index, maps)
+                bar.update(len(batch["index"]))
+
+
+def resnet50(weights=None):
+    """torchvision's ImageNet ResNet-50; its weights from a file, or downloaded. UsageError if they cannot be had."""
+    network = torchvision.models.resnet50()
+    try:
+        if weights:
+            network.load_state_dict(mim.read_checkpoint(weights))
+        else:
+            enum = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+            network.load_state_dict(enum.get_state_dict(progress=True, check_hash=True))
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        where = f"--cam-weights {weights}: {reason}" if weights else (
+            f"--regions cam: torchvision's ResNet-50 weights could not be downloaded ({reason}); --cam-weights takes "
+            "them from a file")
+        raise UsageError(where) from None
+    return network
+
+
+REGIONS = ("instances", "panoptic", "fh", "cam")
+
+
+def default_regions(method, data):
+    """The kind of regions that --regions stands for where it is not given."""
+    if data == "shapes" or method == "objmae" and coco_folder(data, "train"):
+        return "instances"
+    return "cam" if method == "objmae" else "fh"
+
+
+def default_scales(source, data):
+    """FH's scales: of R-MAE's §4 for COCO and for ImageNet; for small images ours, in proportion to their area."""
+    if source.image_size <= SMALL:
+        return [max(4, round(s * source.image_size**2 / 64**2)) for s in (25, 50, 100)]
+    return [500, 1000, 1500] if coco_folder(data, "train") else [1000]
+
+
+def open_regions(kind, source, data, split="pretrain", scales=None, cache="data/regions", cam_weights=None,
+                 cam_labels=False, device="cpu"):
+    """What --regions names -> regions of the source's images (see the head of this section), some yet to `fill`.
+
+    kind: one of REGIONS, or a folder of masks. Raises UsageError if there are none of that kind.
+    """
+    if kind == "instances" and data == "shapes":
+        return Instances()
+    if kind in ("instances", "panoptic"):
+        if not coco_folder(data, split):
+            raise UsageError(f"--regions {kind}: --data {data} has none; they come with COCO"
+                             + (" and shapes" if kind == "instances" else ""))
+        return CocoRegions(source, data, split, kind)
+    if kind == "fh":
+        scales = sorted(scales or default_scales(source, data))
+        folder = os.path.join(cache, "fh-0.8-" + "-".join(f"{s:g}" for s in scales))
+        return RegionCache(source, folder, functools.partial(fh_maps, scales=scales))
+    if kind == "cam":
+        if cam_labels and len(source.classes) != 1000:
+            raise UsageError(f"--cam-labels: the labels must be ImageNet's 1000 classes, {data} has "
+                             f"{len(source.classes)}")
+        network, key = resnet50(cam_weights), "labels" if cam_labels else "predicted"
+        if cam_weights:
+            key += "-" + hashlib.sha256(Path(cam_weights).read_bytes()).hexdigest()[:8]
+        return CAMCache(source, os.path.join(cache, f"cam-{key}"), network, device, cam_labels)
+    return MaskFolder(source, kind)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Items and batches
 
 
@@ -419,18 +815,19 @@ class Images(torch.utils.data.Dataset):
     flip: whether every second random crop, by chance, is mirrored.
     crop_scale: area of the random crop, as fractions of the image's.
     augment: a transforms.v2 transform of the cropped uint8 image, such as RandAugment.
-    instances: whether items carry the instance map of a source that has one, cropped exactly as the image.
+    regions: where the maps of the images' regions come from (`open_regions`); items then carry `regions`, cropped and
+        flipped exactly as the image: label maps [L, H, W] uint8 with 0 for nothing, or one map of floats (CAM).
 
     Keys are an index or (epoch, index), which changes the random view from epoch to epoch. In the place of a file
     that cannot be decoded comes the next that can; `index` says which, and `broken` is the bad one's (else -1).
     """
 
     def __init__(self, source, image_size, view="crop", crop_scale=(0.2, 1.0), flip=True, seed=0, augment=None,
-                 instances=False):
+                 regions=None):
         self.source, self.view, self.flip, self.seed, self.augment = source, view, flip, seed, augment
         self.size = list(image_size) if not isinstance(image_size, int) else [image_size, image_size]
         self.random_crop = v2.RandomResizedCrop(self.size, scale=crop_scale)
-        self.keys = ("image", "instances") if instances else ("image",)
+        self.regions = regions
 
     def __len__(self):
         return len(self.source)
@@ -461,13 +858,18 @@ class Images(torch.utils.data.Dataset):
         flip = self.flip and self.view == "crop" and bool(torch.rand(()) < 0.5)
         out = dict(label=item["label"], index=index, broken=broken, flip=flip,
                    box=torch.tensor([left / W, top / H, (left + width) / W, (top + height) / H]))
-        maps = {"image": image, "instances": tv_tensors.Mask(item["instances"]) if "instances" in item else None}
-        for name in self.keys:
-            if maps[name] is None:
-                raise UsageError(f"{self.source.description.split(':')[0]} has no instance maps")
-            x = TF.resized_crop(maps[name], top, left, height, width, self.size,
-                                interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-            out[name] = TF.horizontal_flip(x) if flip else x
+        crop = functools.partial(TF.resized_crop, size=self.size, interpolation=v2.InterpolationMode.BICUBIC,
+                                 antialias=True)
+        image = crop(image, top, left, height, width)
+        out["image"] = TF.horizontal_flip(image) if flip else image
+        if self.regions is not None:
+            maps = self.regions.read(index, item)
+            h, w = maps.shape[-2:]  # their resolution may be another
+            maps = tv_tensors.Image(maps) if maps.is_floating_point() else tv_tensors.Mask(maps)
+            y, x = round(top * h / H), round(left * w / W)
+            maps = crop(maps, y, x, max(1, round(height * h / H)), max(1, round(width * w / W)))
+            maps = TF.horizontal_flip(maps) if flip else maps
+            out["regions"] = maps if maps.is_floating_point() else renumber(maps)
         if self.augment is not None:
             out["image"] = self.augment(out["image"])
         torch.set_rng_state(state)
@@ -508,9 +910,18 @@ class EpochBatches:
                 yield [(self.epoch, i) for i in micro.tolist()]
 
 
+def collate(items):
+    """Items -> a batch; regions of fewer layers are filled up with empty ones."""
+    if "regions" in items[0]:
+        most = max(len(item["regions"]) for item in items)
+        for item in items:
+            item["regions"] = F.pad(item["regions"], (0, 0, 0, 0, 0, most - len(item["regions"])))
+    return torch.utils.data.default_collate(items)
+
+
 def make_loader(dataset, workers=0, pin_memory=False, **options):
     """A DataLoader whose workers, if any, live as long as it does. options: batch_sampler=... or batch_size=..."""
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin_memory,
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, collate_fn=collate,
                                        persistent_workers=workers > 0, **options)
 
 

@@ -18,11 +18,11 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, Images, UsageError, decode, denormalize, load_data,
-                      make_loader, normalize, pair_max, seed_of)
+from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, Images, UsageError, decode, default_scales, denormalize,
+                      load_data, make_loader, normalize, open_regions, pair_max, seed_of)
 from train import (PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction,
                    exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups,
-                   picture_images, settle_machine, tile, write_atomically)
+                   picture_items, settle_machine, tile, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' on large images, ours (the second table) for images of up to 96 pixels
@@ -139,6 +139,9 @@ def open_method(settings, overrides):
                 flag = unknown[0].replace("_", "-")
                 raise UsageError(f"--{flag} is no argument of {run['method']}, which {path} is of")
             run["method_options"] = run["method_options"] | overrides
+            for name in ("regions", "fh_scales"):
+                if name in run and "images" not in settings:
+                    settings.setdefault(name, run[name])
             method = build_method(run)
             try:
                 method.load_state_dict(content["model"])
@@ -384,12 +387,21 @@ def finetune(encoder, settings, machine):
     return accuracies(*(torch.cat(x) for x in zip(*outputs)))
 
 
-def pictured(settings, size):
-    """The images of a picture, normalised: those of --images, or `count` spread over --data's val split."""
+def pictured(settings, size, device):
+    """The items of a picture on the device: images (normalised) of --images, or `count` spread over --data's val split.
+
+    With settings["regions"] the latter have regions too.
+    """
     if "images" in settings:
-        images = Images(FileList(settings["images"]), size, "center")
-        return normalize(torch.stack([images[i]["image"] for i in range(len(images))]))
-    return picture_images(Images(load_data(settings["data"], "val", size), size, "center"), settings["count"])
+        items = picture_items(Images(FileList(settings["images"]), size, "center"), len(settings["images"]))
+        return {k: v.to(device) for k, v in items.items()}
+    source, regions = load_data(settings["data"], "val", size), None
+    if "regions" in settings:
+        scales = settings.get("fh_scales") or default_scales(source, settings["data"])
+        regions = open_regions(settings["regions"], source, settings["data"], "val", scales,
+                               cam_weights=settings.get("cam_weights"))
+    items = picture_items(Images(source, size, "center", regions=regions), settings["count"])
+    return {k: v.to(device) for k, v in items.items()}
 
 
 class FileList:
@@ -415,10 +427,12 @@ class FileList:
 def reconstruct(method, settings, machine):
     """A picture of image, masked image and reconstruction. The method's own flags override the run's."""
     device, amp, _ = machine
-    images = pictured(settings, method.encoder.image_size).to(device)
+    if "regions" not in method.inputs:
+        settings.pop("regions", None)
+    items = pictured(settings, method.encoder.image_size, device)
     torch.manual_seed(settings["seed"])
     with torch.no_grad(), amp():
-        grid = draw_reconstruction(method, images)
+        grid = draw_reconstruction(method, **items)
     write_atomically(settings["output"], lambda to: save_image(grid, to, format="png"))
     return dict(picture=str(settings["output"]))
 
@@ -431,8 +445,20 @@ def heat(images, attention):
     return 0.4 * images + 0.6 * colour
 
 
+def object_flow(flow, regions, patch_size):
+    """Rollout [B, 1+N, 1+N] -> mean over the patches of one object of each image, and these: [B, N], [B, N] bool."""
+    maps, found = mim.select_objects(regions, 1)
+    member = mim.object_patches(maps[:, 0], patch_size) & found
+    flow = (member[:, None].float() @ flow[:, 1:, 1:])[:, 0] / member.sum(1, keepdim=True).clamp_min(1)
+    return flow - flow.amin(1, keepdim=True), member
+
+
 def attention(encoder, settings, machine):
-    """A picture of the last block's attention: a row has the image, the mean of the heads over it, and each head."""
+    """A picture of the last block's attention: a row has the image, the mean of the heads over it, and each head.
+
+    rollout: instead, the attention rolled out through all blocks; with regions also one object (all else dark) and the
+    rollout of its patches (ObjMAE, Figures 7 and 10).
+    """
     device, amp, _ = machine
     if settings["query"] is None:
         (gh, gw), relative = encoder.grid, encoder.relative_position
@@ -440,18 +466,30 @@ def attention(encoder, settings, machine):
     if not 0 <= settings["query"] <= encoder.num_patches:
         raise UsageError(f"--query {settings['query']}: it may be 0 (class token) to {encoder.num_patches} (the last "
                          "patch)")
-    images = pictured(settings, encoder.image_size).to(device)
+    items = pictured(settings, encoder.image_size, device)
+    images, shown = items["images"], denormalize(items["images"])
+    torch.manual_seed(settings["seed"])
     with torch.no_grad(), amp():
-        maps = encoder.last_attention(images, settings["query"]).unflatten(2, encoder.grid)
-    maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
-    shown = denormalize(images)
+        if settings.get("rollout"):
+            flow = encoder.rollout(images)
+            maps = flow[:, settings["query"], 1:].unflatten(1, encoder.grid)[:, None]
+            maps = maps - maps.amin((2, 3), keepdim=True)
+        else:
+            maps = encoder.last_attention(images, settings["query"]).unflatten(2, encoder.grid)
+            maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
     rows = [torch.cat([image[None], heat(image.expand(len(m), -1, -1, -1), m)]) for image, m in zip(shown, maps)]
+    if settings.get("rollout") and "regions" in items:
+        flow, member = object_flow(flow, items["regions"], encoder.patch_size)
+        over = heat(shown, flow.unflatten(1, encoder.grid))
+        inside = F.interpolate(member.unflatten(1, encoder.grid)[:, None].float(), images.shape[-2:])
+        rows = [torch.cat([row, a[None], b[None]]) for row, a, b in zip(rows, shown * (0.3 + 0.7 * inside), over)]
     grid = tile(torch.cat(rows), columns=len(rows[0]))
     write_atomically(settings["output"], lambda to: save_image(grid, to, format="png"))
     return dict(picture=str(settings["output"]))
 
 
-ONLY_FOR = dict(cache_features=["linear"], images=["reconstruct", "attention"], output=["reconstruct", "attention"],
+ONLY_FOR = dict(cache_features=["linear"], rollout=["attention"], regions=["reconstruct", "attention"],
+                cam_weights=["reconstruct", "attention"], images=["reconstruct", "attention"], output=["reconstruct", "attention"],
                 image_size=["knn", "linear", "finetune", "attention"])  # reconstruct: the decoder has its own size
 TASKS = dict(knn=knn, linear=linear, finetune=finetune, reconstruct=reconstruct, attention=attention)
 
@@ -471,6 +509,9 @@ def parse(argv):
     parser.add_argument("--patch-size", type=int, help="of an untrained encoder")
     parser.add_argument("--relative-position", action="store_true", default=None,
                         help="an untrained encoder with LoMaR's relative positions")
+    parser.add_argument("--rollout", action="store_true", default=None, help="attention: rolled out through all blocks")
+    parser.add_argument("--regions", help="reconstruct, attention: as in train.py (default: the run's)")
+    parser.add_argument("--cam-weights", help="as in train.py")
     parser.add_argument("--cache-features", action="store_true", help="linear: encode the training images once")
     parser.add_argument("--output", help="the picture's file (default: TASK.png beside the checkpoint)")
     parser.add_argument("--workers", type=int)

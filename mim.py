@@ -1,4 +1,4 @@
-"""Masked image modeling, one class a paper, on a plain Vision Transformer: MAE, SimMIM, AMT, LoMaR.
+"""Masked image modeling, one class a paper, on a plain Vision Transformer: MAE, SimMIM, AMT, LoMaR, ObjMAE.
 
 The file reads top to bottom: tensor helpers, the ViT, loading weights, masking functions, losses, and
 then one class a paper, simplest first. A class and the named pieces above it run elsewhere unchanged.
@@ -112,6 +112,7 @@ class Attention(nn.Module):
     relative_position: adds q_i . r[bucket(i, j)] to the logits, r a learned table that the heads share: contextual
     relative position encoding on the keys (Wu et al., ICCV 2021, arXiv:2107.14222, product method). forward then
     needs `buckets` [L, L].
+    keep: [B, L] bool, the tokens that are attended to; None for all.
     """
 
     def __init__(self, dim, num_heads, relative_position=False):
@@ -133,20 +134,23 @@ class Attention(nn.Module):
         products = q @ self.relative_table.to(q.dtype).T
         return products.gather(-1, buckets.expand(*q.shape[:2], -1, -1))
 
-    def forward(self, x, buckets=None):
+    def forward(self, x, buckets=None, keep=None):
         q, k, v = self.split_heads(x)
-        bias = None if buckets is None else self.relative_bias(q, buckets)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        mask = None if keep is None else keep[:, None, None]
+        if buckets is not None:
+            bias = self.relative_bias(q, buckets)
+            mask = bias if keep is None else bias.masked_fill(~mask, -math.inf)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         return self.proj(x)
 
-    def weights(self, x, query, buckets=None):
-        """The attention of token number `query` to all tokens: [B, heads, L], rows sum to one."""
+    def weights(self, x, query=slice(None), buckets=None):
+        """The attention of the tokens `query`, a slice, to all tokens: [B, heads, l, L], rows sum to one."""
         q, k, _ = self.split_heads(x)
-        q = q[:, :, query : query + 1]
+        q = q[:, :, query]
         logits = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
         if buckets is not None:
-            logits = logits + self.relative_bias(q, buckets[query : query + 1])
-        return logits.squeeze(2).softmax(-1)
+            logits = logits + self.relative_bias(q, buckets[query])
+        return logits.softmax(-1)
 
 
 class MLP(nn.Module):
@@ -172,8 +176,8 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
 
-    def forward(self, x, buckets=None):
-        x = x + self.drop_path(self.attn(self.norm1(x), buckets))
+    def forward(self, x, buckets=None, keep=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), buckets, keep))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -236,23 +240,26 @@ class ViT(nn.Module):
             x = take(x, ids)
         return torch.cat([cls.expand(len(x), -1, -1), x.to(cls.dtype)], dim=1)
 
-    def encode(self, tokens, ids=None, buckets=None):
+    def encode(self, tokens, ids=None, buckets=None, keep=None):
         """Patch embeddings [B, N, D] (masked ones may have been replaced) -> latents [B, 1+n, D].
 
         buckets: with relative positions, those of the patches `ids`, if not all (`relative_buckets`).
+        keep: [B, n] bool, which of the patches are attended to; None for all.
         """
         x = self.sequence(tokens, ids)
         if buckets is None and self.relative_position:
             if ids is not None:
                 raise ValueError("a ViT with relative positions needs the buckets of the chosen patches")
             buckets = self.buckets
+        if keep is not None:
+            keep = F.pad(keep, (1, 0), value=True)  # the class token always is
         for block in self.blocks:
-            x = block(x, buckets)
+            x = block(x, buckets, keep)
         return self.norm(x)
 
-    def forward(self, images, ids=None):
+    def forward(self, images, ids=None, keep=None):
         """Images [B, 3, H, W] -> latents [B, 1+n, D] of the class token and the patches `ids` [B, n] (all)."""
-        return self.encode(self.embed(images), ids)
+        return self.encode(self.embed(images), ids, keep=keep)
 
     def features(self, images, pool: Literal["cls", "mean"] = "cls"):
         """One vector an image, [B, D]: the class token or the mean of the patches."""
@@ -267,7 +274,21 @@ class ViT(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, buckets)
         block = self.blocks[-1]
-        return block.attn.weights(block.norm1(x), query, buckets)[..., 1:]
+        return block.attn.weights(block.norm1(x), slice(query, query + 1), buckets)[:, :, 0, 1:]
+
+    def rollout(self, images):
+        """Attention rollout: how much of each token [B, 1+N (to), 1+N (from)] reaches each; rows sum to one.
+
+        Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, arXiv:2005.00928: the mean of the
+        heads, plus the identity for the residual connection, renormalised, multiplied through the blocks.
+        """
+        x, buckets = self.sequence(self.embed(images)), self.buckets if self.relative_position else None
+        flow = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
+        for block in self.blocks:
+            attention = block.attn.weights(block.norm1(x), buckets=buckets).mean(1)
+            flow = (attention + torch.eye(x.shape[1], device=x.device)) / 2 @ flow
+            x = block(x, buckets)
+        return flow
 
 
 SIZES = {  # embed_dim, depth, num_heads; `nano` is for CPUs and tests, the others are the literature's
@@ -510,6 +531,71 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
     return rest[:, num_thrown:], ids_masked, rest[:, :num_thrown]
 
 
+NUM_LABELS = 256  # of one layer of regions
+
+
+def region_areas(regions):
+    """Label maps [B, L, H, W] -> pixels of each label of each layer, [B, L * 256] float; 0 for label 0, nothing."""
+    B, L = regions.shape[:2]
+    first = NUM_LABELS * torch.arange(L, device=regions.device).view(1, L, 1)
+    places = (regions.long().flatten(2) + first).flatten(1)
+    areas = torch.zeros(B, L * NUM_LABELS, device=regions.device)
+    areas.scatter_add_(1, places, torch.ones((), device=regions.device).expand_as(places))
+    areas[:, ::NUM_LABELS] = 0
+    return areas
+
+
+def region_maps(regions, chosen):
+    """The binary maps [B, k, H, W] of the regions `chosen` [B, k], which are 256 * layer + label."""
+    layer = (chosen // NUM_LABELS)[..., None, None].expand(-1, -1, *regions.shape[2:])
+    return regions.gather(1, layer) == (chosen % NUM_LABELS)[..., None, None]
+
+
+def select_objects(regions, number, floor=0.05):
+    """Different objects drawn uniformly from those that cover at least `floor` of the image (ObjMAE, §3.2, §4.1).
+
+    regions: [B, L, H, W] integer label maps, 0 is nothing. Returns binary maps [B, number, H, W] and whether there was
+    such an object, [B, number] bool.
+    """
+    usable = region_areas(regions) >= floor * regions.shape[2] * regions.shape[3] - 1e-3
+    chosen = (torch.rand(usable.shape, device=usable.device) + usable).topk(number, dim=1).indices
+    return region_maps(regions, chosen), usable.gather(1, chosen)
+
+
+def object_patches(maps, patch_size, share=0.2):
+    """Binary maps [B, H, W] -> [B, N] bool, the patches with at least `share` of their pixels inside (ObjMAE, §3.2)."""
+    return patchify(maps[:, None].float(), patch_size).sum(-1) >= share * patch_size**2 - 1e-3
+
+
+def keep_patches(member, count, strength=None):
+    """At most `count` of the patches `member` [B, N] bool: random ones, or those of largest strength [B, N] >= 0."""
+    strength = torch.rand(member.shape, device=member.device) if strength is None else strength
+    rank = strength.masked_fill(~member, -1).argsort(1, descending=True).argsort(1)
+    return member & (rank < count)
+
+
+def divide_patches(member, count):
+    """Two disjoint random halves of the patches `member` [B, N] bool, each of at most `count` (ObjMAE, §3.3).
+
+    Of an odd number one patch is in neither.
+    """
+    rank = torch.rand(member.shape, device=member.device).masked_fill(~member, 2).argsort(1).argsort(1)
+    half = (member.sum(1, keepdim=True) // 2).clamp(max=count)
+    return rank < half, (half <= rank) & (rank < 2 * half)
+
+
+def align_patches(member, count, alignment, avoid):
+    """The patches `member` [B, N] bool, at least one an image, brought to `count` (ObjMAE, §3.3).
+
+    "random" adds patches from elsewhere, none of `avoid` [B, N] bool; the other alignments repeat patches.
+    Returns ids [B, count], members first in random order, and which of them are not added, [B, count] bool.
+    """
+    order = (torch.rand(member.shape, device=member.device) + 2 * ~member + 4 * avoid).argsort(1)
+    slot, size = torch.arange(count, device=member.device), member.sum(1, keepdim=True)
+    ids = order[:, :count] if alignment == "random" else order.gather(1, slot % size)
+    return ids, slot < size
+
+
 def crop_maps(maps, box, flip, size):
     """Crops and flips per-image maps as their images were: [B, gh, gw] -> [B, *size].
 
@@ -523,6 +609,21 @@ def crop_maps(maps, box, flip, size):
     return torch.where(flip.to(maps.device)[:, None, None], crops.flip(-1), crops)
 
 
+@torch.no_grad()
+def class_activation_map(network, images, labels=None):
+    """Class activation maps [B, 1, h, w] at most 1, at the resolution of the last features (ObjMAE, Eq. 2).
+
+    network: a classifier whose last two children are a global average pool and a linear layer, as torchvision's
+        ResNets, in eval mode. labels: [B] the classes asked for; default the predicted ones.
+    """
+    *features, _, head = network.children()
+    x = nn.Sequential(*features)(images)
+    if labels is None:
+        labels = head(x.mean((2, 3))).argmax(1)
+    maps = torch.einsum("bchw,bc->bhw", x, head.weight[labels])[:, None]
+    return maps / maps.amax((2, 3), keepdim=True).clamp_min(1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Losses and pictures
 
@@ -533,10 +634,11 @@ def patch_statistics(patches):
     return mean, (var + 1e-6).sqrt()
 
 
-def pixel_loss(pred, target, norm_pix=False, kind="l2"):
+def pixel_loss(pred, target, norm_pix=False, kind="l2", keep=None):
     """Mean squared ("l2") or absolute ("l1") error of predicted patches [B, n, p*p*3] against true ones.
 
     norm_pix: the target is each patch minus its mean, over its standard deviation. In float32.
+    keep: [B, n] bool, the patches that count; None for all.
     """
     if kind not in ("l1", "l2"):
         raise ValueError(f"kind must be l1 or l2, got {kind!r}")
@@ -544,7 +646,8 @@ def pixel_loss(pred, target, norm_pix=False, kind="l2"):
     if norm_pix:
         mean, std = patch_statistics(target)
         target = (target - mean) / std
-    return F.mse_loss(pred, target) if kind == "l2" else F.l1_loss(pred, target)
+    error = (F.mse_loss if kind == "l2" else F.l1_loss)(pred, target, reduction="none").mean(-1)
+    return error.mean() if keep is None else (error * keep).sum() / keep.sum()
 
 
 def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
@@ -579,6 +682,8 @@ class MAE(nn.Module):
     """
 
     inputs = ()  # what forward takes besides the images, from the data's items
+    encoder_options = {}  # what the encoder must be made with
+    picture = ("image", "masked", "filled")  # see train.py, draw_reconstruction
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.75, decoder_dim: int = 512, decoder_depth: int = 8,
                  decoder_heads: int = 16, norm_pix: bool = True):
@@ -595,14 +700,14 @@ class MAE(nn.Module):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def decode(self, latents, ids_visible, ids_masked):
-        """Latents [B, 1 + n_visible, D] -> predicted patches [B, n_masked, p*p*3]."""
+    def decode(self, latents, ids_visible, ids_masked, keep=None):
+        """Latents [B, 1 + n_visible, D] -> predicted patches [B, n_masked, p*p*3]; keep: see `Attention`."""
         x = self.decoder_embed(latents)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), ids_masked.shape[1], -1)], dim=1)
         positions = F.pad(torch.cat([ids_visible, ids_masked], dim=1) + 1, (1, 0))  # row 0 is the class token's
         x = x + F.embedding(positions, self.decoder_pos_embed[0])
         for block in self.decoder_blocks:
-            x = block(x)
+            x = block(x, keep=keep)
         return self.decoder_pred(self.decoder_norm(x[:, -ids_masked.shape[1] :]))
 
     def forward(self, images, ids_visible=None, ids_masked=None):
@@ -628,6 +733,8 @@ class SimMIM(nn.Module):
     """
 
     inputs = ()
+    encoder_options = {}
+    picture = ("image", "masked", "filled")
     norm_pix = False
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.6, unit_size: int = 2):
@@ -679,6 +786,8 @@ class AMT(nn.Module):
     """
 
     inputs = ("index", "box", "flip")
+    encoder_options = {}
+    picture = ("image", "masked", "filled")
 
     def __init__(self, encoder: ViT, base: Literal["mae", "simmim"] = "mae", mask_ratio: float | None = None,
                  throw_ratio: float | None = None, throw: Literal["middle", "low", "random"] = "middle",
@@ -791,7 +900,8 @@ class LoMaR(nn.Module):
     """
 
     inputs = ()
-    relative_position = True  # what the encoder must have
+    encoder_options = dict(relative_position=True)
+    picture = ("image", "region", "masked", "filled")  # its Figure 7
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.8, window_size: int = 7, num_windows: int | None = None,
                  norm_pix: bool = True):
@@ -833,4 +943,98 @@ class LoMaR(nn.Module):
         return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
 
 
-METHODS = {"mae": MAE, "simmim": SimMIM, "amt": AMT, "lomar": LoMaR}
+class ObjMAE(MAE):
+    """Object-wise masked autoencoder. Wu, Mo, "Object-wise Masked Autoencoders for Fast Pre-training", 2022,
+    arXiv:2205.14338.
+
+    New: one object of the image is drawn; half of its patches are the encoder's (source), half are predicted (target),
+    and all else of the image enters nothing, which leaves a fraction of the cost and no context but the object's own.
+    MAE with mask_ratio=0.5 is the case alpha=0.5 with the whole image as the object.
+
+    alpha: length of source and of target, each, as a share of all patches (Table 9; 0.17 on COCO, 0.25 on ImageNet).
+    alignment: how regions of different size get this length (§3.3): "throwout" cuts all to the batch's smallest, "zero"
+        pads with tokens that take part in nothing, "replicate" repeats patches, "random" adds patches from elsewhere.
+    selection: "intra", or "inter" (§4.5): source from one object, target from another, or from the background.
+    object_floor: smallest object, as a share of the image. patch_share: of a patch's pixels that make it the object's.
+
+    An image without a usable object is taken for one object. The class token, which the paper does not mention, stays
+    as in MAE.
+    """
+
+    inputs = ("regions",)
+    picture = ("image", "region", "source", "target", "filled")  # Figures 4 and 8
+
+    def __init__(self, encoder: ViT, alpha: float = 0.25, alignment: Literal["throwout", "zero", "replicate",
+                 "random"] = "zero", selection: Literal["intra", "inter"] = "intra", object_floor: float = 0.05,
+                 patch_share: float = 0.2, decoder_dim: int = 192, decoder_depth: int = 4, decoder_heads: int = 3,
+                 norm_pix: bool = False):
+        super().__init__(encoder, 0.5, decoder_dim, decoder_depth, decoder_heads, norm_pix)  # Table 1
+        self.count = int(alpha * encoder.num_patches + 1e-6)
+        if not 1 <= self.count <= encoder.num_patches // 2:
+            raise ValueError(f"alpha={alpha} makes source and target {self.count} patches each; it may be "
+                             f"1 to {encoder.num_patches // 2} of {encoder.num_patches}")
+        if alignment not in ("throwout", "zero", "replicate", "random") or selection not in ("intra", "inter"):
+            raise ValueError("alignment must be throwout, zero, replicate or random and selection intra or inter, got "
+                             f"{alignment!r} and {selection!r}")
+        if not (0 <= object_floor < 1 and 0 < patch_share <= 1):
+            raise ValueError(f"object_floor={object_floor} must be in [0, 1) and patch_share={patch_share} in (0, 1]")
+        self.alignment, self.selection = alignment, selection
+        self.object_floor, self.patch_share = object_floor, patch_share
+
+    def select(self, regions, batch):
+        """The patches of two objects, [B, N] bool each; the second may be the first's background, or nothing."""
+        whole = torch.ones(batch, self.encoder.num_patches, dtype=torch.bool, device=self.mask_token.device)
+        if regions is None:
+            return whole, ~whole
+        p, share = self.encoder.patch_size, self.patch_share
+        if regions.is_floating_point():  # responses of a class activation map: the strongest patches (§4.3)
+            first = object_patches(regions[:, 0] > 0.3, p, share)  # Appendix A
+            first = keep_patches(first, 2 * self.count, patchify(regions[:, :1].clamp_min(0), p).mean(-1))
+            return first, ~first
+        maps, found = select_objects(regions, 2, self.object_floor)
+        first = object_patches(maps[:, 0], p, share) & found[:, :1]
+        second = object_patches(maps[:, 1], p, share)
+        return first, torch.where(found[:, 1:], second, True) & ~first
+
+    def split(self, regions, batch):
+        """Index tensors and validity of source and target: ids_visible, ids_masked, keep_visible, keep_masked."""
+        first, second = self.select(regions, batch)
+        if self.selection == "intra":
+            lost = first.sum(1, keepdim=True) < 2
+            source, target = divide_patches(first | lost, self.count)
+        else:
+            lost = ~(first.any(1, keepdim=True) & second.any(1, keepdim=True))
+            halves = divide_patches(torch.ones_like(first), self.count)
+            first, second = (torch.where(lost, half, x) for x, half in zip((first, second), halves))
+            source, target = keep_patches(first, self.count), keep_patches(second, self.count)
+        count = self.count
+        if self.alignment == "throwout":
+            count = int(torch.minimum(source.sum(1), target.sum(1)).min())  # waits for the device: it is a shape
+        ids_visible, keep_visible = align_patches(source, count, self.alignment, avoid=target)
+        chosen = torch.zeros_like(source).scatter(1, ids_visible, True)
+        ids_masked, keep_masked = align_patches(target, count, self.alignment, avoid=chosen)
+        if self.alignment != "zero":
+            keep_visible = keep_masked = None
+        return ids_visible, ids_masked, keep_visible, keep_masked
+
+    def forward(self, images, regions=None, ids_visible=None, ids_masked=None, keep_visible=None, keep_masked=None):
+        """images [B, 3, H, W] -> loss, pred, ids_visible, ids_masked, and with zero padding keep_visible, keep_masked.
+
+        regions: integer label maps [B, L, H, W], 0 for no object; or class activation maps [B, 1, H, W], floats with
+            maximum 1 (`class_activation_map`); None for the whole image as one object.
+        The other arguments replay a mask; keep_*: [B, n] bool, False for padding.
+        """
+        if ids_visible is None:
+            ids_visible, ids_masked, keep_visible, keep_masked = self.split(regions, len(images))
+        keep = None
+        if keep_visible is not None:
+            keep = F.pad(torch.cat([keep_visible, keep_masked], dim=1), (1, 0), value=True)
+        latents = self.encoder(images, ids_visible, keep_visible)
+        pred = self.decode(latents, ids_visible, ids_masked, keep)
+        target = take(patchify(images, self.encoder.patch_size), ids_masked)  # gathered, not unshuffled (§3.4)
+        loss = pixel_loss(pred, target, self.norm_pix, keep=keep_masked)
+        return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked, keep_visible=keep_visible,
+                    keep_masked=keep_masked)
+
+
+METHODS = {"mae": MAE, "simmim": SimMIM, "amt": AMT, "lomar": LoMaR, "objmae": ObjMAE}

@@ -27,8 +27,8 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (SMALL, BrokenFiles, EpochBatches, Images, UsageError, denormalize, load_data, make_loader,
-                      normalize, pair_max, seed_of)
+from datasets import (REGIONS, SMALL, BrokenFiles, EpochBatches, Images, UsageError, collate, default_regions, default_scales,
+                      denormalize, load_data, make_loader, normalize, open_regions, pair_max, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
@@ -36,18 +36,21 @@ from datasets import (SMALL, BrokenFiles, EpochBatches, Images, UsageError, deno
 RECIPES = {
     # MAE: Table 8 (pre-training setting)
     "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
-                warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05, clip_grad=None, crop_scale=(0.2, 1.0),
-                flip=True),
+                warmup_epochs=40, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, lookahead=0, clip_grad=None,
+                crop_scale=(0.2, 1.0), flip=True),
     # SimMIM: §4.1; the learning rate is per 512 images
     "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512,
-                   warmup_epochs=10, betas=(0.9, 0.999), weight_decay=0.05, clip_grad=None, crop_scale=(0.67, 1.0),
-                   flip=True),
+                   warmup_epochs=10, min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=None,
+                   crop_scale=(0.67, 1.0), flip=True),
 }
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1)
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
 # LoMaR: "we follow the MAE settings", but crops alone, no flip; 40 epochs of warm-up for 1600 (its supplement, §6.1)
 RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, flip=False)
+# ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. Its learning rate goes with its batch of 128.
+RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128, min_lr=1e-5, betas=(0.9, 0.999),
+                                          lookahead=5, flip=False)
 
 # What changes for images of up to 96 pixels, and for the built-in scenes: ours, not the papers'. patch_size is an
 # eighth of the image; `options` are constructor arguments of the method, for those that have them.
@@ -71,13 +74,27 @@ FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe'
     "lr": (float, "absolute learning rate, instead of --base-lr"),
     "base_lr": (float, "learning rate per 256 images of the batch (SimMIM: per 512)"),
     "warmup_epochs": (float, "linear warm-up"),
+    "min_lr": (float, "absolute learning rate at the end of the cosine"),
     "weight_decay": (float, "of AdamW, on weight matrices only"),
+    "lookahead": (int, "steps of AdamW between those of Lookahead's slow weights; 0: no Lookahead"),
     "clip_grad": (float, "largest gradient norm"),
     "workers": (int, "data loading processes (default: 8 with CUDA, else 0)"),
     "seed": (int, "of everything random"),
     "device": (str, "cuda, cuda:1, cpu, ... (default: cuda if there is one)"),
     "precision": (str, "fp32, bf16 or fp16 autocast (default: bf16 or fp16 with CUDA, else fp32)"),
     "output": (str, "folder of the run (default: runs/METHOD)"),
+}
+REGION_FLAGS = {  # of methods that take regions
+    "regions": (str, f"{', '.join(REGIONS)}, or a folder of label PNGs or .npz stacks of masks, matched by file name "
+                     "(default: instances if the data have them, else cam for objmae and fh for rae, rmae)"),
+    "fh_scales": (float, "Felzenszwalb-Huttenlocher: scales, which are minimum sizes in pixels too (default: 500 1000 "
+                         "1500 for COCO, 1000 for other large images)"),
+    "region_cache": (str, "folder for computed regions (default: data/regions)"),
+    "cam_weights": (str, "file with torchvision's ResNet-50 weights (default: downloaded)"),
+}
+REGION_SWITCHES = {
+    "cam_labels": "cam of the labels, ImageNet's 1000 classes, instead of the predicted classes",
+    "prepare": "compute the regions of all images, and stop",
 }
 SWITCHES = {
     "compile": "torch.compile the model",
@@ -150,12 +167,13 @@ def parse(argv):
         if known.method == "amt":
             check_choice("--base", known.base, list(mim.AMT_BASES))
         recipe = RECIPES[f"amt-{known.base}" if known.method == "amt" else known.method]
-    for name, (kind, text) in FLAGS.items():
-        nargs = "+" if name == "image_size" else None
+    with_regions = known.method is not None and "regions" in mim.METHODS[known.method].inputs
+    for name, (kind, text) in (FLAGS | (REGION_FLAGS if with_regions else {})).items():
+        nargs = "+" if name in ("image_size", "fh_scales") else None
         text += f" (the paper's: {recipe[name]})" if recipe.get(name) is not None else ""
         parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=nargs, help=text)
-    for name, text in SWITCHES.items():
-        parser.add_argument("--" + name, action="store_true", default=None, help=text)
+    for name, text in (SWITCHES | (REGION_SWITCHES if with_regions else {})).items():
+        parser.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
     if known.method is not None:
         group = parser.add_argument_group(f"{known.method}'s own")
         add_method_flags(group, method_parameters(known.method, known.base))
@@ -197,7 +215,7 @@ def settle(given, num_images, natural_size, world_size=1):
     settings["method_options"] = {k: settings.pop(k, default) for k, default in options.items()}
     check_choice("--model", settings["model"], list(mim.SIZES))
     check_ranges(settings, ("epochs", "batch_size", "patch_size", "lr", "base_lr", "clip_grad", "accumulate"),
-                 ("warmup_epochs", "weight_decay", "seed"))
+                 ("warmup_epochs", "min_lr", "weight_decay", "lookahead", "seed"))
     if settings["seed"] >= 2**63:
         raise UsageError(f"--seed must be below 2**63, got {settings['seed']}")
     if "lr" in given and "base_lr" in given:
@@ -253,7 +271,7 @@ def build_method(settings):
     try:
         method = mim.METHODS[settings["method"]]
         encoder = mim.ViT(settings["image_size"], settings["patch_size"], **mim.SIZES[settings["model"]],
-                          relative_position=getattr(method, "relative_position", False))
+                          **method.encoder_options)
         return method(encoder, **settings["method_options"])
     except ValueError as error:
         raise UsageError(f"--method {settings['method']}: {error}") from None
@@ -266,6 +284,41 @@ def parameter_groups(module, weight_decay):
     kept = {id(p) for p in plain}
     return [dict(params=[p for _, p in named if id(p) not in kept], weight_decay=weight_decay),
             dict(params=plain, weight_decay=0.0)]
+
+
+class Lookahead(torch.optim.Optimizer):
+    """k steps forward, one step back: after every `k` steps of any torch optimizer the weights return to the slow ones,
+    moved by `alpha` of the way (Zhang, Lucas, Hinton, Ba, NeurIPS 2019, arXiv:1907.08610)."""
+
+    def __init__(self, optimizer, k=5, alpha=0.5):
+        if k < 1 or not 0 < alpha <= 1:
+            raise ValueError(f"k={k} must be at least 1 and alpha={alpha} in (0, 1]")
+        self.optimizer, self.k, self.alpha, self.count = optimizer, k, alpha, 0
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+        self.weights = [p for group in optimizer.param_groups for p in group["params"]]
+        self.slow = [p.detach().clone() for p in self.weights]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.optimizer.step(closure)
+        self.count += 1
+        if self.count % self.k == 0:
+            torch._foreach_lerp_(self.slow, self.weights, self.alpha)
+            torch._foreach_copy_(self.weights, self.slow)
+        return loss
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return dict(self.optimizer.state_dict(), slow=self.slow, count=self.count)
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict({k: v for k, v in state.items() if k not in ("slow", "count")})
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state  # it replaces both
+        for own, saved in zip(self.slow, state["slow"], strict=True):
+            own.copy_(saved)
+        self.count = state["count"]
 
 
 def learning_rate(step, steps, warmup_steps, peak, minimum=0.0):
@@ -290,26 +343,26 @@ def write_atomically(path, write):
         raise UsageError(f"cannot write {path}: {reason}{kept}") from None
 
 
-def draw_reconstruction(method, images):
-    """Normalised images [B, 3, H, W] -> a grid [3, h, w] in [0, 1]: image, masked image, reconstruction.
+def draw_reconstruction(method, images, regions=None):
+    """Normalised images [B, 3, H, W] -> a grid [3, h, w] in [0, 1]: of each image the tiles that method.picture names.
 
-    Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's window) are
-    black, in the reconstruction too. Of LoMaR's windows the first is shown, unmasked as well (its Figure 7).
+    Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's window or of
+    ObjMAE's object) are black. Of LoMaR's windows the first is shown.
     """
-    out, p = method(images), method.encoder.patch_size
+    out, p = method(images) if regions is None else method(images, regions=regions), method.encoder.patch_size
     if hasattr(method, "num_windows"):
         out = {k: out[k][:, : out[k].shape[1] // method.num_windows] for k in ("pred", "ids_visible", "ids_masked")}
     filled = mim.reconstruct(images, out["pred"].float(), out["ids_masked"], p, method.norm_pix)
     image, filled = (mim.patchify(denormalize(x), p) for x in (images, filled))
     black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
-    visible = mim.put(black, out["ids_visible"], mim.take(image, out["ids_visible"]))
-    masked = mim.put(visible, out["ids_masked"], mim.take(grey, out["ids_masked"]))
-    filled = mim.put(visible, out["ids_masked"], mim.take(filled, out["ids_masked"]))
-    tiles = [image, masked, filled]
-    if hasattr(method, "num_windows"):
-        tiles.insert(1, mim.put(visible, out["ids_masked"], mim.take(image, out["ids_masked"])))
-    pictures = mim.unpatchify(torch.stack(tiles, dim=1).flatten(0, 1), p, method.encoder.grid)
-    return tile(pictures, columns=2 * len(tiles))
+    show = lambda under, ids, patches: mim.put(under, ids, mim.take(patches, ids))  # noqa: E731
+    visible = show(black, out["ids_visible"], image)
+    tiles = dict(image=image, source=visible, target=show(black, out["ids_masked"], image),
+                 region=show(visible, out["ids_masked"], image), masked=show(visible, out["ids_masked"], grey),
+                 filled=show(visible, out["ids_masked"], filled))
+    pictures = torch.stack([tiles[name] for name in method.picture], dim=1).flatten(0, 1)
+    pictures = mim.unpatchify(pictures, p, method.encoder.grid)
+    return tile(pictures, columns=2 * len(method.picture))
 
 
 def tile(pictures, columns):
@@ -318,19 +371,20 @@ def tile(pictures, columns):
     return make_grid(F.interpolate(pictures, scale_factor=zoom, mode="nearest"), nrow=columns, pad_value=1.0)
 
 
-def picture_images(dataset, count=8):
-    """`count` images spread over a dataset, normalised: [count, 3, H, W]."""
+def picture_items(dataset, count=8):
+    """`count` items spread over a dataset -> images, normalised, [count, 3, H, W], and regions if it has them."""
     places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    return normalize(torch.stack([dataset[i]["image"] for i in places]))
+    batch = collate([dataset[i] for i in places])
+    return dict(images=normalize(batch["image"])) | {k: batch[k] for k in ("regions",) if k in batch}
 
 
-def save_picture(path, method, images, device, seed=0):
+def save_picture(path, method, items, device, seed=0):
     """Draws and writes reconstruction.png with the same masks each time."""
     training = method.training
     method.eval()
     torch.manual_seed(seed)
     with torch.no_grad():
-        grid = draw_reconstruction(method, images.to(device))
+        grid = draw_reconstruction(method, **{k: v.to(device) for k, v in items.items()})
     method.train(training)
     write_atomically(path, lambda to: save_image(grid, to, format="png"))
 
@@ -372,7 +426,8 @@ def load_run(path):
     return state
 
 
-MAY_CHANGE = ("data", "device", "precision", "workers", "compile", "output", "resume", "overwrite", "accumulate")
+MAY_CHANGE = ("data", "device", "precision", "workers", "compile", "output", "resume", "overwrite", "accumulate",
+              "region_cache", "prepare")
 
 
 def open_output(given):
@@ -435,10 +490,14 @@ def settle_run(given, state, rank, world_size):
     if state and saved["num_images"] != len(source):
         raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has "
                          f"{len(source)}")
-    keep_out = ("resume", "overwrite", "device", "precision", "workers", "world_size", "num_images")
+    keep_out = ("resume", "overwrite", "prepare", "device", "precision", "workers", "world_size", "num_images")
     settings = settle({k: v for k, v in given.items() if k not in keep_out}, len(source), source.image_size, world_size)
     if state:
         settings["base_lr"] = saved["base_lr"]
+    if "regions" in mim.METHODS[settings["method"]].inputs:
+        settings.setdefault("regions", default_regions(settings["method"], settings["data"]))
+        if settings["regions"] == "fh":
+            settings.setdefault("fh_scales", default_scales(source, settings["data"]))
     return source, settings | dict(num_images=len(source), world_size=world_size)
 
 
@@ -462,7 +521,8 @@ def train_epoch(run, epoch):
     progress = tqdm(range(steps), desc=f"epoch {epoch + 1}/{settings['epochs']}", disable=run.rank > 0, leave=False)
     for i in progress:
         step = epoch * steps + i
-        lr = learning_rate(step, settings["epochs"] * steps, settings["warmup_epochs"] * steps, settings["lr"])
+        lr = learning_rate(step, settings["epochs"] * steps, settings["warmup_epochs"] * steps, settings["lr"],
+                           settings["min_lr"])
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         losses = 0
@@ -500,6 +560,24 @@ def train_epoch(run, epoch):
                 images_per_s=round(steps * settings["batch_size"] / seconds, 1), seconds=round(seconds, 3))
 
 
+def prepare_regions(run, given):
+    """The regions of the run's images, those to be computed shared out over the processes."""
+    settings = run.settings
+    if run.rank == 0:
+        print(f"regions: {settings['regions']}")
+    options = {k: settings[k] for k in ("cam_weights", "cam_labels") if k in settings}
+    regions = open_regions(settings["regions"], run.source, settings["data"], "pretrain", settings.get("fh_scales"),
+                           settings.get("region_cache", "data/regions"), device=run.device, **options)
+    if hasattr(regions, "fill"):
+        regions.fill(given.get("workers", os.cpu_count()), run.rank, run.world_size)
+    if hasattr(regions, "found") and regions.found < len(run.source) and run.rank == 0:
+        print(f"regions: {len(run.source) - regions.found} of {len(run.source)} images have no masks in "
+              f"{settings['regions']}")
+    if run.world_size > 1:
+        dist.barrier()
+    return regions
+
+
 def prepare(given):
     """Everything that a run needs, from the user's flags; run.epoch epochs are done, run.log holds their lines."""
     run = SimpleNamespace(epoch=0, log=[])
@@ -525,6 +603,8 @@ def prepare(given):
     run.method = build_method(settings).to(run.device)
     run.optimizer = torch.optim.AdamW(parameter_groups(run.method, settings["weight_decay"]), lr=settings["lr"],
                                       betas=tuple(settings["betas"]), fused=run.device.type in ("cuda", "cpu"))
+    if settings["lookahead"]:
+        run.optimizer = Lookahead(run.optimizer, settings["lookahead"])
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=precision == "fp16")
     if state:
         restore(run, state)
@@ -533,8 +613,9 @@ def prepare(given):
     run.model = run.method
     if run.world_size > 1:
         run.model = DistributedDataParallel(run.method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    run.regions = prepare_regions(run, given) if "regions" in run.method.inputs else None
     dataset = Images(run.source, settings["image_size"], "crop", tuple(settings["crop_scale"]), settings["flip"],
-                     settings["seed"])
+                     settings["seed"], regions=run.regions)
     micro_batch = settings["batch_size"] // run.world_size // settings["accumulate"]
     run.batches = EpochBatches(len(dataset), settings["batch_size"], micro_batch, settings["seed"], run.rank,
                                run.world_size)
@@ -545,7 +626,10 @@ def prepare(given):
 
 def main(argv):
     """One training run, from the command line to the files in --output."""
-    run = prepare(parse(argv))
+    given = parse(argv)
+    run = prepare(given)
+    if given.get("prepare"):
+        return
     output, epochs = run.output, run.settings["epochs"]
     if run.rank == 0:
         try:
@@ -555,7 +639,7 @@ def main(argv):
         if run.epoch == 0:  # says now, and not after the first epoch, if this cannot be written
             save_run(run)
         write_log(output / "log.jsonl", run.log)
-        examples = picture_images(Images(run.source, run.settings["image_size"], "center"))
+        examples = picture_items(Images(run.source, run.settings["image_size"], "center", regions=run.regions))
     while run.epoch < epochs:
         if hasattr(run.method, "maps_due") and run.method.maps_due(run.epoch, epochs):
             update_maps(run)

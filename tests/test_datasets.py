@@ -1,6 +1,7 @@
 """Data: what is recognised, what an item holds, and that geometry, order and randomness are what they claim."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 from torchvision.io import write_png
 
+import datasets
 import mim
 from datasets import (Arrays, BrokenFiles, EpochBatches, Images, Shapes, UsageError, decode, denormalize, load_data, make_loader,
-                      normalize, render_scene, seed_of)
+                      normalize, render_scene, renumber, seed_of)
 
 
 class Source:
@@ -258,15 +260,147 @@ def test_flips_can_be_turned_off():
     assert not any(Images(Source(coordinates()), 16, flip=False)[e, 0]["flip"] for e in range(30))
 
 
-def test_instance_map_is_cropped_exactly_as_its_image():
+def test_regions_are_cropped_exactly_as_their_image():
     source = Shapes(image_size=64)
-    image = torch.stack([source.read(3)["instances"]] * 3) * 40  # an image that shows its own map
-    dataset = Images(Source(image, instances=[source.read(3)["instances"]]), 64, "crop", instances=True)
+    instances = renumber(source.read(3)["instances"][None].int())  # items number the regions from the largest down
+    dataset = Images(Source(instances.expand(3, -1, -1) * 40, instances=instances), 64, "crop", regions=datasets.Instances())
     for epoch in range(20):
         item = dataset[epoch, 0]
-        same = (item["image"][0].float() / 40 - item["instances"].float()).abs() < 0.2
-        assert same.float().mean() > 0.8  # but at edges, where the image is interpolated and the map is not
-        assert set(item["instances"].unique().tolist()) <= set(range(7))
+        assert item["regions"].shape == (1, 64, 64) and item["regions"].dtype == torch.uint8
+        shown = (item["image"][0].float() / 40).round().long()  # an image that shows its own map
+        names = {n: int(shown[item["regions"][0] == n].mode().values) for n in item["regions"].unique().tolist()}
+        assert len(set(names.values())) == len(names) and names[0] == 0
+        same = torch.tensor([names[n] for n in item["regions"].flatten().tolist()]) == shown.flatten()
+        assert same.float().mean() > 0.85  # but at edges, where the image is interpolated and the map is not
+
+
+def test_maps_of_another_resolution_are_cropped_with_the_image():
+    class Coarse:
+        def read(self, index, item):
+            return torch.arange(1, 17, dtype=torch.int32).view(1, 4, 4)  # each a block of 16x16 pixels
+
+    image = torch.arange(1, 17, dtype=torch.uint8).view(1, 4, 4).repeat_interleave(16, 1).repeat_interleave(16, 2) * 10
+    dataset = Images(Source(image.expand(3, -1, -1)), 64, "whole", regions=Coarse())
+    blocks = dataset[0]["regions"][0].unfold(0, 16, 16).unfold(1, 16, 16).flatten(2)
+    assert (blocks == blocks[..., :1]).all() and blocks[..., 0].unique().numel() == 16
+
+
+def test_regions_are_numbered_from_the_largest_down():
+    labels = torch.tensor([[[0, 0, 7, 7], [9, 9, 9, 7]], [[3, 3, 3, 3], [3, 3, 3, 3]]])
+    labels[0, 0, 0] = 9
+    assert renumber(labels).tolist() == [[[1, 0, 2, 2], [1, 1, 1, 2]], [[1] * 4] * 2]
+    many = torch.arange(400).repeat_interleave(torch.arange(400) // 100 + 1).view(1, 1, -1)
+    few = renumber(many)
+    kept = many[few > 0].unique()
+    assert few.max() == 255 and len(kept) == 255 and set(range(200, 400)) < set(kept.tolist())
+
+
+def test_overlapping_masks_go_to_layers():
+    masks = torch.zeros(4, 4, 4, dtype=torch.bool)
+    masks[0, :2], masks[1], masks[2, 2:], masks[3, 0, 0] = True, True, True, True
+    layers = renumber(masks)  # the whole; the two halves beside each other; the pixel above them
+    assert layers.shape == (3, 4, 4) and layers[0].eq(1).all()
+    assert layers[1].tolist() == [[1] * 4] * 2 + [[2] * 4] * 2 and layers[2].sum() == layers[2, 0, 0] == 1
+    assert renumber(torch.ones(20, 2, 2, dtype=torch.bool)).shape == (8, 2, 2)
+
+
+@pytest.fixture
+def masked(folder, tmp_path):
+    """A folder of masks for the scenes 0 (PNG), 1 (in its class's folder, .npz) and 2 (a colour a region)."""
+    (tmp_path / "b").mkdir()
+    label = render_scene(0, 32)[2]
+    Image.fromarray(label).save(tmp_path / "0.png")
+    np.savez(tmp_path / "b" / "1.npz", masks=np.stack([render_scene(1, 32)[2] == n for n in (1, 2)]))
+    colours = np.array([[0, 0, 0], [200, 0, 0], [0, 200, 0], [0, 0, 200], [9, 9, 9], [99, 9, 9]], np.uint8)
+    Image.fromarray(colours[render_scene(2, 32)[2]]).save(tmp_path / "2.png")
+    return tmp_path
+
+
+def test_a_users_masks_are_matched_by_name(folder, masked):
+    source = load_data(folder)
+    regions = datasets.open_regions(str(masked), source, folder)
+    assert regions.found == 3
+    number = {source.name(i).rsplit("/", 1)[1]: i for i in range(len(source))}
+    read = lambda name: regions.read(number[name], source.read(number[name]))  # noqa: E731
+    assert np.array_equal(read("0.png")[0], render_scene(0, 32)[2])
+    assert read("1.png").dtype == torch.bool and np.array_equal(read("1.png")[0], render_scene(1, 32)[2] == 1)
+    coloured, truth = read("2.png")[0], render_scene(2, 32)[2]
+    assert coloured[truth == 0].eq(0).all() and len(np.unique(np.stack([coloured, truth]).reshape(2, -1), axis=1)[0]) == truth.max() + 1
+    assert not read("3.png").any()
+    batch = next(iter(make_loader(Images(source, 32, regions=regions), batch_size=24)))
+    assert batch["regions"].dtype == torch.uint8 and batch["regions"].shape[0] == 24 and batch["regions"].ndim == 4
+    (masked / "2.png").write_bytes(b"no image")
+    np.savez(masked / "b" / "1.npz", masks=np.zeros(3))
+    for name in ("2.png", "1.png"):
+        with pytest.raises(UsageError, match=name[0]):
+            read(name)
+
+
+def test_computed_regions_are_kept_continued_and_bound_to_their_settings(tmp_path):
+    source, calls = Shapes(length=6, image_size=16), []
+
+    def compute(image):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return (image[:1].numpy() // 64 + 1).astype(np.uint16)
+
+    cache = datasets.RegionCache(source, str(tmp_path / "fh-1"), compute)
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill()
+    assert len(cache.missing()) == 3
+    cache.fill()
+    assert len(calls) == 7 and not cache.missing() and not list(tmp_path.rglob("*.tmp*"))
+    for i in range(6):
+        image = source.read(i)["image"]
+        assert torch.equal(cache.read(i, dict(image=image)), (image[:1] // 64 + 1).int())
+    assert len(calls) == 7
+    assert len(datasets.RegionCache(source, str(tmp_path / "fh-2"), compute).missing()) == 6
+    assert len(datasets.RegionCache(Shapes(length=6), cache.folder, compute).missing()) == 6  # other images
+    Path(cache.path(2)).write_bytes(b"broken")
+    with pytest.raises(UsageError, match="delete it"):
+        cache.read(2, source.read(2))
+
+
+def test_class_activation_maps_of_a_folder_through_a_small_network(folder, tmp_path):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 32, 32), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(4, 5))
+    source = load_data(folder)
+    regions = datasets.CAMCache(source, str(tmp_path), network)
+    regions.fill()
+    assert not regions.missing()
+    item = source.read(0)
+    read = regions.read(0, item)
+    assert read.shape == (1, 32, 32) and read.dtype == torch.float32 and 0 <= read.min() < read.max() <= 1
+    alone = regions.compute(item["image"])  # on its own instead of in a batch
+    with np.load(regions.path(0)) as file:
+        assert np.abs(alone.astype(int) - file["arr_0"]).max() <= 1 and file["arr_0"].max() == 255
+    item = Images(source, 16, regions=regions)[0]
+    assert item["regions"].shape == (1, 16, 16) and item["regions"].is_floating_point()
+    objmae = mim.ObjMAE(mim.ViT(16, 4, 16, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    assert objmae(normalize(item["image"][None]), item["regions"][None])["loss"].isfinite()
+
+
+def test_regions_that_cannot_be_had(folder, tmp_path, monkeypatch):
+    source = load_data(folder)
+    (tmp_path / "weights.pt").write_bytes(b"none")
+    (tmp_path / "nothing").mkdir()
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    for kind, options, says in [
+            ("instances", {}, "--regions instances: --data .* has none; they come with COCO and shapes"),
+            ("panoptic", {}, "--regions panoptic"), ("samm", {}, "--regions samm: no such folder"),
+            (str(tmp_path / "nothing"), {}, "no .png or .npz in it has the name of an image"),
+            ("cam", dict(cam_weights=tmp_path / "weights.pt"), "--cam-weights .*weights.pt"),
+            ("cam", {}, "could not be downloaded .*no network.*--cam-weights"),
+            ("cam", dict(cam_labels=True), "--cam-labels")]:
+        with pytest.raises(UsageError, match=says) as caught:
+            datasets.open_regions(kind, source, folder, **options)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_bright_square_draws_attention_where_crop_and_flip_put_it():

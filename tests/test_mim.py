@@ -8,10 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mim
-from mim import AMT, MAE, LoMaR, SimMIM, ViT
+from mim import AMT, MAE, LoMaR, ObjMAE, SimMIM, ViT
 
 SMALL = dict(image_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=4)
-NAMES = ["mae", "simmim", "amt-mae", "amt-simmim", "lomar"]
+NAMES = ["mae", "simmim", "amt-mae", "amt-simmim", "lomar", "objmae"]
 DECODER = dict(decoder_dim=16, decoder_depth=2, decoder_heads=2)
 
 
@@ -107,11 +107,11 @@ def test_class_attention_is_what_the_last_block_applies():
     attn = vit.blocks[-1].attn
     x = vit.blocks[-1].norm1(x)
     v = attn.split_heads(x)[2]
-    applied = attn.proj(((attn.weights(x, 0)[:, :, None] @ v)[:, :, 0]).flatten(1))
+    applied = attn.proj(((attn.weights(x, slice(0, 1)) @ v)[:, :, 0]).flatten(1))
     assert torch.allclose(applied, attn(x)[:, 0], atol=1e-5)
     shown = vit.last_attention(pictures, query=0)
-    assert shown.shape == (4, 4, 64) and torch.allclose(shown, attn.weights(x, 0)[..., 1:], atol=1e-6)
-    assert torch.allclose(attn.weights(x, 3).sum(-1), torch.ones(4, 4))
+    assert shown.shape == (4, 4, 64) and torch.allclose(shown, attn.weights(x, slice(0, 1))[:, :, 0, 1:], atol=1e-6)
+    assert torch.allclose(attn.weights(x).sum(-1), torch.ones(4, 4, 65))
 
 
 def test_encoding_chosen_patches_ignores_the_others_and_their_order():
@@ -277,10 +277,11 @@ def test_a_perfect_prediction_reconstructs_the_image(norm_pix):
 def methods():
     mae, simmim = MAE(ViT(**SMALL), **DECODER), SimMIM(ViT(**SMALL))
     lomar = LoMaR(ViT(**SMALL, relative_position=True), window_size=5, num_windows=2)
-    return [mae, simmim, AMT(ViT(**SMALL), **DECODER), AMT(ViT(**SMALL), base="simmim"), lomar]
+    objmae = ObjMAE(ViT(**SMALL), **DECODER)
+    return [mae, simmim, AMT(ViT(**SMALL), **DECODER), AMT(ViT(**SMALL), base="simmim"), lomar, objmae]
 
 
-@pytest.mark.parametrize("number", range(5), ids=NAMES)
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
 def test_every_method_returns_the_same_keys_learns_everywhere_and_replays(number):
     method, x = methods()[number], images()
     out = method(x)
@@ -293,7 +294,7 @@ def test_every_method_returns_the_same_keys_learns_everywhere_and_replays(number
     assert still == {n for n, _ in method.named_parameters() if n.endswith("pos_embed")}
 
 
-@pytest.mark.parametrize("number", range(5), ids=NAMES)
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
 def test_predictions_see_visible_patches_alone(number):
     method, x = methods()[number], images().requires_grad_()
     out = method(x)
@@ -459,7 +460,7 @@ def test_relative_attention_against_its_formula_in_float64():
         logits = torch.stack([q[b, h, i] @ k[b, h, j] / math.sqrt(4) + q[b, h, i] @ r[j] for j in range(7)])
         out[b, h, i] = logits.softmax(0) @ v[b, h]
         if i == 3:
-            assert torch.allclose(attn.weights(x, 3, buckets)[b, h], logits.softmax(0))
+            assert torch.allclose(attn.weights(x, buckets=buckets)[b, h, 3], logits.softmax(0))
     assert torch.allclose(attn(x, buckets), attn.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -670,10 +671,166 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
         mim.read_checkpoint(tmp_path / "none.pt")
 
 
+# ObjMAE
+
+
+def squares(*boxes, size=32):
+    """A label map [1, 1, size, size] with the boxes (top, left, bottom, right) numbered from 1."""
+    regions = torch.zeros(1, 1, size, size, dtype=torch.uint8)
+    for number, (top, left, bottom, right) in enumerate(boxes, start=1):
+        regions[..., top:bottom, left:right] = number
+    return regions
+
+
+def patches_of(box, p=4, g=8):
+    """The patches that a box covers wholly, a set."""
+    top, left, bottom, right = (x // p for x in box)
+    return {r * g + c for r in range(top, bottom) for c in range(left, right)}
+
+
+def objmae(**options):
+    return ObjMAE(ViT(**SMALL), **DECODER | options)
+
+
+def test_objects_are_drawn_uniformly_and_small_ones_never():
+    """Of 1024 pixels 5% are 51.2: 52 pixels count as an object, 51 do not."""
+    regions = squares((0, 0, 16, 16), (0, 16, 4, 29), (16, 0, 32, 32))
+    regions[0, 0, 8:12, 20:32] = 4
+    regions[0, 0, 12, 20:23] = 4
+    assert (regions == 2).sum() == 52 and (regions == 4).sum() == 51
+    maps, found = mim.select_objects(regions.expand(3000, -1, -1, -1), 2)
+    assert found.all() and maps.shape == (3000, 2, 32, 32)
+    numbers = (maps * regions).amax((2, 3))
+    counts = torch.bincount(numbers[:, 0].long(), minlength=5)
+    assert counts[0] == counts[4] == 0 and (counts[1:4] - 1000).abs().max() < 4 * (3000 * 2 / 9) ** 0.5
+    assert (numbers[:, 0] != numbers[:, 1]).all()
+    layered = torch.cat([torch.zeros_like(regions), regions], dim=1)  # an empty layer changes nothing
+    assert torch.equal(mim.region_areas(layered)[:, 256:], mim.region_areas(regions))
+    assert not mim.select_objects(torch.zeros_like(layered), 1)[1].any()
+
+
+@pytest.mark.parametrize("pixels, inside", [(19, False), (20, True), (21, True)])
+def test_a_patch_is_the_objects_from_a_fifth_of_its_pixels_on(pixels, inside):
+    maps = torch.zeros(1, 20, 20, dtype=torch.bool)
+    maps[0, 10 + torch.arange(pixels) // 10, torch.arange(pixels) % 10] = True  # in the third of four patches
+    assert mim.object_patches(maps, 10).tolist() == [[False, False, inside, False]]
+
+
+def test_division_is_in_two_disjoint_equal_random_halves():
+    member = (torch.arange(64) < 21).expand(4000, -1)
+    source, target = mim.divide_patches(member, 32)
+    assert not (source & target).any() and not ((source | target) & ~member).any()
+    assert (source.sum(1) == 10).all() and (target.sum(1) == 10).all()
+    for half in (source, target):  # every patch falls into each with chance 10/21
+        assert (half[:, :21].float().mean(0) - 10 / 21).abs().max() < 4 * 0.5 / 4000**0.5
+    assert all((half.sum(1) == 4).all() for half in mim.divide_patches(member, 4))
+
+
+@pytest.mark.parametrize("alignment", ["throwout", "zero", "replicate", "random"])
+@pytest.mark.parametrize("selection", ["intra", "inter"])
+def test_alignment_brings_source_and_target_to_one_length(alignment, selection):
+    """Two images: an object of 16 patches beside one of 12, and one of 4 patches alone; n = 16 patches each."""
+    boxes = [[(0, 0, 16, 16), (16, 0, 28, 16)], [(8, 8, 16, 16)]]
+    regions = torch.cat([squares(*b) for b in boxes])
+    method = objmae(alignment=alignment, selection=selection)
+    for _ in range(20):
+        out = method(images(2), regions)
+        visible, masked = out["ids_visible"], out["ids_masked"]
+        smallest = {"intra": 2, "inter": 4}[selection]
+        assert visible.shape == masked.shape == (2, smallest if alignment == "throwout" else 16)
+        for b in range(2):
+            source, target = set(visible[b].tolist()), set(masked[b].tolist())
+            objects = [patches_of(box) for box in boxes[b]]
+            if selection == "inter" and b == 1:
+                objects.append(set(range(64)) - objects[0])  # the background
+            assert not source & target
+            if alignment == "random":
+                assert len(source) == len(target) == 16
+            elif selection == "intra":
+                assert any(source | target <= o for o in objects)
+            else:
+                assert [source <= o for o in objects] == [not target <= o for o in objects]
+            if alignment == "zero":
+                assert out["keep_visible"][b].sum() == len(source) and out["keep_masked"][b].sum() == len(target)
+            else:
+                assert out["keep_visible"] is None
+
+
+def test_padding_changes_no_other_token_and_no_loss():
+    method, x, regions = objmae(), images(2), squares((8, 8, 16, 16)).expand(2, -1, -1, -1)
+    out = method(x, regions)
+    keep = dict(keep_visible=out["keep_visible"], keep_masked=out["keep_masked"])
+    assert keep["keep_visible"].sum(1).tolist() == [2, 2] and keep["keep_visible"].shape == (2, 16)
+    ids = [torch.where(keep[f"keep_{k}"], out[f"ids_{k}"], 63) for k in ("visible", "masked")]
+    x[:, :, 28:, 28:] = 9  # padding with another patch of other pixels
+    for again in (method(x, None, *ids, **keep), method(x, None, *(i[:, :2] for i in ids))):  # or without any
+        assert torch.allclose(again["loss"], out["loss"], atol=1e-6)
+        assert torch.allclose(again["pred"][:, :2], out["pred"][:, :2], atol=1e-6)
+
+
+def test_the_whole_image_at_a_half_is_mae():
+    method, mae = objmae(alpha=0.5), MAE(ViT(**SMALL), mask_ratio=0.5, norm_pix=False, **DECODER)
+    mae.load_state_dict(method.state_dict())
+    x = images()
+    out = method(x)
+    assert out["ids_visible"].shape == out["ids_masked"].shape == (4, 32) and out["keep_masked"].all()
+    assert torch.cat([out["ids_visible"], out["ids_masked"]], 1).sort().values.equal(torch.arange(64).expand(4, -1))
+    same = mae(x, out["ids_visible"], out["ids_masked"])
+    assert torch.allclose(same["loss"], out["loss"], atol=1e-6) and torch.allclose(same["pred"], out["pred"], atol=1e-5)
+    for regions in (torch.zeros(4, 1, 32, 32, dtype=torch.uint8), squares((0, 0, 4, 4)).expand(4, -1, -1, -1)):
+        assert method(x, regions)["keep_visible"].all()  # no object of 5%: the whole image
+
+
+def test_an_object_between_patches_falls_back_to_the_whole_image():
+    """Thin lines, of 10% of the pixels, that fill no patch to a fifth."""
+    regions = torch.zeros(1, 1, 40, 40, dtype=torch.uint8)
+    regions[..., 5::10, :] = 1
+    method = ObjMAE(ViT(40, 10, 32, 1, 2), alpha=0.5, alignment="throwout", **DECODER)
+    assert method(images(1, 40, 40), regions)["ids_visible"].shape == (1, 8)
+
+
+def test_class_activation_maps_by_hand_and_their_strongest_patches():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 4, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(5, 7))
+    x = images(6)
+    maps, features = mim.class_activation_map(network, x, torch.arange(6)), network[0](x)
+    for b in range(6):
+        expected = sum(network[2].weight[b, k] * features[b, k] for k in range(5))
+        assert torch.allclose(maps[b, 0], expected / expected.max(), atol=1e-5)
+    logits = network[2](features.mean((2, 3)))
+    assert torch.equal(mim.class_activation_map(network, x), mim.class_activation_map(network, x, logits.argmax(1)))
+    response = torch.arange(64.0).view(1, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3) / 63
+    out = objmae(alpha=0.125, alignment="throwout")(images(1), response)  # 8 + 8 patches of strongest response
+    assert sorted(torch.cat([out["ids_visible"], out["ids_masked"]], 1)[0].tolist()) == list(range(48, 64))
+    out = objmae(alpha=0.5, alignment="throwout")(images(1), response)  # more than 0.3: from patch 19 on, 45 of them
+    assert out["ids_visible"].shape == (1, 22) and out["ids_visible"].min() >= 19
+
+
+def test_attention_rollout_against_float64():
+    vit, x = ViT(**SMALL).double(), images(2).double()
+    h, flow = vit.sequence(vit.embed(x)), torch.eye(65, dtype=torch.float64)
+    for block in vit.blocks:
+        q, k, _ = block.attn.split_heads(block.norm1(h))
+        attention = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).mean(1) + torch.eye(65)
+        flow = attention / attention.sum(-1, keepdim=True) @ flow
+        h = block(h)
+    rolled = vit.rollout(x)
+    assert torch.allclose(rolled.double(), flow, atol=1e-6) and torch.allclose(rolled.sum(-1), torch.ones(2, 65))
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(alpha=0.6), "alpha=0.6 makes source and target 38 patches each; it may be 1 to 32 of 64"),
+    (dict(alpha=0.001), "alpha=0.001"), (dict(alignment="cut"), "'cut'"), (dict(selection="both"), "'both'"),
+    (dict(patch_share=0.0), "patch_share=0.0")])
+def test_objmae_says_what_is_wrong(options, says):
+    with pytest.raises(ValueError, match=says):
+        objmae(**options)
+
+
+
 # Learning, and lifting
 
 
-@pytest.mark.parametrize("number", range(5), ids=NAMES)
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
 def test_a_tiny_model_learns_in_seconds(number):
     """Images of one colour each: any visible patch tells what is masked, so the loss must fall far below the start."""
     method = methods()[number]

@@ -1,5 +1,6 @@
 """The training program: settings, learning, exact resume, several processes, and what it says to a user's mistakes."""
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torchvision.io import read_image, write_png
 
+import datasets
 import mim
 import train
 from conftest import ROOT
@@ -101,8 +103,9 @@ def test_every_constructor_argument_is_a_flag(method, capsys):
         assert "--" + name.replace("_", "-") in text
     for name in [*train.FLAGS, *train.SWITCHES]:
         assert "--" + name.replace("_", "-") in text
-    given = train.parse(["--method", method, "--mask-ratio", "0.3"])
-    assert given["mask_ratio"] == 0.3
+    ratio = "alpha" if method == "objmae" else "mask_ratio"
+    given = train.parse(["--method", method, "--" + ratio.replace("_", "-"), "0.3"])
+    assert given[ratio] == 0.3
 
 
 def test_flags_have_their_arguments_types():
@@ -384,3 +387,80 @@ def test_images_that_fit_no_square(call, tmp_path):
     code, _, _, output = call("amt", "--interval", 1, data=images, tiny=flags + TINY[10:])
     assert code == 0 and torch.load(output / "checkpoint.pt", weights_only=True)["maps"].shape == (9, 4, 8)
     assert call("amt", "--resume", data=images, tiny=[])[0] == 0
+
+
+# Lookahead and regions
+
+
+def test_lookahead_by_hand():
+    """SGD on f(w) = w with rate 1, k=2, alpha=0.5: each step takes 1 off; every second lands half-way to the slow one."""
+    w = torch.nn.Parameter(torch.tensor([10.0]))
+    optimizer = train.Lookahead(torch.optim.SGD([w], lr=1.0), k=2, alpha=0.5)
+    seen = []
+    for _ in range(6):
+        w.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(w.item())
+    assert seen == [9.0, 9.0, 8.0, 8.0, 7.0, 7.0]
+    with pytest.raises(ValueError, match="k=0"):
+        train.Lookahead(torch.optim.SGD([w], lr=1.0), k=0)
+
+
+def test_lookahead_goes_on_from_its_state():
+    def steps(optimizer, w, count):
+        for i in range(count):
+            (w * w).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def fresh(value):
+        w = torch.nn.Parameter(value.clone())
+        return w, train.Lookahead(torch.optim.AdamW([w], lr=0.1), k=3)
+
+    w, optimizer = fresh(torch.tensor([3.0, -2.0]))
+    steps(optimizer, w, 4)
+    other, resumed = fresh(w.detach())
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    steps(optimizer, w, 5)
+    steps(resumed, other, 5)
+    assert torch.equal(w, other)
+    for group in resumed.param_groups:  # the schedule's rate reaches the optimizer inside
+        group["lr"] = 0.0
+    before = other.detach().clone()
+    steps(resumed, other, 2)
+    assert torch.equal(before, other)
+
+
+@pytest.mark.parametrize("flags", [[], ["--selection", "inter", "--alignment", "random"]])
+def test_objmae_pretrains_on_shapes_and_resumes(cli, tmp_path, flags, monkeypatch):
+    monkeypatch.setattr(datasets.Shapes, "__len__", lambda self: 32)
+
+    def call(out, *more):
+        return cli(train, "--method", "objmae", *TINY, *flags, "--output", tmp_path / out, *more)
+
+    code, out, _ = call("whole")
+    assert code == 0 and "regions: instances" in out and "lookahead      5" in out
+    assert read_image(str(tmp_path / "whole" / "reconstruction.png")).shape == (3, 4 * 130 + 2, 10 * 130 + 2)
+    save = train.save_run
+
+    def save_then_interrupt(run):
+        save(run)
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", save_then_interrupt)
+    assert call("run")[0] == 130
+    monkeypatch.setattr(train, "save_run", save)
+    assert call("run", "--resume")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_regions_on_the_command_line(call, tmp_path):
+    code, _, err, _ = call("mae", "--regions", "fh")
+    assert code == 2 and "unknown argument --regions" in err
+    code, _, err, _ = call("objmae", "--regions", tmp_path / "none")
+    assert code == 2 and "no such folder" in err

@@ -1,0 +1,202 @@
+"""The COCO reader against masks worked out by hand."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import CocoMaps, UsageError, coco_folder, coco_mask, fill_polygon, load_coco, rle_counts
+
+H, W = 8, 10
+
+
+def compress(counts):
+    """COCO's compressed run lengths, from the bits of the numbers as two's complement text."""
+    text = ""
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        length = 5
+        while not -(1 << length - 1) <= value < 1 << length - 1:
+            length += 5
+        bits = format(value % (1 << length), f"0{length}b")
+        groups = [bits[k:k + 5] for k in range(0, length, 5)][::-1]
+        text += "".join(chr(48 + int(g, 2) + 32 * (k + 1 < len(groups))) for k, g in enumerate(groups))
+    return text
+
+
+def run_lengths(mask):
+    """The lengths of the runs of 0, 1, 0, ... down the columns."""
+    counts, last = [0], 0
+    for value in mask.T.ravel().astype(int).tolist():
+        if value != last:
+            counts, last = counts + [0], value
+        counts[-1] += 1
+    return counts
+
+
+def picture(*rows):
+    """A map drawn as text, a row a string, "." for 0."""
+    return np.array([[0 if c == "." else int(c) for c in row] for row in rows])
+
+
+def write(root, year=2017, split="train"):
+    """A COCO root with the image 7 and all kinds of annotations, 8 and 9 without any, and 10 outside the JSON."""
+    name = f"{split}{year}"
+    for folder in (root / name, root / "annotations" / f"panoptic_{name}"):
+        folder.mkdir(parents=True)
+    for number in (9, 7, 8, 10):
+        Image.new("RGB", (W, H), (90, 120, 30)).save(root / name / f"{number:012d}.jpg")
+    rle = np.zeros((H, W), bool)
+    rle[6:8, 0:9] = True
+    segmentations = [  # in no order of area
+        dict(area=4, iscrowd=0, image_id=7, segmentation=[[2, 1, 4, 1, 4, 3, 2, 3]]),
+        dict(area=80, iscrowd=1, image_id=7, segmentation=dict(size=[H, W], counts=[0, 80])),
+        dict(area=18, iscrowd=0, image_id=7, segmentation=dict(size=[H, W], counts=run_lengths(rle))),
+        dict(area=30, iscrowd=0, image_id=7, segmentation=[[1, 0, 7, 0, 7, 5, 1, 5]]),
+        dict(area=1, iscrowd=0, image_id=7, segmentation=dict(size=[H, W], counts=compress([79, 1]))),
+    ]
+    images = [dict(id=n, file_name=f"{n:012d}.jpg", height=H, width=W) for n in (9, 8, 7)]
+    instances = dict(images=images, annotations=segmentations)
+    (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(instances))
+    ids = [70000, 5, 300]  # beyond two bytes, in one, in two
+    colours = np.zeros((H, W, 3), np.uint8)
+    colours[0:4, 0:5] = (112, 17, 1)  # 112 + 256 * 17 + 65536 = 70000
+    colours[0:4, 5:10] = (5, 0, 0)
+    colours[4:6] = (44, 1, 0)  # 44 + 256 = 300; the last two rows stay void
+    Image.fromarray(colours).save(root / "annotations" / f"panoptic_{name}" / "000000000007.png")
+    segments = dict(image_id=7, file_name="000000000007.png", segments_info=[dict(id=i) for i in ids])
+    panoptic = dict(images=images, annotations=[segments])
+    (root / "annotations" / f"panoptic_{name}.json").write_text(json.dumps(panoptic))
+    return root
+
+
+def test_a_polygon_holds_the_pixels_whose_centres_it_holds():
+    rectangle = fill_polygon([2, 1, 5, 1, 5, 7, 2, 7], H, W)
+    assert rectangle.dtype == bool and rectangle.shape == (H, W)
+    expected = np.zeros((H, W), bool)
+    expected[1:7, 2:5] = True
+    np.testing.assert_array_equal(rectangle, expected)
+    # The centres (3, 2 and 4, 3) of columns and rows lie inside, those half a pixel on do not
+    np.testing.assert_array_equal(np.argwhere(fill_polygon([2.6, 1.6, 4.4, 1.6, 4.4, 3.4, 2.6, 3.4], H, W)), [[2, 3]])
+    triangle = fill_polygon([0, 0, 4.2, 0, 0, 4.2], 4, 5)  # x + y < 4.2 at the centres
+    np.testing.assert_array_equal(triangle, picture("1111.", "111..", "11...", "1...."))
+    assert fill_polygon([-5, -5, 50, -5, 50, 50, -5, 50], H, W).all()  # over all borders
+    assert not fill_polygon([3, 3, 8, 3], H, W).any()  # a line
+
+
+def test_parts_of_a_polygon_are_a_union():
+    left, right = [0, 0, 4, 0, 4, 4, 0, 4], [2, 0, 6, 0, 6, 4, 2, 4]
+    assert coco_mask([left, right], H, W).sum() == 24  # and not 16, as even-odd over both would give
+    assert fill_polygon([0, 0, 6, 0, 6, 6, 0, 6, 0, 0, 2, 2, 4, 2, 4, 4, 2, 4, 2, 2], H, W).sum() == 36 - 4  # a hole
+
+
+def test_area_of_a_large_triangle():
+    mask = fill_polygon([10.3, 5.1, 190.7, 40.2, 60.4, 150.9], 160, 200)
+    area = abs((190.7 - 10.3) * (150.9 - 5.1) - (60.4 - 10.3) * (40.2 - 5.1)) / 2
+    assert mask.sum() == pytest.approx(area, rel=0.005)
+
+
+def test_run_lengths():
+    assert rle_counts("3") == [3] and rle_counts("_1") == [47]  # "_" is 47: 15 and more follow; "1" is 1: 32 more
+    for counts in ([0, 80], [5, 3, 2, 1, 4, 65], [0, 15, 16, 31, 32, 1000, 0, 5, 100000, 1, 3]):
+        assert rle_counts(compress(counts)) == counts
+    mask = np.random.default_rng(0).random((H, W)) < 0.5
+    mask[0, 0] = True  # starts with a run of no zeros
+    counts = run_lengths(mask)
+    assert counts[0] == 0
+    for form in (counts, compress(counts)):
+        np.testing.assert_array_equal(coco_mask(dict(size=[H, W], counts=form), H, W), mask)
+    # down the columns: zeros in all of the first and one of the second, then three ones
+    mask = coco_mask(dict(size=[4, 3], counts=[5, 3, 4]), 4, 3)
+    np.testing.assert_array_equal(mask, picture("...", ".1.", ".1.", ".1."))
+
+
+@pytest.mark.parametrize("year", [2014, 2017])
+def test_instances(tmp_path, year):
+    maps = CocoMaps(write(tmp_path, year), "pretrain", "instances")
+    found = maps.read(f"{tmp_path}/train{year}/000000000007.jpg")
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, picture(  # the small square lies on the large one, the crowd nowhere
+        ".111111...",
+        ".133111...",
+        ".133111...",
+        ".111111...",
+        ".111111...",
+        "..........",
+        "222222222.",
+        "2222222224"))
+    np.testing.assert_array_equal(maps.read("000000000007"), found)
+
+
+def test_panoptic(tmp_path):
+    found = CocoMaps(write(tmp_path, split="val"), "val", "panoptic").read("000000000007")
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, picture(*4 * ["1111122222"], *2 * ["3333333333"], *2 * [".........."]))
+
+
+@pytest.mark.parametrize("kind", ["instances", "panoptic"])
+def test_images_without_annotations(tmp_path, kind):
+    maps = CocoMaps(write(tmp_path), "train", kind)
+    for name in ("000000000008.jpg", "000000000010.jpg"):  # listed in the JSON, and not
+        found = maps.read(tmp_path / "train2017" / name)
+        assert found.shape == (H, W) and found.dtype == np.uint16 and not found.any()
+
+
+def test_images_and_detection(tmp_path):
+    root = write(tmp_path / "coco")
+    source = load_coco(root, "pretrain")
+    assert [os.path.basename(source.name(i)) for i in range(4)] == [f"{n:012d}.jpg" for n in (7, 8, 9, 10)]
+    assert source.description == f"{root}: COCO train2017, 4 images" and source.classes == []
+    assert source.read(0)["image"].shape == (3, H, W) and source.read(0)["label"] == 0
+    assert coco_folder(root, "train").name == "train2017" and coco_folder(root, "val") is None
+    with pytest.raises(UsageError, match=r"coco: no val\* folder with .jpg images"):
+        load_coco(root, "val")
+    (tmp_path / "folders" / "train" / "cat").mkdir(parents=True)  # as ImageNet is laid out
+    Image.new("RGB", (W, H)).save(tmp_path / "folders" / "train" / "cat" / "1.jpg")
+    (tmp_path / "folders" / "annotations").mkdir()
+    assert coco_folder(tmp_path / "folders", "train") is None and coco_folder(tmp_path / "none", "train") is None
+
+
+def message(call, *arguments):
+    with pytest.raises(UsageError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_broken_segmentations(tmp_path):
+    path = write(tmp_path) / "annotations" / "instances_train2017.json"
+    data = json.loads(path.read_text())
+    for segmentation in ([[1, 2, 3]], dict(counts=[3, 4]), dict(counts="\u20ac"), [["a", "b"]], None):
+        data["annotations"][0]["segmentation"] = segmentation
+        path.write_text(json.dumps(data))
+        told = message(CocoMaps(tmp_path, "train", "instances").read, "000000000007")
+        assert told.startswith("--regions instances: broken annotations of 000000000007 (")
+    data["annotations"] = [dict(image_id=7, area=0, segmentation=[])]  # no part, and no word about crowds
+    path.write_text(json.dumps(data))
+    assert not CocoMaps(tmp_path, "train", "instances").read("000000000007").any()
+
+
+def test_errors(tmp_path):
+    root = write(tmp_path)
+    annotations = root / "annotations"
+    png = annotations / "panoptic_train2017" / "000000000007.png"
+    png.write_bytes(png.read_bytes()[:60])
+    told = message(CocoMaps(root, "train", "panoptic").read, "000000000007")
+    assert told.startswith("--regions panoptic: broken annotations of 000000000007 (")
+    png.unlink()
+    told = message(CocoMaps(root, "train", "panoptic").read, "000000000007")
+    assert told == f"--regions panoptic: there is no {annotations}/panoptic_train2017/000000000007.png"
+    (annotations / "panoptic_train2017").rmdir()  # the folder is a zip inside COCO's zip, easily left packed
+    told = message(CocoMaps, root, "train", "panoptic")
+    assert told == f"--regions panoptic: there is no {annotations}/panoptic_train2017"
+    for kind in ("instances", "panoptic"):
+        path = annotations / f"{kind}_train2017.json"
+        for broken in ('{"images": [', "[]", "{}", '{"images": [], "annotations": [3]}', "\udcff"):
+            path.write_bytes(broken.encode(errors="surrogateescape"))
+            (annotations / "panoptic_train2017").mkdir(exist_ok=True)
+            assert message(CocoMaps, root, "train", kind).startswith(f"--regions {kind}: {path} is not a file of COCO")
+        path.unlink()
+        assert message(CocoMaps, root, "train", kind) == f"--regions {kind}: there is no {path}"
