@@ -1,9 +1,11 @@
 """Evaluation of a checkpoint: `python eval.py CHECKPOINT --task linear --data /imagenet`.
 
-Tasks: knn, linear, finetune (accuracies, as one JSON line last), reconstruct, attention (PNG pictures). CHECKPOINT is
+Tasks: knn, linear, attentive, finetune (accuracies, as one JSON line last); reconstruct, attention, segment (PNG
+pictures); speed (a table of all methods, without a checkpoint). CHECKPOINT is
 checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state dict, or `random`: an untrained encoder.
 """
 
+import functools
 import json
 import math
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -30,14 +33,20 @@ from train import (PRECISIONS, Parser, add_method_flags, build_method, check_cho
 RECIPES = {
     "knn": dict(k=20, temperature=0.07, pool="cls"),  # Wu et al., 2018, arXiv:1805.01978
     "linear": dict(epochs=90, batch_size=16384, base_lr=0.1, warmup_epochs=10, pool="cls"),  # MAE, Table 10
+    "attentive": dict(epochs=90, batch_size=8192, base_lr=0.0125, warmup_epochs=10, count=4),  # CAE: 0.4 in all
     "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=None,
                      drop_path=0.1, label_smoothing=0.1, pool="mean"),  # MAE, Table 9; base_lr its code's for ViT-B
     "reconstruct": dict(count=8),
     "attention": dict(count=4, query=None),
+    "segment": dict(count=6, image_visible=0.25),
+    "speed": dict(model="base", image_size=224, patch_size=16, batch_size=64, repeats=5, methods=None,
+                  reference="mae"),
 }
 SMALL_RECIPES = {
     "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
+    "attentive": dict(epochs=90, batch_size=256, base_lr=0.4, warmup_epochs=10),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
+    "speed": dict(model="small", batch_size=4),  # on a CPU
 }
 SETTINGS = {  # flag: (type, what it is)
     "epochs": (int, "passes over the training images"),
@@ -52,6 +61,9 @@ SETTINGS = {  # flag: (type, what it is)
     "k": (int, "neighbours"),
     "temperature": (float, "of the neighbours' votes"),
     "count": (int, "images in the picture"),
+    "image_visible": (float, "segment: share of the image's patches that are encoded, those of the hints among them "
+                             "(default 0.25, as many as in pre-training; 1: the whole image)"),
+    "repeats": (int, "speed: timed steps of each variant"),
     "query": (int, "whose attention: 0 the class token (default; of LoMaR, which does not train it, the patch in the "
                    "middle), 1+i patch i"),
 }
@@ -125,11 +137,11 @@ def open_encoder(settings):
     return encoder
 
 
-def open_method(settings, overrides):
+def open_method(settings):
     """The whole method, decoder included: from a run's checkpoint.pt, or the MAE release's file with decoder."""
-    path = settings["checkpoint"]
+    path, overrides = settings["checkpoint"], settings["method_options"]
     if path == "random":
-        raise UsageError("--task reconstruct needs a pre-trained model with its decoder, not random")
+        raise UsageError(f"--task {settings['task']} needs a whole pre-trained model, not random")
     try:
         content = mim.load_file(path)
         if isinstance(content, dict) and isinstance(content.get("args"), dict) and "method_options" in content["args"]:
@@ -166,17 +178,20 @@ def open_method(settings, overrides):
 
 
 @torch.no_grad()
-def extract(encoder, dataset, pool, machine, label="features"):
-    """All images of a dataset -> features [n, D] and labels [n], on the device."""
+def extract(function, dataset, machine, label="features"):
+    """All images of a dataset through function(images [b, 3, H, W]) -> outputs [n, ...], labels [n], on the device."""
     device, amp, workers = machine
-    broken, features, labels = BrokenFiles(dataset.source, tqdm.write), [], []
-    encoder.eval()
+    broken, outputs, labels = BrokenFiles(dataset.source, tqdm.write), None, []
     for batch in tqdm(make_loader(dataset, workers, batch_size=256), desc=label, leave=False):
         broken.watch(batch["broken"])
         with amp():
-            features.append(encoder.features(normalize(batch["image"].to(device)), pool).float())
+            some = function(normalize(batch["image"].to(device)))
+        if outputs is None:  # all of it at once: patches of many images are too much to hold twice
+            outputs = some.new_empty(len(dataset), *some.shape[1:])
+        done = sum(map(len, labels))
+        outputs[done : done + len(some)] = some
         labels.append(batch["label"].to(device))
-    return torch.cat(features), torch.cat(labels)
+    return outputs, torch.cat(labels)
 
 
 def accuracies(logits, labels):
@@ -212,14 +227,54 @@ def knn_logits(train_features, train_labels, features, num_classes, k=20, temper
 def knn(encoder, settings, machine):
     """k-nearest-neighbour classification on frozen features."""
     datasets = [labelled(settings, split, encoder.image_size) for split in ("train", "val")]
-    known, labels = extract(encoder, datasets[0], settings["pool"], machine, "train features")
-    new, truth = extract(encoder, datasets[1], settings["pool"], machine, "val features")
+    features = pooled(encoder, settings["pool"])
+    known, labels = extract(features, datasets[0], machine, "train features")
+    new, truth = extract(features, datasets[1], machine, "val features")
     votes = knn_logits(known, labels, new, len(datasets[0].source.classes), settings["k"], settings["temperature"])
     return accuracies(votes, truth)
 
 
-def train_batches(train, batches, encoder, pool, machine, cached=None):
-    """One epoch of the probe's training, a step at a time: (features [b, D], labels [b]) on the device.
+def pooled(encoder, pool):
+    """The function images -> features [b, D] in float32."""
+    return lambda images: encoder.features(images, pool).float()
+
+
+def classifier(dim, num_classes):
+    """Batch norm without affine and a linear layer, [B, dim] -> [B, num_classes] (MAE, Table 10; CAE, Appendix A)."""
+    head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), nn.Linear(dim, num_classes))
+    nn.init.normal_(head[1].weight, std=0.01)
+    nn.init.zeros_(head[1].bias)
+    return head
+
+
+class AttentiveProbe(nn.Module):
+    """CAE's probe (§5.2, Appendix A, arXiv:2202.03026): patch outputs [B, N, D] -> logits [B, num_classes].
+
+    One learned query gathers by cross-attention from the patches what a classifier, as the linear probe's, reads;
+    no MLP, no skip connection.
+    """
+
+    def __init__(self, dim, num_heads, num_classes):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, dim))
+        self.attn = mim.CrossAttention(dim, num_heads)
+        self.attn.apply(mim.init_weights)
+        self.classifier = classifier(dim, num_classes)
+        nn.init.normal_(self.query, std=0.02)
+
+    def forward(self, patches):
+        patches = patches.float()
+        gathered = self.attn(self.query.expand(len(patches), -1, -1), patches, patches)
+        return self.classifier(gathered.squeeze(1))
+
+    def attention(self, patches):
+        """Where the query looks (Figure 5): [B, heads, N], rows sum to one."""
+        patches = patches.float()
+        return self.attn.weights(self.query.expand(len(patches), -1, -1), patches).squeeze(2)
+
+
+def train_batches(train, batches, features, machine, cached=None):
+    """One epoch of a probe's training, a step at a time: (features [b, ...], labels [b]) on the device.
 
     cached: (features, labels) of all images; otherwise each batch is read and encoded, in pieces that fit.
     """
@@ -234,50 +289,75 @@ def train_batches(train, batches, encoder, pool, machine, cached=None):
     for batch in make_loader(train, workers, batch_sampler=batches):
         broken.watch(batch["broken"])
         with torch.no_grad(), amp():
-            features = encoder.features(normalize(batch["image"].to(device)), pool).float()
-        pieces.append((features, batch["label"].to(device)))
+            some = features(normalize(batch["image"].to(device)))
+        pieces.append((some, batch["label"].to(device)))
         if len(pieces) == batches.batch_size // batches.micro_batch:
             yield tuple(torch.cat(x) for x in zip(*pieces))
             pieces = []
 
 
-def linear(encoder, settings, machine):
-    """Linear probe (MAE, Table 10): frozen encoder, batch norm without affine, linear layer, LARS.
+def train_probe(encoder, features, make_head, make_optimizer, settings, machine):
+    """Trains a head on a frozen encoder -> the head in eval mode, and its accuracies.
 
+    features: images [b, 3, H, W] -> what the head takes. make_head(num_classes); make_optimizer(parameters, lr=...).
     cache_features: the training images are encoded once, from the evaluation view, instead of anew in every epoch
     from random crops and flips.
     """
-    device = machine[0]
-    encoder.requires_grad_(False)
-    cache = settings["cache_features"]
+    device, cache, title = machine[0], settings["cache_features"], f"{settings['task']} probe"
+    encoder.requires_grad_(False).eval()
     train = labelled(settings, "train", encoder.image_size, "center" if cache else "crop", crop_scale=(0.08, 1.0))
     val = labelled(settings, "val", encoder.image_size)
-    cached = extract(encoder, train, settings["pool"], machine, "train features") if cache else None
+    cached = extract(features, train, machine, "train features") if cache else None
     torch.manual_seed(settings["seed"])
-    head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
-                         nn.Linear(encoder.embed_dim, len(train.source.classes))).to(device)
-    nn.init.normal_(head[1].weight, std=0.01)
-    nn.init.zeros_(head[1].bias)
+    head = make_head(len(train.source.classes)).to(device)
     batch_size, epochs, lr = fit_batch(settings, train)
-    optimizer = LARS(head.parameters(), lr=lr)
+    optimizer = make_optimizer(head.parameters(), lr=lr)
     batches = EpochBatches(len(train), batch_size, batch_size if cache else piece_of(batch_size), settings["seed"])
     steps = len(train) // batch_size
-    progress = tqdm(total=epochs * steps, desc="linear probe")
+    progress = tqdm(total=epochs * steps, desc=title)
     for epoch in range(epochs):
         batches.epoch = epoch
-        for features, labels in train_batches(train, batches, encoder, settings["pool"], machine, cached):
+        for inputs, labels in train_batches(train, batches, features, machine, cached):
             warmup_steps = settings["warmup_epochs"] * steps
             optimizer.param_groups[0]["lr"] = learning_rate(progress.n, epochs * steps, warmup_steps, lr)
-            F.cross_entropy(head(features), labels).backward()
+            F.cross_entropy(head(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
             progress.update()
     progress.close()
     if not all(p.isfinite().all() for p in head.parameters()):
         raise UsageError(f"the probe's weights are no longer finite: try a lower --base-lr than {settings['base_lr']}")
-    features, labels = extract(encoder, val, settings["pool"], machine, "val features")
-    with torch.no_grad():
-        return accuracies(head.eval()(features), labels) | dict(features="cached" if cache else "augmented")
+    head.eval()
+
+    def logits(images):
+        inputs = features(images)
+        with torch.autocast(device.type, enabled=False):  # as in training, the head is in float32
+            return head(inputs)
+
+    return head, accuracies(*extract(logits, val, machine, "val")) | dict(features="cached" if cache else "augmented")
+
+
+def linear(encoder, settings, machine):
+    """Linear probe (MAE, Table 10): frozen encoder, batch norm without affine, linear layer, LARS."""
+    head = functools.partial(classifier, encoder.embed_dim)
+    return train_probe(encoder, pooled(encoder, settings["pool"]), head, LARS, settings, machine)[1]
+
+
+def attentive(encoder, settings, machine):
+    """Attentive probe (CAE, Appendix A): frozen encoder, `AttentiveProbe`, SGD; and a picture of where it looks.
+
+    Cached, the patches of all training images are on the device, 2 N D bytes each: 1.2 GB for CIFAR-10 at ViT-Ti and 64
+    patches. Otherwise those of a batch are: 2.5 GB for 8192 at ViT-B/16 and 224 pixels.
+    """
+    features = lambda images: encoder(images)[:, 1:].half()  # noqa: E731
+    head = functools.partial(AttentiveProbe, encoder.embed_dim, encoder.num_heads)
+    optimizer = functools.partial(torch.optim.SGD, momentum=0.9)
+    probe, result = train_probe(encoder, features, head, optimizer, settings, machine)
+    images = pictured(settings, encoder.image_size, machine[0])["images"]
+    with torch.no_grad(), machine[1]():
+        maps = probe.attention(features(images)).unflatten(2, encoder.grid)
+    write_picture(settings["output"], tile_attention(images, maps))
+    return result | dict(picture=str(settings["output"]))
 
 
 def fit_batch(settings, train):
@@ -395,20 +475,30 @@ def pictured(settings, size, device):
     if "images" in settings:
         items = picture_items(Images(FileList(settings["images"]), size, "center"), len(settings["images"]))
         return {k: v.to(device) for k, v in items.items()}
+    items = picture_items(with_regions(settings, size), settings["count"])
+    return {k: v.to(device) for k, v in items.items()}
+
+
+def with_regions(settings, size):
+    """--data's val images as items, with their regions if settings["regions"] says which."""
     source, regions = load_data(settings["data"], "val", size), None
     if "regions" in settings:
         scales = settings.get("fh_scales") or default_scales(source, settings["data"])
         regions = open_regions(settings["regions"], source, settings["data"], "val", scales,
                                cam_weights=settings.get("cam_weights"))
-    items = picture_items(Images(source, size, "center", regions=regions), settings["count"])
-    return {k: v.to(device) for k, v in items.items()}
+    return Images(source, size, "center", regions=regions)
+
+
+def write_picture(path, picture):
+    """A picture [3 or 1, H, W] in [0, 1] -> a PNG file."""
+    write_atomically(path, lambda to: save_image(picture, to, format="png"))
 
 
 class FileList:
     """A source of single files, each of which must be readable."""
 
-    def __init__(self, paths):
-        self.paths = paths
+    def __init__(self, paths, flag="--images"):
+        self.paths, self.flag = paths, flag
 
     def __len__(self):
         return len(self.paths)
@@ -418,7 +508,7 @@ class FileList:
             return dict(image=decode(self.paths[index]), label=0)
         except (OSError, RuntimeError, ValueError):
             reason = "cannot be decoded as an image" if Path(self.paths[index]).is_file() else "no such file"
-            raise UsageError(f"--images {self.paths[index]}: {reason}") from None
+            raise UsageError(f"{self.flag} {self.paths[index]}: {reason}") from None
 
     def name(self, index):
         return self.paths[index]
@@ -433,8 +523,126 @@ def reconstruct(method, settings, machine):
     torch.manual_seed(settings["seed"])
     with torch.no_grad(), amp():
         grid = draw_reconstruction(method, **items)
-    write_atomically(settings["output"], lambda to: save_image(grid, to, format="png"))
+    write_picture(settings["output"], grid)
     return dict(picture=str(settings["output"]))
+
+
+def hint_patches(maps, count):
+    """Binary maps in patches [B, k, N, p*p] -> `count` random patches of each, one with foreground: ids [B, k, count]."""
+    noise = torch.rand(maps.shape[:3], device=maps.device)
+    inside = noise + maps.any(-1)  # one patch that shows the object, and otherwise any
+    first = inside.argmax(-1, keepdim=True)
+    return noise.scatter(-1, first, 2.0).argsort(-1, descending=True)[..., :count]
+
+
+def given_hints(settings, size, patch_size):
+    """The user's hints -> (hint map bool [1, 1, H, W], ids [1, n] of the patches that they show).
+
+    --points and --background: x,y in pixels of the image file; each shows its whole patch. --hints: a label PNG as large
+    as the image, 0 for unknown, 1 for background, more for the region.
+    """
+    path, (H, W) = settings["images"][0], size
+    height, width = FileList([path]).read(0)["image"].shape[1:]
+    labels = torch.zeros(H, W, dtype=torch.long)
+    if "hints" in settings:
+        hints = FileList([settings["hints"]], "--hints").read(0)["image"][0]
+        if hints.shape != (height, width):
+            raise UsageError(f"--hints {settings['hints']}: {hints.shape[1]}x{hints.shape[0]} pixels, the image has "
+                             f"{width}x{height}")
+        labels = F.interpolate(hints[None, None].float(), (H, W), mode="nearest-exact")[0, 0].long().clamp(max=2)
+    for flag, label in (("points", 2), ("background", 1)):
+        for point in settings.get(flag, []):
+            try:
+                x, y = (float(v) for v in point.split(","))
+            except ValueError:
+                raise UsageError(f"--{flag} {point}: a point is x,y in pixels") from None
+            if not (0 <= x < width and 0 <= y < height):
+                raise UsageError(f"--{flag} {point} is outside of the image of {width}x{height} pixels")
+            row, column = (int(v) // patch_size * patch_size for v in (y * H / height, x * W / width))
+            labels[row : row + patch_size, column : column + patch_size] = label
+    patches = mim.patchify(labels[None, None], patch_size)
+    shown = patches.any(-1)
+    if not (patches == 2).any():
+        raise UsageError("--task segment of --images needs hints: --points x,y ... inside the region, or --hints")
+    if shown.all():
+        raise UsageError("--hints: there is no patch left to complete")
+    return (labels == 2)[None, None], shown.nonzero()[:, 1][None]
+
+
+def image_patches(ids_hint, num_patches, share):
+    """The patches of the image to encode, [B, n]: those of the hints and random others up to `share` of all."""
+    count = max(ids_hint.shape[1], int(share * num_patches))
+    noise = torch.rand(len(ids_hint), num_patches, device=ids_hint.device).scatter(1, ids_hint, 2.0)
+    return noise.argsort(1, descending=True)[:, :count]
+
+
+def nearest_hint(patches, ids, grid):
+    """What a patch's nearest shown patch holds: patches [B, N, p*p] with `ids` [B, n] shown -> bool [B, N, p*p]."""
+    rows, columns = (torch.arange(patches.shape[1], device=ids.device) // grid[1],
+                     torch.arange(patches.shape[1], device=ids.device) % grid[1])
+    place = torch.stack([rows, columns], 1).float()
+    nearest = torch.cdist(place.expand(len(ids), -1, -1), place[ids]).argmin(2)
+    mostly = mim.take(patches, ids).float().mean(2) > 0.5
+    return mostly.gather(1, nearest)[..., None].expand_as(patches)
+
+
+def segment(method, settings, machine):
+    """Interactive segmentation (R-MAE, Figure 6): a region is completed from a few of its patches.
+
+    With --images and hints: the completed region of one image, as a picture and as a mask of the image's size. Without:
+    objects of the val images with 80, 85 and 90% of their patches hidden, the picture of some, and the mean
+    intersection over union (IoU, in percent) inside the hidden patches; beside it that of copying the nearest hint.
+    """
+    if not hasattr(method, "complete"):
+        raise UsageError("--task segment is for runs of rae and rmae")
+    device, amp, workers = machine
+    encoder, share = method.encoder, settings["image_visible"]
+    size, p, N = encoder.image_size, encoder.patch_size, encoder.num_patches
+    torch.manual_seed(settings["seed"])
+    if "images" in settings:
+        if len(settings["images"]) > 1:
+            raise UsageError("--task segment takes one image")
+        image = normalize(Images(FileList(settings["images"]), size, "whole")[0]["image"][None].to(device))
+        hints, ids = (x.to(device) for x in given_hints(settings, size, p))
+        with torch.no_grad(), amp():
+            region = method.complete(image, hints, ids, image_patches(ids, N, share))
+        shown = torch.full_like(mim.patchify(region, p), 0.5)
+        shown = mim.unpatchify(mim.put(shown, ids, mim.take(mim.patchify(hints.float(), p), ids)), p, encoder.grid)
+        picture = denormalize(image)
+        tiles = [picture, shown.expand(-1, 3, -1, -1), region.expand(-1, 3, -1, -1), picture * (0.2 + 0.8 * region)]
+        write_picture(settings["output"], tile(torch.cat(tiles), columns=4))
+        whole = FileList(settings["images"]).read(0)["image"].shape[1:]
+        mask = F.interpolate(region, whole, mode="bilinear", align_corners=False)[0] > 0.5
+        path = settings["output"].with_name(settings["output"].stem + "_mask.png")
+        write_picture(path, mask.float())
+        return dict(picture=str(settings["output"]), mask=str(path))
+    dataset = with_regions(settings, size)
+    rows, found = [], {r: [] for r in (80, 85, 90)}
+    for batch in tqdm(make_loader(dataset, workers, batch_size=64), desc="segment", leave=False):
+        images, regions = normalize(batch["image"].to(device)), batch["regions"].to(device)
+        maps, real = mim.select_objects(regions, 1)
+        patches, tiles = mim.patchify(maps, p), [denormalize(images), maps.float().expand(-1, 3, -1, -1)]
+        for ratio in found:
+            ids = hint_patches(patches[:, None], max(1, round(N * (1 - ratio / 100))))[:, 0]
+            with torch.no_grad(), amp():
+                region = method.complete(images, maps, ids, image_patches(ids, N, share))
+            hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=device).scatter(1, ids, False)
+            guesses = mim.patchify(region, p) > 0.5, nearest_hint(patches, ids, encoder.grid)
+            both = [((g & patches & hidden[..., None]).sum((1, 2)), ((g | patches) & hidden[..., None]).sum((1, 2)))
+                    for g in guesses]
+            iou = torch.stack([i / u.clamp_min(1) for i, u in both], 1)
+            found[ratio].append(iou[real[:, 0] & (both[0][1] > 0)])
+            grey = torch.full_like(patches, 0.5, dtype=torch.float32)
+            shown = mim.unpatchify(mim.put(grey, ids, mim.take(patches.float(), ids)), p, encoder.grid)
+            tiles += [shown.expand(-1, 3, -1, -1), region.expand(-1, 3, -1, -1)]
+        rows += [torch.stack(row) for row, ok in zip(zip(*tiles), real[:, 0]) if ok][: settings["count"] - len(rows)]
+    if not rows:
+        raise UsageError(f"--task segment: no image of {settings['data']} has a region of at least 5% of it")
+    write_picture(settings["output"], tile(torch.cat(rows), columns=len(rows[0])))
+    iou = {r: 100 * torch.cat(values) for r, values in found.items()}
+    scores = {f"iou_{r}": round(v[:, 0].mean().item(), 2) for r, v in iou.items()}
+    return scores | {f"nearest_hint_{r}": round(v[:, 1].mean().item(), 2) for r, v in iou.items()} | dict(
+        objects=len(iou[80]), picture=str(settings["output"]))
 
 
 def heat(images, attention):
@@ -453,6 +661,17 @@ def object_flow(flow, regions, patch_size):
     return flow - flow.amin(1, keepdim=True), member
 
 
+def tile_attention(images, maps, beside=()):
+    """A grid: a row has an image, the mean of its attention maps [n, heads, gh, gw] over it, each map if there are
+    several, and the pictures [n, 3, H, W] `beside`."""
+    shown = denormalize(images)
+    if maps.shape[1] > 1:
+        maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
+    over = [heat(image.expand(len(m), -1, -1, -1), m) for image, m in zip(shown, maps)]
+    rows = [torch.cat(parts) for parts in zip(shown[:, None], over, *(b[:, None] for b in beside))]
+    return tile(torch.cat(rows), columns=len(rows[0]))
+
+
 def attention(encoder, settings, machine):
     """A picture of the last block's attention: a row has the image, the mean of the heads over it, and each head.
 
@@ -466,8 +685,8 @@ def attention(encoder, settings, machine):
     if not 0 <= settings["query"] <= encoder.num_patches:
         raise UsageError(f"--query {settings['query']}: it may be 0 (class token) to {encoder.num_patches} (the last "
                          "patch)")
-    items = pictured(settings, encoder.image_size, device)
-    images, shown = items["images"], denormalize(items["images"])
+    items, beside = pictured(settings, encoder.image_size, device), ()
+    images = items["images"]
     torch.manual_seed(settings["seed"])
     with torch.no_grad(), amp():
         if settings.get("rollout"):
@@ -476,22 +695,157 @@ def attention(encoder, settings, machine):
             maps = maps - maps.amin((2, 3), keepdim=True)
         else:
             maps = encoder.last_attention(images, settings["query"]).unflatten(2, encoder.grid)
-            maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
-    rows = [torch.cat([image[None], heat(image.expand(len(m), -1, -1, -1), m)]) for image, m in zip(shown, maps)]
     if settings.get("rollout") and "regions" in items:
         flow, member = object_flow(flow, items["regions"], encoder.patch_size)
-        over = heat(shown, flow.unflatten(1, encoder.grid))
         inside = F.interpolate(member.unflatten(1, encoder.grid)[:, None].float(), images.shape[-2:])
-        rows = [torch.cat([row, a[None], b[None]]) for row, a, b in zip(rows, shown * (0.3 + 0.7 * inside), over)]
-    grid = tile(torch.cat(rows), columns=len(rows[0]))
-    write_atomically(settings["output"], lambda to: save_image(grid, to, format="png"))
+        shown = denormalize(images)
+        beside = shown * (0.3 + 0.7 * inside), heat(shown, flow.unflatten(1, encoder.grid))
+    write_picture(settings["output"], tile_attention(images, maps, beside))
     return dict(picture=str(settings["output"]))
 
 
-ONLY_FOR = dict(cache_features=["linear"], rollout=["attention"], regions=["reconstruct", "attention"],
-                cam_weights=["reconstruct", "attention"], images=["reconstruct", "attention"], output=["reconstruct", "attention"],
-                image_size=["knn", "linear", "finetune", "attention"])  # reconstruct: the decoder has its own size
-TASKS = dict(knn=knn, linear=linear, finetune=finetune, reconstruct=reconstruct, attention=attention)
+# ---------------------------------------------------------------------------------------------------------
+# Speed
+
+VARIANTS = {  # name: (method, its arguments); "vit" is the encoder alone on all patches
+    "vit": (None, {}),
+    "mae": ("mae", {}), "simmim": ("simmim", {}),
+    "amt": ("amt", {}), "amt-simmim": ("amt", dict(base="simmim")),
+    "lomar": ("lomar", {}),
+    "objmae-1/2": ("objmae", dict(alpha=1 / 2)), "objmae-1/4": ("objmae", dict(alpha=1 / 4)),
+    "objmae-1/8": ("objmae", dict(alpha=1 / 8)), "objmae-1/16": ("objmae", dict(alpha=1 / 16)),
+    "rae": ("rae", {}), "rmae": ("rmae", {}), "rmae-batch": ("rmae", dict(variant="batch")),
+}
+
+
+class Plain(nn.Module):
+    """A ViT under a loss, to time its pass over all patches."""
+
+    inputs = ()
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images):
+        return dict(loss=self.encoder(images).square().mean())
+
+
+def synthetic_batch(method, batch_size, device):
+    """Random images and whatever else the method takes in training, as keyword arguments."""
+    H, W = method.encoder.image_size
+    rows, columns = torch.meshgrid(torch.arange(H) * 4 // H, torch.arange(W) * 4 // W, indexing="ij")
+    regions = (1 + 4 * rows + columns).to(torch.uint8).expand(batch_size, 1, -1, -1)  # 16 squares
+    values = dict(regions=regions, index=torch.arange(batch_size), flip=torch.zeros(batch_size, dtype=torch.bool),
+                  box=torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(batch_size, -1))
+    if hasattr(method, "maps_due"):  # masks from maps that are there, as nearly always in training
+        method.maps = torch.rand(batch_size, *method.encoder.grid, device=device).half()
+    if isinstance(method, mim.ObjMAE):
+        values["regions"] = None  # the whole image as the object, which is the most that alpha leaves
+    inputs = {k: values[k] for k in method.inputs if values[k] is not None}
+    return dict(images=torch.randn(batch_size, 3, H, W)) | inputs
+
+
+def make_variant(name, settings, device):
+    """A variant, its batch and a function that takes one training step, AdamW's included, and returns its seconds."""
+    method, options = VARIANTS[name]
+    size, patch_size = settings["image_size"], settings["patch_size"]
+    cls = mim.METHODS.get(method)
+    encoder = mim.ViT(size, patch_size, **mim.SIZES[settings["model"]], **(cls.encoder_options if cls else {}))
+    model = (cls(encoder, **options) if cls else Plain(encoder)).to(device).train()
+    batch = {k: v.to(device) for k, v in synthetic_batch(model, settings["batch_size"], device).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+
+    def step(call=model):
+        began = time.perf_counter()
+        with settings["amp"]():
+            call(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return model, batch, step
+
+
+def count_gmac(model, batch):
+    """10^9 multiply-adds of matrix products and convolutions for one image: forward alone, forward and backward."""
+    one = {k: v[:1] for k, v in batch.items()}
+    with FlopCounterMode(display=False) as forward:
+        loss = model(**one)["loss"]
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    model.zero_grad()
+    return forward.get_total_flops() / 2e9, (forward.get_total_flops() + backward.get_total_flops()) / 2e9
+
+
+def matmul_peak(device, dtype, seconds=1.0):
+    """The most multiply-adds a second (in 10^9) that a large matrix product reaches here."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, best, until = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return n**3 / best / 1e9
+
+
+def speed(settings, machine):
+    """Parameters, GMAC, training images/s, ratio to MAE, utilisation of the matmul peak and peak memory per variant.
+
+    A variant's steps and the reference's (MAE's) take turns, so that what else the machine does falls on both. The tokenizer of token
+    targets is not part of the time.
+    """
+    device, amp, _ = machine
+    settings["amp"] = amp
+    names = settings["methods"] or list(VARIANTS)
+    for name in (*names, settings["reference"]):
+        check_choice("--methods", name, list(VARIANTS))
+    peak = matmul_peak(device, PRECISIONS[settings["precision"]])
+    print(f"ViT-{settings['model']}/{settings['patch_size']}, {settings['image_size']} pixels, batch "
+          f"{settings['batch_size']}, {settings['precision']}, {device}; matmul peak {peak:.0f} GMAC/s\n"
+          f"{'':12s}{'parameters':>11s}{'GMAC':>8s}{'images/s':>10s}{'x ' + settings['reference']:>7s}{'of peak':>9s}"
+          + f"{'MiB':>8s}" * (device.type == "cuda") + f"{'compiled':>10s}{'x ' + settings['reference']:>7s}" * bool(settings.get("compile")))
+    _, _, reference_step = make_variant(settings["reference"], settings, device)
+    rows = []
+    for name in tqdm(names, leave=False, disable=device.type != "cuda"):
+        model, batch, step = make_variant(name, settings, device)
+        gmac, step_gmac = count_gmac(model, batch)
+        row = dict(name=name, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                   gmac=round(gmac, 2))
+        if device.type == "cuda":
+            base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        calls = {"": model} | ({"compiled_": torch.compile(model, dynamic=False)} if settings.get("compile") else {})
+        for prefix, call in calls.items():
+            times = [(step(call), reference_step()) for _ in range(settings["repeats"] + 2)][2:]  # two warm up
+            mine, other = (min(t) for t in zip(*times))
+            row |= {prefix + "images_per_s": round(settings["batch_size"] / mine, 2),
+                    prefix + "ratio": round(other / mine, 3)}
+            if not prefix:
+                row["of_peak"] = round(step_gmac * settings["batch_size"] / mine / peak, 3)
+        if device.type == "cuda":
+            row["peak_mib"] = round((torch.cuda.max_memory_allocated() - base) / 2**20)
+        cells = [f"{name:12s}{row['parameters'] / 1e6:10.1f}M{gmac:8.2f}{row['images_per_s']:10.2f}{row['ratio']:7.2f}"
+                 f"{100 * row['of_peak']:8.1f}%"]
+        cells += [f"{row['peak_mib']:8d}"] if "peak_mib" in row else []
+        cells += [f"{row['compiled_images_per_s']:10.2f}{row['compiled_ratio']:7.2f}"] if settings.get("compile") else []
+        tqdm.write("".join(cells))
+        rows.append(row)
+        del model, batch, step, calls
+    return dict(rows=rows, matmul_peak_gmac_per_s=round(peak))
+
+
+ONLY_FOR = dict(compile=["speed"], methods=["speed"], reference=["speed"], cache_features=["linear", "attentive"], rollout=["attention"], regions=["reconstruct", "attention", "segment"],
+                cam_weights=["reconstruct", "attention"], images=["attentive", "reconstruct", "attention", "segment"],
+                output=["attentive", "reconstruct", "attention", "segment"], points=["segment"], background=["segment"], hints=["segment"],
+                image_size=["knn", "linear", "attentive", "finetune", "attention"])  # reconstruct: the decoder has its own size
+WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
+TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, reconstruct=reconstruct, attention=attention,
+             segment=segment, speed=speed)
 
 # ---------------------------------------------------------------------------------------------------------
 # Command line
@@ -500,7 +854,7 @@ TASKS = dict(knn=knn, linear=linear, finetune=finetune, reconstruct=reconstruct,
 def parse(argv):
     """Command line -> what the user gave; arguments of pre-training methods (for reconstruct) in method_options."""
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", help="a file, or `random`")
+    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`; --task speed needs none")
     parser.add_argument("--task", help=", ".join(TASKS))
     parser.add_argument("--data", default="shapes", help="as in train.py")
     parser.add_argument("--images", nargs="+", help="image files for a picture, instead of --data")
@@ -512,7 +866,13 @@ def parse(argv):
     parser.add_argument("--rollout", action="store_true", default=None, help="attention: rolled out through all blocks")
     parser.add_argument("--regions", help="reconstruct, attention: as in train.py (default: the run's)")
     parser.add_argument("--cam-weights", help="as in train.py")
-    parser.add_argument("--cache-features", action="store_true", help="linear: encode the training images once")
+    parser.add_argument("--methods", nargs="+", help=f"speed: some of {', '.join(VARIANTS)}")
+    parser.add_argument("--reference", help="speed: the variant that the others are compared with (default: mae)")
+    parser.add_argument("--compile", action="store_true", default=None, help="speed: with torch.compile too")
+    parser.add_argument("--points", nargs="+", help="segment: x,y ... in pixels, inside the region")
+    parser.add_argument("--background", nargs="+", help="segment: x,y ... outside of it")
+    parser.add_argument("--hints", help="segment: label PNG of the image's size, 0 unknown, 1 background, 2 region")
+    parser.add_argument("--cache-features", action="store_true", help="linear, attentive: encode the training images once")
     parser.add_argument("--output", help="the picture's file (default: TASK.png beside the checkpoint)")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -532,12 +892,10 @@ def parse(argv):
     return given
 
 
-def main(argv):
-    """One evaluation, from the command line to its JSON line."""
-    given = parse(argv)
-    task, began = given["task"], time.perf_counter()
-    device, precision, workers = settle_machine(given)
-    if given["method_options"] and task != "reconstruct":
+def check(given):
+    """Raises UsageError for what does not go with the task, or is out of range."""
+    task = given["task"]
+    if given["method_options"] and task not in WHOLE:
         raise UsageError(f"--{next(iter(given['method_options'])).replace('_', '-')} is for --task reconstruct")
     for name in SETTINGS.keys() & given.keys() - RECIPES[task].keys():
         raise UsageError(f"--{name.replace('_', '-')} is no setting of --task {task}")
@@ -547,26 +905,52 @@ def main(argv):
     for name, end in (("label_smoothing", 1), ("drop_path", 1), ("seed", 2**63)):
         if given.get(name, 0) >= end:
             raise UsageError(f"--{name.replace('_', '-')} must be below {end}, got {given[name]}")
-    check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count"),
-                 ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
+    if given.get("image_visible", 0) > 1:
+        raise UsageError(f"--image-visible must be at most 1, got {given['image_visible']}")
+    check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count", "repeats",
+                         "image_visible"), ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
     check_choice("--pool", given.get("pool", "cls"), ["cls", "mean"])
-    model = open_method(given, given["method_options"]) if task == "reconstruct" else open_encoder(given)
-    small = task in SMALL_RECIPES and max(model.image_size) <= SMALL
-    recipe = RECIPES[task] | (SMALL_RECIPES[task] if small else {})
+    if task == "speed":
+        check_choice("--model", given.get("model", "base"), list(mim.SIZES))
+    elif "checkpoint" not in given:
+        raise UsageError("which checkpoint? Give a file, or `random`")
+
+
+def settle(given, model, precision, on_cuda):
+    """What the user gave, the task's recipe for the rest -> all settings; model: the method or encoder, or None."""
+    task, encoder = given["task"], getattr(model, "encoder", model)
+    recipe = dict(RECIPES[task])
+    small = task in SMALL_RECIPES and encoder is not None and max(encoder.image_size) <= SMALL
+    if small or task == "speed" and not on_cuda:
+        recipe |= SMALL_RECIPES[task]
     if "epochs" in given:  # a shorter run warms up for the same share of it
         recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
     settings = recipe | dict(precision=precision) | given
-    beside = Path(".") if given["checkpoint"] == "random" else Path(given["checkpoint"]).parent
-    encoder = getattr(model, "encoder", model)
-    if encoder.relative_position and "pool" in recipe:  # LoMaR pools by the mean, and fine-tunes at 1e-3 (its §6.1)
+    if encoder is not None and encoder.relative_position and "pool" in recipe:  # LoMaR pools by the mean, and
         settings["pool"] = given.get("pool", "mean")
         if task == "finetune" and not small:
-            settings["base_lr"] = given.get("base_lr", 1e-3)
+            settings["base_lr"] = given.get("base_lr", 1e-3)  # fine-tunes at 1e-3 (its §6.1)
+    beside = Path(".") if given.get("checkpoint", "random") == "random" else Path(given["checkpoint"]).parent
     settings["output"] = Path(given.get("output", beside / f"{task}.png"))
+    return settings
+
+
+def main(argv):
+    """One evaluation, from the command line to its JSON line."""
+    given = parse(argv)
+    task, began = given["task"], time.perf_counter()
+    device, precision, workers = settle_machine(given)
+    check(given)
+    model = None if task == "speed" else open_method(given) if task in WHOLE else open_encoder(given)
+    settings = settle(given, model, precision, device.type == "cuda")
     amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
-    result = TASKS[task](model.to(device).eval(), settings, (device, amp, workers))
-    result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
-    result |= dict(image_size=list(encoder.image_size))
+    machine = device, amp, workers
+    if task == "speed":
+        result = dict(task=task, **speed(settings, machine))
+    else:
+        result = TASKS[task](model.to(device).eval(), settings, machine)
+        result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
+        result |= dict(image_size=list(getattr(model, "encoder", model).image_size))
     result |= {k: settings[k] for k in RECIPES[task]}
     result |= dict(seed=given["seed"], device=str(device), precision=precision)
     print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1))))

@@ -1,4 +1,4 @@
-"""Masked image modeling, one class a paper, on a plain Vision Transformer: MAE, SimMIM, AMT, LoMaR, ObjMAE.
+"""Masked image modeling, one class a paper, on a plain Vision Transformer: MAE, SimMIM, AMT, LoMaR, ObjMAE, R-MAE, CAE, BEiT.
 
 The file reads top to bottom: tensor helpers, the ViT, loading weights, masking functions, losses, and
 then one class a paper, simplest first. A class and the named pieces above it run elsewhere unchanged.
@@ -165,20 +165,69 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel, from a small initial value (Touvron et al., ICCV 2021, arXiv:2103.17239)."""
+
+    def __init__(self, dim, init):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+def rescale_projections(blocks):
+    """Divides the output projections of block i = 1, 2, ... by sqrt(2 i), as BEiT's and CAE's code initialises them."""
+    for i, block in enumerate(blocks, start=1):
+        block.attn.proj.weight.data /= math.sqrt(2 * i)
+        block.mlp.fc2.weight.data /= math.sqrt(2 * i)
+
+
+def drop_path_rates(drop_path, depth):
+    """The rates of stochastic depth of `depth` blocks, linearly from 0 to drop_path."""
+    return [drop_path * i / max(1, depth - 1) for i in range(depth)]
+
+
 class Block(nn.Module):
     """Pre-norm transformer block, [B, L, D] -> [B, L, D]."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, relative_position=False):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, relative_position=False, layer_scale=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, relative_position)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.ls1, self.ls2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
 
     def forward(self, x, buckets=None, keep=None):
-        x = x + self.drop_path(self.attn(self.norm1(x), buckets, keep))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), buckets, keep)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of q [B, m, D] to k, v [B, n, D] -> [B, m, D], each normed by a norm of its own."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"a width of {dim} cannot be split into {num_heads} heads")
+        self.num_heads = num_heads
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, q, k, v):
+        q, k, v = self.q(self.norm_q(q)), self.k(self.norm_k(k)), self.v(self.norm_v(v))
+        x = F.scaled_dot_product_attention(*(self.split_heads(x) for x in (q, k, v)))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def weights(self, q, k):
+        """What each q pays to each k: [B, heads, m, n], rows sum to one."""
+        q, k = self.split_heads(self.q(self.norm_q(q))), self.split_heads(self.k(self.norm_k(k)))
+        return ((q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])).softmax(-1)
 
 
 def init_weights(module):
@@ -197,11 +246,14 @@ class ViT(nn.Module):
     image_size: pixels, an int or (height, width), divisible by patch_size.
     drop_path: stochastic depth of the last block; it grows linearly from 0 over the blocks.
     relative_position: instead of the position embedding, contextual relative positions in every block (LoMaR's).
+    layer_scale: initial value of a learned factor per channel on both branches of every block; the blocks' output
+        projections then start smaller too (BEiT, CAE). None: neither.
     """
 
     def __init__(self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-                 drop_path=0.0, relative_position=False):
+                 drop_path=0.0, relative_position=False, layer_scale=None):
         super().__init__()
+        self.num_heads, self.drop_path, self.layer_scale = num_heads, drop_path, layer_scale
         self.image_size, self.patch_size, self.embed_dim = pair(image_size), patch_size, embed_dim
         H, W = self.image_size
         if min(H, W) < 1 or patch_size < 1 or H % patch_size or W % patch_size:
@@ -215,10 +267,13 @@ class ViT(nn.Module):
             self.register_buffer("buckets", relative_buckets(self.grid), persistent=False)
         else:
             self.pos_embed = nn.Parameter(sincos_position_embedding(embed_dim, self.grid), requires_grad=False)
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, r, relative_position) for r in rates])
+        self.blocks = nn.ModuleList([
+            Block(embed_dim, num_heads, mlp_ratio, rate, relative_position, layer_scale)
+            for rate in drop_path_rates(drop_path, depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
+        if layer_scale is not None:
+            rescale_projections(self.blocks)
         # The patch projection is a Linear layer in disguise: its fan-in is a whole patch.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(embed_dim, -1))
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -439,7 +494,9 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None, drop_path=0.0):
     if prefix + "blocks.0.mlp.fc1.weight" not in state:
         raise ValueError("another architecture: no parameter is named blocks.0.mlp.fc1.weight")
     mlp_ratio = state[prefix + "blocks.0.mlp.fc1.weight"].shape[0] / embed_dim
-    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path, relative is not None)
+    layer_scale = 0.1 if prefix + "blocks.0.ls1.gamma" in state else None  # its value is loaded
+    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path, relative is not None,
+              layer_scale)
     return vit, load_encoder(vit, state)
 
 
@@ -508,6 +565,52 @@ def window_masking(batch, grid, window_size, num_windows, mask_ratio, device=Non
     return ids[..., masked:].flatten(1), ids[..., :masked].flatten(1)
 
 
+def random_blocks(area, grid, min_aspect, generator=None):
+    """One rectangle of about `area` [B] patches an image, at a uniform place: [B, gh, gw] float, ones inside.
+
+    height / width is log-uniform in (min_aspect, 1 / min_aspect); a rectangle that the grid cannot hold is left empty.
+    """
+    (gh, gw), device = grid, area.device
+    aspect, top, left = torch.rand(3, len(area), device=device, generator=generator)
+    aspect = ((2 * aspect - 1) * math.log(min_aspect)).exp()
+    height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    height = height * ((height <= gh) & (width <= gw))
+    row = torch.arange(gh, device=device) - (top * (gh - height + 1)).floor()[:, None]
+    column = torch.arange(gw, device=device) - (left * (gw - width + 1)).floor()[:, None]
+    rows = (row >= 0) & (row < height[:, None])
+    columns = (column >= 0) & (column < width[:, None])
+    return rows.float()[:, :, None] * columns.float()[:, None, :]
+
+
+def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=None, generator=None):
+    """Block-wise masking of exactly num_masked patches an image (Bao et al., BEiT, arXiv:2106.08254, Alg. 1).
+
+    Blocks of at least min_block patches, or of what remains to be masked if that is less, may overlap. 30 are proposed
+    to each image, of which those are placed that mask something new and no more than remains; what is still missing
+    then (under 0.3 patches an image on average, in a grid of up to 24x24) is drawn at random, next to blocks first.
+    Returns ids_visible [B, N - num_masked], ids_masked [B, num_masked].
+    """
+    num_patches = grid[0] * grid[1]
+    if not 0 < num_masked < num_patches:
+        raise ValueError(f"num_masked must be in 1..{num_patches - 1} for a {grid[0]}x{grid[1]} grid, got {num_masked}")
+    if not (1 <= min_block <= num_patches and 0 < min_aspect <= 1):
+        raise ValueError(f"min_block must be in 1..{num_patches} and min_aspect in (0, 1], "
+                         f"got {min_block} and {min_aspect}")
+    visible = torch.ones(batch, *grid, device=device)
+    remaining = torch.full((batch,), float(num_masked), device=device)
+    for _ in range(30):  # a fixed number, as asking whether all are done would wait for the GPU
+        area = min_block + torch.rand(batch, device=device, generator=generator) * (remaining - min_block)
+        new = random_blocks(area, grid, min_aspect, generator) * visible
+        added = new.sum((1, 2))
+        placed = (added <= remaining).float()
+        visible.addcmul_(new, placed[:, None, None], value=-1)
+        remaining -= added * placed
+    beside = F.max_pool2d(1 - visible, 3, stride=1, padding=1)
+    noise = torch.rand(visible.shape, device=device, generator=generator)
+    order = (2 * visible - beside + noise).flatten(1).argsort(1)
+    return order[:, num_masked:], order[:, :num_masked]
+
+
 def attention_masking(weights, num_masked, num_thrown, throw="middle", generator=None):
     """Attention-driven masking and throwing (AMT, Eq. 5, 6 and Alg. 1).
 
@@ -545,7 +648,7 @@ def region_areas(regions):
     return areas
 
 
-def region_maps(regions, chosen):
+def binary_maps(regions, chosen):
     """The binary maps [B, k, H, W] of the regions `chosen` [B, k], which are 256 * layer + label."""
     layer = (chosen // NUM_LABELS)[..., None, None].expand(-1, -1, *regions.shape[2:])
     return regions.gather(1, layer) == (chosen % NUM_LABELS)[..., None, None]
@@ -559,7 +662,7 @@ def select_objects(regions, number, floor=0.05):
     """
     usable = region_areas(regions) >= floor * regions.shape[2] * regions.shape[3] - 1e-3
     chosen = (torch.rand(usable.shape, device=usable.device) + usable).topk(number, dim=1).indices
-    return region_maps(regions, chosen), usable.gather(1, chosen)
+    return binary_maps(regions, chosen), usable.gather(1, chosen)
 
 
 def object_patches(maps, patch_size, share=0.2):
@@ -594,6 +697,25 @@ def align_patches(member, count, alignment, avoid):
     slot, size = torch.arange(count, device=member.device), member.sum(1, keepdim=True)
     ids = order[:, :count] if alignment == "random" else order.gather(1, slot % size)
     return ids, slot < size
+
+
+def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None):
+    """Draws regions that the visible patches show something of (R-MAE, Appendix A, "Masking strategy").
+
+    regions: label maps [B, L, H, W], uint8 or int64 from 0 to 255. Each layer holds disjoint regions, one a label;
+        0 is no region, so that layers can be padded with zeros. A region is a (layer, label) pair.
+    ids_visible: the image's mask [B, n], which the regions share.
+    Returns bool maps [B, num_regions, H, W]: for each image uniform draws with replacement from its regions with
+    at least one pixel inside a visible patch; empty maps if it has none.
+    """
+    if regions.ndim != 4 or regions.dtype not in (torch.uint8, torch.int64):
+        raise ValueError("regions must be label maps [B, L, H, W] of uint8 or int64, "
+                         f"got {list(regions.shape)} of {regions.dtype}")
+    visible = take(patchify(regions, patch_size), ids_visible).reshape(len(regions), -1, regions.shape[1])
+    present = (region_areas(visible.transpose(1, 2)[..., None]) > 0).float()
+    present[:, 0] = present.sum(1) == 0  # with no region at all, "nothing" is drawn, which is number 0
+    chosen = torch.multinomial(present, num_regions, replacement=True, generator=generator)
+    return binary_maps(regions, chosen) & (chosen > 0)[..., None, None]
 
 
 def crop_maps(maps, box, flip, size):
@@ -650,6 +772,16 @@ def pixel_loss(pred, target, norm_pix=False, kind="l2", keep=None):
     return error.mean() if keep is None else (error * keep).sum() / keep.sum()
 
 
+def token_loss(logits, tokens):
+    """Mean cross-entropy, in nats, of logits [B, n, V] against tokens [B, n] in 0..V-1. In float32."""
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+
+def region_loss(pred, target):
+    """Binary cross-entropy of logits pred [..., n, p*p] against region patches of 0 and 1, same shape; in float32."""
+    return F.binary_cross_entropy_with_logits(pred.float(), target.float())
+
+
 def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
     """The images [B, 3, H, W] with the patches `ids_masked` [B, n] replaced by `pred` [B, n, p*p*3].
 
@@ -665,8 +797,50 @@ def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
     return unpatchify(put(patches, ids_masked, pred), patch_size, grid)
 
 
+def split_regions(patches, num_regions):
+    """Patches of several maps [B, n, p*p*k], as `patchify` gives them -> [B, k, n, p*p]."""
+    return patches.unflatten(-1, (-1, num_regions)).permute(0, 3, 1, 2)
+
+
+def reconstruct_regions(region_maps, pred, ids_masked, patch_size):
+    """Region maps [B, k, H, W] with the patches `ids_masked` [B, n] as probabilities of the logits [B, k, n, p*p]."""
+    pred = pred.float().sigmoid().permute(0, 2, 3, 1).flatten(2)
+    return reconstruct(region_maps.float(), pred, ids_masked, patch_size)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Methods
+
+
+class TargetHead(nn.Linear):
+    """The last layer of a method whose targets are a tokenizer's tokens, or pixels if it has none, with the loss.
+
+    Latents [B, n, D] -> pred [B, n, V] or [B, n, p*p*3].
+
+    tokenizer: a module with `vocab_size` and `tokenize(images, grid)` -> tokens [B, N] of the patches in raster order.
+    It is no part of the model: neither trained nor saved with it, and it follows the images to their device.
+    """
+
+    def __init__(self, encoder, tokenizer=None, norm_pix=True):
+        super().__init__(encoder.embed_dim, encoder.patch_size**2 * 3 if tokenizer is None else tokenizer.vocab_size)
+        init_weights(self)
+        self.grid, self.patch_size, self.norm_pix = encoder.grid, encoder.patch_size, norm_pix
+        object.__setattr__(self, "tokenizer", tokenizer)  # nn.Module's own would make it a part
+
+    @torch.no_grad()
+    def tokens(self, images):
+        """The tokens [B, N] of the patches. In float32, as BEiT's code: bfloat16 would often name another token."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.tokenizer.to(images.device).tokenize(images, self.grid)
+
+    def compare(self, pred, images, ids):
+        """pred [B, n, ...] of the patches `ids` -> the loss, and dict(loss_pixel) or dict(loss_token, accuracy)."""
+        if self.tokenizer is None:
+            loss = pixel_loss(pred, take(patchify(images, self.patch_size), ids), self.norm_pix)
+            return loss, dict(loss_pixel=loss)
+        tokens = self.tokens(images).gather(1, ids)
+        loss = token_loss(pred, tokens)
+        return loss, dict(loss_token=loss, accuracy=(pred.argmax(-1) == tokens).float().mean())
 
 
 class MAE(nn.Module):
@@ -762,6 +936,42 @@ class SimMIM(nn.Module):
         target = take(patchify(images, self.encoder.patch_size), ids_masked)
         loss = pixel_loss(pred, target, kind="l1")
         return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+
+
+class BEiT(nn.Module):
+    """Bao, Dong, Piao, Wei, "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022, arXiv:2106.08254.
+
+    New: what is predicted is not pixels but the discrete token that a tokenizer gives a patch. As in BERT, the encoder
+    sees every patch, masked ones as a learned token, and one linear layer classifies; masks come in blocks.
+
+    tokenizer: see `TargetHead`; ValueError without one.
+    encoder: the paper's has layer scale 0.1 (ViT-L: 1e-5). Departs from it in the position embedding, which is the
+        sine-cosine table here.
+    """
+
+    inputs = ()
+    encoder_options = dict(drop_path=0.1, layer_scale=0.1)
+    picture = ("image", "masked", "filled")
+
+    def __init__(self, encoder: ViT, tokenizer=None, mask_ratio: float = 75 / 196, min_block: int = 16):
+        super().__init__()
+        if tokenizer is None:
+            raise ValueError("BEiT predicts tokens and needs a tokenizer")
+        self.num_masked = encoder.num_patches - count_visible(encoder.num_patches, mask_ratio, masked_first=True)
+        self.encoder, self.min_block = encoder, min_block
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
+        self.head = TargetHead(encoder, tokenizer)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W], and optionally the mask to replay -> loss, accuracy, pred, ids_visible, ids_masked."""
+        if ids_visible is None:
+            ids_visible, ids_masked = block_masking(
+                len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
+        tokens = put(self.encoder.embed(images), ids_masked, self.mask_token)
+        pred = self.head(take(self.encoder.encode(tokens)[:, 1:], ids_masked))
+        loss, parts = self.head.compare(pred, images, ids_masked)
+        return dict(loss=loss, **parts, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
 
 
 class AMT(nn.Module):
@@ -892,6 +1102,7 @@ class LoMaR(nn.Module):
     with the image; one encoder sees visible and masked patches, and relative positions make all places alike.
 
     encoder: a ViT with relative_position=True.
+    tokenizer: see `TargetHead`; with one the target is its tokens, LoMaR on BEiT (§4.2).
     num_windows: defaults to as many as hold the patches of a 14x14 grid (or of a smaller one, whole), which is Table 4:
         8 of 5x5, 4 of 7x7, 3 of 9x9; and for images of 384 and 448 pixels to §4.1's 6 and 9 of 7x7.
 
@@ -903,8 +1114,8 @@ class LoMaR(nn.Module):
     encoder_options = dict(relative_position=True)
     picture = ("image", "region", "masked", "filled")  # its Figure 7
 
-    def __init__(self, encoder: ViT, mask_ratio: float = 0.8, window_size: int = 7, num_windows: int | None = None,
-                 norm_pix: bool = True):
+    def __init__(self, encoder: ViT, tokenizer=None, mask_ratio: float = 0.8, window_size: int = 7,
+                 num_windows: int | None = None, norm_pix: bool = True):
         super().__init__()
         if not encoder.relative_position:
             raise ValueError("LoMaR needs an encoder with relative positions: ViT(..., relative_position=True)")
@@ -917,8 +1128,7 @@ class LoMaR(nn.Module):
         self.num_visible = ids_visible.shape[1] // num_windows  # of each window
         self.num_masked = window_size**2 - self.num_visible
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
-        self.head = nn.Linear(encoder.embed_dim, encoder.patch_size**2 * 3)
-        self.head.apply(init_weights)
+        self.head = TargetHead(encoder, tokenizer, norm_pix)
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("buckets", relative_buckets((window_size, window_size)), persistent=False)
 
@@ -938,9 +1148,8 @@ class LoMaR(nn.Module):
         tokens = put(tokens.reshape(*ids_window.shape, -1), masked, self.mask_token)
         latents = self.encoder.encode(tokens, buckets=self.buckets)
         pred = self.head(take(latents[:, 1:], masked)).reshape(*ids_masked.shape, -1)
-        target = take(patchify(images, self.encoder.patch_size), ids_masked)
-        loss = pixel_loss(pred, target, self.norm_pix)
-        return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+        loss, parts = self.head.compare(pred, images, ids_masked)
+        return dict(loss=loss, **parts, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
 
 
 class ObjMAE(MAE):
@@ -1037,4 +1246,487 @@ class ObjMAE(MAE):
                     keep_masked=keep_masked)
 
 
-METHODS = {"mae": MAE, "simmim": SimMIM, "amt": AMT, "lomar": LoMaR, "objmae": ObjMAE}
+class CrossBlock(nn.Module):
+    """Self-attention, cross-attention to a context [B, n, D], MLP: [B, m, D] -> [B, m, D], pre-norm as `Block`."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.attn, self.cross_attn = Attention(dim, num_heads), CrossAttention(dim, num_heads)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, context):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(x, context, context)
+        return x + self.mlp(self.norm2(x))
+
+
+class RegionBranch(nn.Module):
+    """R-MAE's region encoder, neck and region decoder, all `dim` wide, in the three variants of Appendix A; see `RMAE`.
+
+    In between, the k maps of an image are R sequences: R = k, or 1 in the channel variant, which makes them one image
+    of k channels. from_pixels: whether the neck gets the pixel encoder's output, or nothing but mask tokens.
+    """
+
+    def __init__(self, encoder, num_regions, variant, from_pixels, dim, num_heads, depth):
+        super().__init__()
+        if variant not in ("length", "channel", "batch"):
+            raise ValueError(f"variant must be length, channel or batch, got {variant!r}")
+        if num_regions < 1 or depth < 1:
+            raise ValueError(f"num_regions={num_regions} and region_decoder_depth={depth} must be at least 1")
+        self.patch_size, self.variant, self.num_regions = encoder.patch_size, variant, num_regions
+        patch_dim = encoder.patch_size**2 * (num_regions if variant == "channel" else 1)
+        self.embed = nn.Linear(patch_dim, dim)
+        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, encoder.grid), requires_grad=False)
+        self.block, self.block_norm = Block(dim, num_heads), nn.LayerNorm(dim, eps=1e-6)
+        self.proj = nn.Linear(dim, dim)  # f of Eq. 2, 5, 10
+        self.neck_embed = nn.Linear(encoder.embed_dim, dim) if from_pixels else None
+        self.neck_mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        if variant == "length":
+            self.neck_block, self.neck_norm = Block(dim, num_heads), nn.LayerNorm(dim, eps=1e-6)
+            self.blocks = nn.ModuleList([CrossBlock(dim, num_heads) for _ in range(depth - 1)])
+            self.last_norm, self.last_attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
+            self.expand = nn.Linear(dim, dim)  # W of Eq. 11
+        else:
+            self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+            self.blocks = nn.ModuleList([Block(dim, num_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Sequential(
+            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, patch_dim))
+        self.apply(init_weights)
+
+    def encode(self, region_maps, ids_visible):
+        """Maps [B, k, H, W] -> embeddings of their visible patches [B, R, n, dim], not yet pooled (Eq. 1, 4, 7)."""
+        k = region_maps.shape[1]
+        patches = take(patchify(region_maps, self.patch_size), ids_visible)
+        if self.variant == "channel" and k != self.num_regions:
+            raise ValueError(f"the channel variant was built for num_regions={self.num_regions} maps, got {k}")
+        patches = patches.unsqueeze(1) if self.variant == "channel" else split_regions(patches, k)
+        x = self.embed(patches.to(self.embed.weight.dtype) - 0.5)
+        x = x + F.embedding(ids_visible + 1, self.pos_embed[0]).unsqueeze(1)
+        return self.block_norm(self.block(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+
+    def context(self, latents, ids_image):
+        """The pixel encoder's output [B, 1 + n, D] -> v'_penc [B, 1 + N, dim]: mask tokens filled in, positions."""
+        x = self.neck_mask_token.expand(len(latents), self.pos_embed.shape[1], -1)
+        if self.neck_embed is not None:
+            x = put(x, F.pad(ids_image + 1, (1, 0)), self.neck_embed(latents))
+        return x + self.pos_embed
+
+    def decode(self, embeddings, latents, ids_visible, ids_masked, ids_image):
+        """Embeddings [B, R, n, dim] of the regions, latents of the image -> logits [B, k, n_masked, p*p].
+
+        ids_image: the patches that the latents are of; in pre-training those of the regions, ids_visible.
+        """
+        R, context = embeddings.shape[1], self.context(latents, ids_image)
+        if self.variant == "length":
+            context = self.neck_norm(self.neck_block(context))  # Eq. 9
+            queries = self.proj(embeddings.mean(2))  # Eq. 7, 8
+            for block in self.blocks:
+                queries = block(queries, context)  # Eq. 10
+            queries = queries + self.last_attn(self.last_norm(queries))
+            # Eq. 11. What follows works on each position alone, so the masked ones are enough.
+            x = self.expand(take(context[:, 1:], ids_masked)).unsqueeze(1) + queries.unsqueeze(2)
+        else:
+            ids_visible, ids_masked, context = (x.repeat_interleave(R, 0) for x in (ids_visible, ids_masked, context))
+            x = put(self.mask_token.expand_as(context), ids_visible + 1, self.proj(embeddings).flatten(0, 1))
+            x = x + context  # v'_renc of Eq. 2, 5 and v'_penc
+            for block in self.blocks:  # Eq. 3, 6
+                x = block(x)
+            x = take(x[:, 1:], ids_masked).unflatten(0, (-1, R))
+        logits = self.head(self.norm(x))
+        return split_regions(logits.squeeze(1), self.num_regions) if self.variant == "channel" else logits
+
+
+class RMAE(MAE):
+    """Region-aware masked autoencoder. Nguyen, Aggarwal, Li, Oswald, Kirillov, Snoek, Chen, "R-MAE: Regions Meet Masked
+    Autoencoders", ICLR 2024, arXiv:2306.05411.
+
+    New: beside MAE's pixels, the binary maps of a few regions of the image are masked and completed. A region's visible
+    patches are pooled into one query; added to the image's features at every place, it unfolds into the whole map
+    (the length variant), so that more regions cost next to nothing and their order does not matter.
+
+    variant: "length"; "batch", each region a sequence of its own; or "channel", the regions one image of k channels.
+    cross_feed: whether the pixels help to complete the regions, the regions the pixels (Eq. 12-14), or "both".
+
+    Where the paper is silent: maps enter as -0.5 and 0.5; a norm ends the region encoder and the neck, as it ends the
+    ViT; the class token goes along through neck and decoder, as in MAE's; the last block of the length variant has no
+    MLP but the predictor, whose layers have GELU between; neither the batch nor the channel variant has a block in the
+    neck; with region_to_pixel the neck gets mask tokens alone. Departs from it in that p_E = p_D = region_dim, and in
+    that h (Eq. 12) is added before MAE's linear decoder_embed, not after, and without a second [mask] token, which
+    comes to the same function.
+    """
+
+    inputs = ("regions",)
+    picture = ("masked", "filled", "image", "region_masked", "region_filled", "region_true")  # Figure 5
+
+    def __init__(self, encoder: ViT, mask_ratio: float = 0.75, num_regions: int = 8,
+                 variant: Literal["length", "channel", "batch"] = "length",
+                 cross_feed: Literal["pixel_to_region", "region_to_pixel", "both"] = "pixel_to_region",
+                 region_dim: int = 128, region_heads: int = 8, region_decoder_depth: int = 1,
+                 decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16, norm_pix: bool = True):
+        super().__init__(encoder, mask_ratio, decoder_dim, decoder_depth, decoder_heads, norm_pix)
+        if cross_feed not in ("pixel_to_region", "region_to_pixel", "both"):
+            raise ValueError(f"cross_feed must be pixel_to_region, region_to_pixel or both, got {cross_feed!r}")
+        self.num_regions = num_regions
+        self.region_branch = RegionBranch(encoder, num_regions, variant, cross_feed != "region_to_pixel", region_dim,
+                                          region_heads, region_decoder_depth)
+        self.region_feed = None
+        if cross_feed != "pixel_to_region":
+            self.region_feed = nn.Linear(region_dim, encoder.embed_dim)  # h of Eq. 12
+            self.region_feed.apply(init_weights)
+
+    def pixel_part(self, images, latents, embeddings, ids_visible, ids_masked):
+        """The pixel branch: latents [B, 1 + n, D], region embeddings [B, R, n, dim] -> dict(loss_pixel, pred)."""
+        if self.region_feed is not None:
+            latents = latents + F.pad(self.region_feed(embeddings.mean(1)), (0, 0, 1, 0))  # Eq. 12-14
+        pred = self.decode(latents, ids_visible, ids_masked)
+        target = take(patchify(images, self.encoder.patch_size), ids_masked)
+        return dict(loss_pixel=pixel_loss(pred, target, self.norm_pix), pred=pred)
+
+    def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
+        """images [B, 3, H, W], regions [B, L, H, W] (see `sample_regions`) -> loss, its parts loss_pixel and
+        loss_region, pred, pred_regions [B, k, n_masked, p*p] (logits), region_maps, ids_visible, ids_masked.
+
+        To replay: ids_visible, ids_masked, a mask; region_maps, the k binary maps [B, k, H, W] to take for regions.
+        """
+        given = regions if region_maps is None else region_maps
+        if given is None or given.ndim != 4 or given.shape[-2:] != images.shape[-2:]:
+            raise ValueError("needs regions, label maps [B, L, H, W], or region_maps, binary ones [B, k, H, W], as "
+                             f"large as the images, got {None if given is None else list(given.shape)}")
+        p = self.encoder.patch_size
+        if ids_visible is None:
+            ids_visible, ids_masked = random_masking(
+                len(images), self.encoder.num_patches, self.mask_ratio, images.device)
+        if region_maps is None:
+            region_maps = sample_regions(regions, ids_visible, p, self.num_regions)
+        latents = self.encoder(images, ids_visible)
+        embeddings = self.region_branch.encode(region_maps, ids_visible)
+        pred_regions = self.region_branch.decode(embeddings, latents, ids_visible, ids_masked, ids_visible)
+        target = split_regions(take(patchify(region_maps, p), ids_masked), region_maps.shape[1])
+        loss_region = region_loss(pred_regions, target)
+        parts = self.pixel_part(images, latents, embeddings, ids_visible, ids_masked)
+        loss = loss_region + parts.get("loss_pixel", 0.0)  # with equal weight, §3.2
+        return dict(parts, loss=loss, loss_region=loss_region, pred_regions=pred_regions, region_maps=region_maps,
+                    ids_visible=ids_visible, ids_masked=ids_masked)
+
+    @torch.no_grad()
+    def complete(self, images, hints, ids_visible, ids_image=None):
+        """Interactive segmentation (Figure 6): hints, binary maps [B, k, H, W] -> probabilities [B, k, H, W].
+
+        Of the hints only the patches ids_visible [B, n] are read, and returned as they are; of the images [B, 3, H, W]
+        the patches ids_image, which default to the same.
+        """
+        ids_image = ids_visible if ids_image is None else ids_image
+        visible = torch.zeros(len(images), self.encoder.num_patches, device=images.device).scatter(1, ids_visible, 1.0)
+        ids_masked = visible.argsort(dim=1, stable=True)[:, : visible.shape[1] - ids_visible.shape[1]]
+        embeddings = self.region_branch.encode(hints, ids_visible)
+        pred = self.region_branch.decode(
+            embeddings, self.encoder(images, ids_image), ids_visible, ids_masked, ids_image)
+        return reconstruct_regions(hints, pred, ids_masked, self.encoder.patch_size)
+
+
+class RAE(RMAE):
+    """Masked region autoencoding alone (§3.1 of R-MAE): `RMAE` without its pixel decoder and pixel loss.
+
+    Its dict has neither `pred` nor `loss_pixel`. The image still feeds the regions, which is what trains the encoder.
+    """
+
+    picture = ("image", "masked", "region_masked", "region_filled", "region_true")
+
+    def __init__(self, encoder: ViT, mask_ratio: float = 0.75, num_regions: int = 8,
+                 variant: Literal["length", "channel", "batch"] = "length",
+                 region_dim: int = 128, region_heads: int = 8, region_decoder_depth: int = 1):
+        nn.Module.__init__(self)  # MAE's would build the pixel decoder
+        count_visible(encoder.num_patches, mask_ratio)
+        self.encoder, self.mask_ratio, self.norm_pix, self.num_regions = encoder, mask_ratio, False, num_regions
+        self.region_branch = RegionBranch(
+            encoder, num_regions, variant, True, region_dim, region_heads, region_decoder_depth)
+
+    def pixel_part(self, *args):
+        return {}
+
+
+class RegressorBlock(nn.Module):
+    """A block of CAE's latent contextual regressor (§3.1): queries [B, m, D], context [B, n, D] -> queries [B, m, D].
+
+    The positions [B, m, D] and [B, n, D] tell queries and keys where they are; values are without. What comes out of
+    the attention is normed, and the MLP's residual starts from the normed value, as in the authors' code.
+    """
+
+    def __init__(self, dim, num_heads, drop_path=0.0, layer_scale=None):
+        super().__init__()
+        self.attn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+        self.ls1, self.ls2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
+        self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
+
+    def forward(self, queries, context, query_positions, context_positions):
+        attended = self.attn(queries + query_positions, context + context_positions, context)
+        x = self.norm2(queries + self.drop_path(self.ls1(attended)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
+
+
+class CAE(nn.Module):
+    """Context autoencoder. Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", IJCV 2023,
+    arXiv:2202.03026.
+
+    New: predicting and encoding are kept apart. A regressor predicts the masked patches' latents from the visible ones,
+    an alignment loss holds them in the encoder's own space, and the decoder sees nothing but them; so the encoder has
+    all of the representation learning, and the decoder can read what the encoder says of a whole image.
+
+    tokenizer: see `TargetHead`; without one the target is pixels (Table 9).
+    encoder: the paper's has drop path 0.1 and layer scale 0.1 (ViT-L: 1e-5); regressor and decoder take over both.
+    alignment_weight: lambda of Eq. 1.
+
+    As in the authors' code, the encoder has a class token, which goes no further, and the latents that are aligned are
+    those behind its last norm. They keep a second encoder for the targets, of the same weights: here it is the one.
+    """
+
+    inputs = ()
+    encoder_options = dict(drop_path=0.1, layer_scale=0.1)  # Appendix A, and the authors' code
+    picture = ("image", "masked", "filled", "full")
+
+    def __init__(self, encoder: ViT, tokenizer=None, mask_ratio: float = 0.5, min_block: int = 16,
+                 regressor_depth: int = 4, decoder_depth: int = 4, alignment_weight: float = 2.0,
+                 norm_pix: bool = True):
+        super().__init__()
+        if encoder.relative_position:
+            raise ValueError("CAE needs an encoder with a position table, not one with relative positions")
+        if regressor_depth < 1 or decoder_depth < 0 or alignment_weight < 0:
+            raise ValueError(f"regressor_depth={regressor_depth} must be at least 1, decoder_depth={decoder_depth} and "
+                             f"alignment_weight={alignment_weight} at least 0")
+        self.num_masked = encoder.num_patches - count_visible(encoder.num_patches, mask_ratio, masked_first=True)
+        self.encoder, self.min_block = encoder, min_block
+        self.alignment_weight, self.norm_pix = alignment_weight, norm_pix
+        D, heads, scale = encoder.embed_dim, encoder.num_heads, encoder.layer_scale
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.regressor_blocks = nn.ModuleList([
+            RegressorBlock(D, heads, r, scale) for r in drop_path_rates(encoder.drop_path, regressor_depth)])
+        self.regressor_norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder_blocks = nn.ModuleList([
+            Block(D, heads, drop_path=r, layer_scale=scale) for r in drop_path_rates(encoder.drop_path, decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.head = TargetHead(encoder, tokenizer, norm_pix)
+        for blocks in (self.regressor_blocks, self.decoder_blocks):
+            blocks.apply(init_weights)
+            rescale_projections(blocks)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def positions(self, ids):
+        """The position embeddings [B, n, D] of the patches `ids`."""
+        return F.embedding(ids, self.encoder.pos_embed[0, 1:])
+
+    def regress(self, latents, ids_visible, ids_masked):
+        """Latents Z_v [B, n_visible, D] of the visible patches -> predicted Z_m [B, n_masked, D] of the masked ones."""
+        positions = self.positions(ids_masked)
+        context_positions = torch.cat([self.positions(ids_visible), positions], dim=1)
+        queries = self.mask_token.expand(len(latents), ids_masked.shape[1], -1)
+        for block in self.regressor_blocks:
+            context = torch.cat([latents, queries], dim=1)  # Z_v as it was, beside the last block's output
+            queries = block(queries, context, positions, context_positions)
+        return self.regressor_norm(queries)
+
+    def decode(self, latents, ids):
+        """Latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*3]."""
+        x = latents + self.positions(ids)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(self.decoder_norm(x))
+
+    def reconstruct_full(self, images):
+        """Whole images through encoder and decoder, no regressor (Figures 3, 10): pred [B, N, V or p*p*3]."""
+        ids = torch.arange(self.encoder.num_patches, device=images.device).expand(len(images), -1)
+        return self.decode(self.encoder(images)[:, 1:], ids)
+
+    def forward(self, images, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W], and optionally the mask to replay -> loss and its parts loss_align and loss_pixel, or
+        loss_token with the tokens' accuracy; pred, ids_visible, ids_masked."""
+        if ids_visible is None:
+            ids_visible, ids_masked = block_masking(
+                len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
+        tokens = self.encoder.embed(images)
+        predicted = self.regress(self.encoder.encode(tokens, ids_visible)[:, 1:], ids_visible, ids_masked)
+        with torch.no_grad():  # Eq. 1's sg; after the pass with gradients, whose casts autocast keeps for both
+            encoded = self.encoder.encode(tokens, ids_masked)[:, 1:]
+        pred = self.decode(predicted, ids_masked)
+        loss, parts = self.head.compare(pred, images, ids_masked)
+        loss_align = F.mse_loss(predicted.float(), encoded.float())
+        return dict(loss=loss + self.alignment_weight * loss_align, loss_align=loss_align, **parts,  # Eq. 1
+                    pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def named(**modules):
+    """nn.Sequential with these names for its parts."""
+    sequential = nn.Sequential()
+    for name, module in modules.items():
+        sequential.add_module(name, module)
+    return sequential
+
+
+class DVAEConv(nn.Module):
+    """Convolution that keeps height and width, [B, C_in, h, w] -> [B, C_out, h, w], with DALL-E's parameter names."""
+
+    def __init__(self, dim_in, dim_out, kernel_size):
+        super().__init__()
+        w = torch.randn(dim_out, dim_in, kernel_size, kernel_size)
+        self.w = nn.Parameter(w / math.sqrt(dim_in * kernel_size**2))
+        self.b = nn.Parameter(torch.zeros(dim_out))
+
+    def forward(self, x):
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class DVAEBlock(nn.Module):
+    """DALL-E's bottleneck block: id_path(x) + gain * res_path(x), [B, C_in, h, w] -> [B, C_out, h, w]."""
+
+    def __init__(self, dim_in, dim_out, kernel_sizes, gain):
+        super().__init__()
+        self.gain = gain
+        self.id_path = nn.Identity() if dim_in == dim_out else DVAEConv(dim_in, dim_out, 1)
+        dims, self.res_path = [dim_in] + 3 * [dim_out // 4] + [dim_out], nn.Sequential()
+        for i, kernel_size in enumerate(kernel_sizes):
+            self.res_path.add_module(f"relu_{i + 1}", nn.ReLU())
+            self.res_path.add_module(f"conv_{i + 1}", DVAEConv(dims[i], dims[i + 1], kernel_size))
+
+    def forward(self, x):
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def dvae_layers(first, dims, blocks_per_group, kernel_sizes, resize, last):
+    """DALL-E's encoder or decoder: first, groups of blocks to dims[1:] channels with `resize` between them, last."""
+    groups = {}
+    gain = 1 / ((len(dims) - 1) * blocks_per_group) ** 2
+    for g in range(1, len(dims)):
+        widths = [dims[g - 1]] + blocks_per_group * [dims[g]]
+        blocks = {f"block_{b}": DVAEBlock(*widths[b - 1 : b + 1], kernel_sizes, gain) for b in range(1, len(widths))}
+        groups[f"group_{g}"] = named(**blocks, **({"resize": resize} if g < len(dims) - 1 else {}))
+    return named(blocks=named(input=first, **groups, output=named(relu=nn.ReLU(), conv=last)))
+
+
+class DVAE(nn.Module):
+    """Discrete VAE, the tokenizer of BEiT and CAE. Ramesh et al., "Zero-Shot Text-to-Image Generation" (DALL-E), ICML
+    2021, arXiv:2102.12092, §2.1 and App. A.
+
+    New: an image becomes a small grid of words from a learned vocabulary. In training a word is a relaxed one-hot
+    vector (Gumbel-softmax), sharper as its temperature falls, so that reconstruction trains the choice of words too.
+
+    image_size: pixels, an int or (height, width), of the images it trains on; divisible by factor = 2^(groups - 1), the
+        pixels a token's side stands for. It is fully convolutional: all else takes any multiple of factor.
+    kl_weight: beta of App. A.2, where a token's KL(q(word | image) || uniform) in nats is divided by the 3 * factor^2
+        values that it stands for: 6.6 there, beside a log-likelihood; 2 is about as strong beside an mse near 0.2.
+    tau_start, tau_end: the temperature, falling along a half-cosine (App. A.2).
+
+    The state dict of DALL-E's released encoder loads into `encoder` with strict=True at the default sizes.
+    Departs from the paper: the decoder ends in RGB under mse, not in the parameters of a logit-Laplace; kl_weight is
+    not raised from 0, as it is early that it keeps words in use; the temperature falls over all of training, not its
+    first 20th; and the initialisation, without which a short training collapses onto a few words (see __init__).
+    """
+
+    inputs = ("progress",)
+
+    def __init__(self, image_size=112, vocab_size: int = 8192, hidden_dim: int = 256, groups: int = 4,
+                 blocks_per_group: int = 2, kl_weight: float = 2.0, tau_start: float = 1.0, tau_end: float = 1 / 16):
+        super().__init__()
+        self.image_size = pair(image_size)
+        self.vocab_size, self.factor = vocab_size, 2 ** (groups - 1)
+        self.kl_weight, self.tau_start, self.tau_end = kl_weight, tau_start, tau_end
+        if hidden_dim < 4 or hidden_dim % 4 or min(vocab_size, groups, blocks_per_group) < 1:
+            raise ValueError("hidden_dim must be a multiple of 4 and vocab_size, groups, blocks_per_group at least 1, "
+                             f"got {hidden_dim}, {vocab_size}, {groups}, {blocks_per_group}")
+        if any(s < 1 or s % self.factor for s in self.image_size):
+            raise ValueError(f"image_size must be a positive multiple of {self.factor}, got {image_size}")
+        widths = [hidden_dim * 2**g for g in range(groups)]
+        self.encoder = dvae_layers(
+            DVAEConv(3, hidden_dim, 7), [hidden_dim] + widths, blocks_per_group, (3, 3, 3, 1), nn.MaxPool2d(2),
+            DVAEConv(widths[-1], vocab_size, 1))
+        self.decoder = dvae_layers(
+            DVAEConv(vocab_size, hidden_dim // 2, 1), [hidden_dim // 2] + widths[::-1], blocks_per_group, (1, 3, 3, 3),
+            nn.Upsample(scale_factor=2), DVAEConv(hidden_dim, 3, 1))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        with torch.no_grad():
+            # Pixels in [0.1, 0.9] differ little beside their mean, which alone would choose one word for all: the first
+            # layer starts by taking it off and widening the rest to unit variance, the last blind to a common shift.
+            first, last = self.encoder.blocks.input, self.encoder.blocks.output.conv
+            first.w *= 5
+            first.b.copy_(-0.46 * first.w.sum((1, 2, 3)))
+            last.w -= last.w.mean(1, keepdim=True)
+            # A one-hot word reaches one column of this matrix: its fan-in is 1.
+            self.decoder.blocks.input.w *= math.sqrt(vocab_size)
+
+    def logits(self, images):
+        """Normalised images [B, 3, H, W] -> unnormalised log-probabilities of words [B, V, H/factor, W/factor]."""
+        H, W = images.shape[-2:]
+        if H % self.factor or W % self.factor:
+            raise ValueError(f"image height and width must be divisible by {self.factor}, got {H}x{W}")
+        pixels = (images.float() * self.std + self.mean).clamp(0, 1)
+        return self.encoder(0.8 * pixels + 0.1).float()  # DALL-E's map_pixels, App. A.3
+
+    @torch.no_grad()
+    def tokens(self, images):
+        """Normalised images [B, 3, H, W] -> token ids [B, H/factor, W/factor], in float32 under autocast too."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.logits(images).argmax(1)
+
+    @torch.no_grad()
+    def decode(self, tokens, grid):
+        """Token ids [B, gh*gw] -> normalised images [B, 3, gh * factor, gw * factor]."""
+        words = F.one_hot(tokens.unflatten(1, grid), self.vocab_size).permute(0, 3, 1, 2)
+        return self.decoder(words.to(self.mean.dtype))
+
+    @classmethod
+    def from_encoder(cls, state):
+        """The DVAE whose encoder fits a state dict of DALL-E's encoder, loaded, of any size; its decoder is untrained."""
+        first = state.get("blocks.input.w")
+        if first is None:
+            raise ValueError("no tokenizer in it: no parameter is named blocks.input.w")
+        blocks = {tuple(k.split(".")[1:3]) for k in state if ".block_" in k}
+        groups = len({group for group, _ in blocks})
+        tokenizer = cls(2 ** (groups - 1), state["blocks.output.conv.w"].shape[0], first.shape[0], groups,
+                        len(blocks) // groups)
+        tokenizer.encoder.load_state_dict(state)
+        return tokenizer
+
+    def tokenize(self, images, grid):
+        """Normalised images [B, 3, H, W] -> token ids [B, gh*gw] in raster order, one a patch of a (gh, gw) grid.
+
+        The image is resized to factor pixels a patch (bicubic, antialiased, on its device; CAE: lanczos, on the CPU).
+        """
+        size = [self.factor * g for g in grid]
+        images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+        return self.tokens(images).flatten(1)
+
+    def forward(self, images, progress=0.0):
+        """Normalised images [B, 3, H, W] -> loss, loss_pixel (mse of normalised values), loss_kl (nats a token), pred
+        [B, 3, H, W], ids [B, h, w]; perplexity and codes_used of the batch's ids (1..V), to watch for collapse.
+
+        progress: the fraction of training done, a tensor or number in [0, 1], which sets the temperature.
+        In eval mode the words are the most probable ones, without noise: what tokens() gives.
+        """
+        logits = self.logits(images)
+        ids = logits.argmax(1)
+        if self.training:
+            cosine = torch.cos(math.pi * torch.as_tensor(progress, device=logits.device))
+            tau = self.tau_end + (self.tau_start - self.tau_end) * (1 + cosine) / 2
+            words = F.gumbel_softmax(logits, tau, dim=1)
+        else:
+            words = torch.zeros_like(logits).scatter_(1, ids.unsqueeze(1), 1.0)
+        pred = self.decoder(words)
+        loss_pixel = F.mse_loss(pred.float(), images.float())
+        log_q = logits.log_softmax(1)
+        loss_kl = (log_q.exp() * (log_q + math.log(self.vocab_size))).sum(1).mean()
+        count = log_q.new_zeros(self.vocab_size).scatter_add_(0, ids.flatten(), log_q.new_ones(ids.numel()))
+        perplexity = torch.special.entr(count / ids.numel()).sum().exp()
+        loss = loss_pixel + self.kl_weight / (3 * self.factor**2) * loss_kl
+        return dict(loss=loss, loss_pixel=loss_pixel, loss_kl=loss_kl, pred=pred, ids=ids, perplexity=perplexity,
+                    codes_used=(count > 0).sum())
+
+
+METHODS = {"mae": MAE, "simmim": SimMIM, "beit": BEiT, "amt": AMT, "lomar": LoMaR, "objmae": ObjMAE, "rae": RAE,
+           "rmae": RMAE, "cae": CAE, "dvae": DVAE}

@@ -52,17 +52,34 @@ RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, flip=False)
 RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128, min_lr=1e-5, betas=(0.9, 0.999),
                                           lookahead=5, flip=False)
 
+# R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4; 4000 epochs on COCO)
+RECIPES["rae"] = RECIPES["rmae"] = RECIPES["mae"] | dict(base_lr=1e-4)
+
+# CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. Crop and flip alone.
+RECIPES["cae"] = dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
+                      warmup_epochs=20, min_lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=3.0,
+                      crop_scale=(0.08, 1.0), flip=True)
+# BEiT: its Table 6, but without colour jitter, as CAE trains it
+RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs=10)
+# The tokenizer: DALL-E's Appendix A.2 but for its 3 million steps
+RECIPES["dvae"] = dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, lr_batch=512, warmup_epochs=0.0,
+                       min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4, lookahead=0, clip_grad=None,
+                       crop_scale=(0.2, 1.0), flip=True)
+
 # What changes for images of up to 96 pixels, and for the built-in scenes: ours, not the papers'. patch_size is an
 # eighth of the image; `options` are constructor arguments of the method, for those that have them.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
                     options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5))
 SHAPES_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
-                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5,
+                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64,
                                   interval=2))  # an update of the maps costs as much as an epoch here
+DVAE_SMALL_RECIPE = dict(base_lr=3e-3, lr_batch=32, batch_size=32, epochs=5, warmup_epochs=0.0,
+                         options=dict(hidden_dim=32, groups=3, vocab_size=512))
 
 # ---------------------------------------------------------------------------------------------------------
 # Flags
 
+NOT_OF_DVAE = ("model", "patch_size")
 FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe's"
     "data": (str, "shapes (built in), cifar10, cifar100, stl10, or a folder of images"),
     "model": (str, f"encoder size: {', '.join(mim.SIZES)}"),
@@ -83,6 +100,10 @@ FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe'
     "device": (str, "cuda, cuda:1, cpu, ... (default: cuda if there is one)"),
     "precision": (str, "fp32, bf16 or fp16 autocast (default: bf16 or fp16 with CUDA, else fp32)"),
     "output": (str, "folder of the run (default: runs/METHOD)"),
+}
+TOKENIZER_FLAG = {  # of methods that can predict tokens
+    "tokenizer": (str, "file with the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state dict "
+                       "of DALL-E's encoder (default: pixels are the target)"),
 }
 REGION_FLAGS = {  # of methods that take regions
     "regions": (str, f"{', '.join(REGIONS)}, or a folder of label PNGs or .npz stacks of masks, matched by file name "
@@ -107,10 +128,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def method_parameters(method, base="mae"):
     """The constructor arguments of a method (and of the base that AMT wraps): name -> inspect.Parameter."""
     parameters = dict(inspect.signature(mim.METHODS[method].__init__).parameters)
-    own = {k: p for k, p in parameters.items() if k not in ("self", "encoder") and p.kind != p.VAR_KEYWORD}
+    not_flags = ("self", "encoder", "tokenizer", "image_size")
+    own = {k: p for k, p in parameters.items() if k not in not_flags and p.kind != p.VAR_KEYWORD}
     if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
         own = method_parameters(base) | own
     return own
+
+
+def takes_tokenizer(method):
+    """Whether the method can predict tokens."""
+    return "tokenizer" in inspect.signature(mim.METHODS[method].__init__).parameters
 
 
 def add_method_flags(parser, parameters):
@@ -168,7 +195,12 @@ def parse(argv):
             check_choice("--base", known.base, list(mim.AMT_BASES))
         recipe = RECIPES[f"amt-{known.base}" if known.method == "amt" else known.method]
     with_regions = known.method is not None and "regions" in mim.METHODS[known.method].inputs
-    for name, (kind, text) in (FLAGS | (REGION_FLAGS if with_regions else {})).items():
+    flags = FLAGS | (REGION_FLAGS if with_regions else {})
+    if known.method is not None and takes_tokenizer(known.method):
+        flags = flags | TOKENIZER_FLAG
+    if known.method == "dvae":
+        flags = {k: v for k, v in flags.items() if k not in NOT_OF_DVAE}
+    for name, (kind, text) in flags.items():
         nargs = "+" if name in ("image_size", "fh_scales") else None
         text += f" (the paper's: {recipe[name]})" if recipe.get(name) is not None else ""
         parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=nargs, help=text)
@@ -198,10 +230,13 @@ def settle(given, num_images, natural_size, world_size=1):
     num_images, natural_size: of the data, which batch and image size follow. UsageError for values out of range.
     """
     method, base = given["method"], given.get("base", "mae")
-    image_size = given.get("image_size", natural_size)
     recipe = dict(RECIPES[f"amt-{base}" if method == "amt" else method])
+    natural_size = natural_size if natural_size <= SMALL else recipe.pop("image_size", natural_size)
+    recipe.pop("image_size", None)
+    image_size = given.get("image_size", natural_size)
     if pair_max(image_size) <= SMALL:
-        recipe |= SHAPES_RECIPE if given.get("data", "shapes") == "shapes" else SMALL_RECIPE
+        small = SHAPES_RECIPE if given.get("data", "shapes") == "shapes" else SMALL_RECIPE
+        recipe |= small | (DVAE_SMALL_RECIPE if method == "dvae" else {})
         sides = [image_size] if isinstance(image_size, int) else image_size
         common = math.gcd(*sides)  # an eighth of the image, or the nearest below that divides it
         recipe["patch_size"] = max([p for p in range(1, max(sides) // 8 + 1) if common % p == 0], default=1)
@@ -212,8 +247,10 @@ def settle(given, num_images, natural_size, world_size=1):
     options = {k: options.get(k, p.default) for k, p in method_parameters(method, base).items()}
     settings = dict(data="shapes", image_size=image_size, seed=0, output=f"runs/{method}", compile=False, lr=None)
     settings |= recipe | given
+    if method == "dvae":
+        settings = {k: v for k, v in settings.items() if k not in NOT_OF_DVAE}
     settings["method_options"] = {k: settings.pop(k, default) for k, default in options.items()}
-    check_choice("--model", settings["model"], list(mim.SIZES))
+    check_choice("--model", settings.get("model", "base"), list(mim.SIZES))
     check_ranges(settings, ("epochs", "batch_size", "patch_size", "lr", "base_lr", "clip_grad", "accumulate"),
                  ("warmup_epochs", "min_lr", "weight_decay", "lookahead", "seed"))
     if settings["seed"] >= 2**63:
@@ -266,13 +303,37 @@ def settle_machine(given):
 # Pieces of the loop
 
 
+def load_tokenizer(path):
+    """A tokenizer from a dvae run's checkpoint.pt, or from a state dict of its or DALL-E's encoder; UsageError if not."""
+    try:
+        content = mim.load_file(path)
+        if isinstance(content, dict) and isinstance(content.get("args"), dict):
+            if content["args"].get("method") != "dvae":
+                raise ValueError(f"it is of a {content['args'].get('method')} run, not of dvae")
+            tokenizer = build_method(content["args"])
+            tokenizer.load_state_dict(content["model"])
+        else:
+            tokenizer = mim.DVAE.from_encoder(mim.read_checkpoint(content))
+    except (ValueError, RuntimeError) as error:
+        message = str(error).splitlines()[0].removeprefix(f"cannot read {path}: ")
+        raise UsageError(f"--tokenizer {path}: {message}") from None
+    return tokenizer.eval().requires_grad_(False)
+
+
 def build_method(settings):
     """The method with its encoder, as the settings say; raises UsageError if they do not fit together."""
+    method, options = mim.METHODS[settings["method"]], dict(settings["method_options"])
+    if settings.get("tokenizer"):
+        options["tokenizer"] = load_tokenizer(settings["tokenizer"])
     try:
-        method = mim.METHODS[settings["method"]]
+        if method is mim.DVAE:
+            return method(settings["image_size"], **options)
+        encoder_options = dict(method.encoder_options)
+        if "layer_scale" in encoder_options and settings["model"] in ("large", "huge"):
+            encoder_options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
         encoder = mim.ViT(settings["image_size"], settings["patch_size"], **mim.SIZES[settings["model"]],
-                          **method.encoder_options)
-        return method(encoder, **settings["method_options"])
+                          **encoder_options)
+        return method(encoder, **options)
     except ValueError as error:
         raise UsageError(f"--method {settings['method']}: {error}") from None
 
@@ -347,22 +408,43 @@ def draw_reconstruction(method, images, regions=None):
     """Normalised images [B, 3, H, W] -> a grid [3, h, w] in [0, 1]: of each image the tiles that method.picture names.
 
     Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's window or of
-    ObjMAE's object) are black. Of LoMaR's windows the first is shown.
+    ObjMAE's object) are black. Of LoMaR's windows and of R-MAE's regions the first is shown.
     """
+    if isinstance(method, mim.DVAE):
+        return tile(torch.stack([denormalize(images), denormalize(method(images)["pred"])], 1).flatten(0, 1), columns=8)
     out, p = method(images) if regions is None else method(images, regions=regions), method.encoder.patch_size
     if hasattr(method, "num_windows"):
         out = {k: out[k][:, : out[k].shape[1] // method.num_windows] for k in ("pred", "ids_visible", "ids_masked")}
-    filled = mim.reconstruct(images, out["pred"].float(), out["ids_masked"], p, method.norm_pix)
-    image, filled = (mim.patchify(denormalize(x), p) for x in (images, filled))
+    image = mim.patchify(denormalize(images), p)
     black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
     show = lambda under, ids, patches: mim.put(under, ids, mim.take(patches, ids))  # noqa: E731
     visible = show(black, out["ids_visible"], image)
     tiles = dict(image=image, source=visible, target=show(black, out["ids_masked"], image),
-                 region=show(visible, out["ids_masked"], image), masked=show(visible, out["ids_masked"], grey),
-                 filled=show(visible, out["ids_masked"], filled))
+                 region=show(visible, out["ids_masked"], image), masked=show(visible, out["ids_masked"], grey))
+    if "filled" in method.picture:
+        filled = fill_in(method, images, out["pred"], out["ids_masked"])
+        tiles["filled"] = show(visible, out["ids_masked"], mim.patchify(denormalize(filled), p))
+    if "full" in method.picture:
+        everything = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
+        full = fill_in(method, images, method.reconstruct_full(images), everything)
+        tiles["full"] = mim.patchify(denormalize(full), p)
+    if "region_filled" in method.picture:
+        filled = mim.reconstruct_regions(out["region_maps"], out["pred_regions"], out["ids_masked"], p)
+        true, filled = (mim.patchify(x[:, :1].float().expand(-1, 3, -1, -1), p) for x in (out["region_maps"], filled))
+        tiles |= dict(region_true=true, region_masked=show(true, out["ids_masked"], grey), region_filled=filled)
     pictures = torch.stack([tiles[name] for name in method.picture], dim=1).flatten(0, 1)
     pictures = mim.unpatchify(pictures, p, method.encoder.grid)
     return tile(pictures, columns=2 * len(method.picture))
+
+
+def fill_in(method, images, pred, ids):
+    """The images with what was predicted of the patches `ids`; predicted tokens are decoded by their tokenizer."""
+    tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
+    if tokenizer is None:
+        return mim.reconstruct(images, pred.float(), ids, method.encoder.patch_size, method.norm_pix)
+    tokens = method.head.tokens(images).scatter(1, ids, pred.argmax(-1))
+    decoded = tokenizer.decode(tokens, method.encoder.grid)
+    return F.interpolate(decoded, images.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
 
 
 def tile(pictures, columns):
@@ -426,7 +508,7 @@ def load_run(path):
     return state
 
 
-MAY_CHANGE = ("data", "device", "precision", "workers", "compile", "output", "resume", "overwrite", "accumulate",
+MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume", "overwrite", "accumulate",
               "region_cache", "prepare")
 
 
@@ -511,6 +593,9 @@ def update_maps(run):
         run.method.update_maps(batches, len(whole))
 
 
+LOGGED = ("accuracy", "perplexity", "codes_used")  # of the tokens
+
+
 def train_epoch(run, epoch):
     """One pass over the data -> the line for log.jsonl: the mean of the loss and its parts, speed, learning rate."""
     settings, device, accumulate = run.settings, run.device, run.settings["accumulate"]
@@ -530,6 +615,7 @@ def train_epoch(run, epoch):
             batch = next(micro_batches)
             run.broken.watch(batch["broken"])
             images = normalize(batch["image"].to(device, non_blocking=True))
+            batch["progress"] = torch.tensor(step / (settings["epochs"] * steps))
             inputs = {k: batch[k].to(device, non_blocking=True) for k in run.method.inputs}
             # Masks depend on the step and the micro-batch alone: no stop and no number of processes changes them.
             torch.manual_seed(seed_of(settings["seed"], step, micro * run.world_size + run.rank))
@@ -538,7 +624,7 @@ def train_epoch(run, epoch):
                 with run.amp():
                     out = run.model(images, **inputs)
                 run.scaler.scale(out["loss"] / accumulate).backward()
-            parts = {k: v.detach() / accumulate for k, v in out.items() if k.startswith("loss")}
+            parts = {k: v.detach() / accumulate for k, v in out.items() if k.startswith("loss") or k in LOGGED}
             losses = losses + torch.stack(list(parts.values()))
         if settings["clip_grad"]:
             run.scaler.unscale_(run.optimizer)
@@ -596,6 +682,8 @@ def prepare(given):
         shown = {k: v for k, v in settings.items() if k not in ("method_options", "num_images")}
         shown |= settings["method_options"]
         print(run.source.description)
+        if takes_tokenizer(settings["method"]):
+            print(f"target: {'tokens of ' + settings['tokenizer'] if settings.get('tokenizer') else 'pixels'}")
         shown |= dict(device=run.device, workers=run.workers)
         print("\n".join(f"  {k:14s} {v}" for k, v in shown.items()))
     run.amp = lambda: torch.autocast(run.device.type, PRECISIONS[precision], enabled=precision != "fp32")

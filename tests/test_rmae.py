@@ -1,0 +1,309 @@
+"""R-MAE and RAE: which regions are drawn, what depends on what, equivariance, cost, learning."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from datasets import normalize, render_scene
+from mim import (MAE, RAE, RMAE, CrossAttention, ViT, patchify, put, random_masking, region_loss, sample_regions, take,
+                 unpatchify)
+
+VARIANTS = ("length", "batch", "channel")
+FEEDS = ("pixel_to_region", "region_to_pixel", "both")
+
+
+def small(cls=RMAE, **options):
+    """A tiny method on 32x32 images of 4x4 patches, and a fixed batch: images, region maps, mask."""
+    torch.manual_seed(0)
+    decoder = {} if cls is RAE else dict(decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    method = cls(ViT(32, 8, 32, 2, 2), num_regions=4, region_dim=16, region_heads=2, **decoder, **options)
+    images, maps = torch.randn(3, 3, 32, 32), torch.rand(3, 4, 32, 32) < 0.5
+    ids = dict(zip(("ids_visible", "ids_masked"), random_masking(3, 16, 0.75)))
+    return method, images, maps, ids
+
+
+def repaint(maps, ids, patch_size=8):
+    """The maps or images, with the patches `ids` drawn anew."""
+    patches = patchify(maps, patch_size)
+    new = (torch.rand_like(patches.float()) < 0.5).to(patches.dtype)
+    grid = (maps.shape[-2] // patch_size, maps.shape[-1] // patch_size)
+    return unpatchify(put(patches, ids, take(new, ids)), patch_size, grid)
+
+
+# Drawing regions
+
+
+def visible_regions(regions, ids, p):
+    """The (layer, label) pairs of one image [L, H, W] with a pixel in a visible patch, the slow way."""
+    W, found = regions.shape[-1], set()
+    for i in ids.tolist():
+        row, column = i // (W // p) * p, i % (W // p) * p
+        for layer in range(len(regions)):
+            for y in range(row, row + p):
+                found |= {(layer, int(v)) for v in regions[layer, y, column : column + p] if v}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_regions_are_drawn_uniformly_from_those_with_visible_foreground(dtype):
+    torch.manual_seed(1)
+    coarse = torch.tensor([0, 1, 7, 255, 128, 3])[torch.randint(6, (4, 3, 4, 6))]
+    regions = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3).to(dtype)  # 16 x 24: patches of one label each
+    regions[0, 0, 0, 0] = 200  # a region of one pixel, in a patch that is visible
+    regions[1, 0, 0, 0] = 201  # and in one that is not
+    regions[1, 2] = 0  # padding layers
+    regions[2, 1:] = 0
+    regions[3] = 0  # an image without regions
+    ids = torch.tensor([[0, 5, 10], [3, 8, 20], [1, 9, 23], [0, 1, 2]])
+    k = 20_000
+    maps = sample_regions(regions, ids, 4, k)
+    assert maps.dtype == torch.bool and maps.shape == (4, k, 16, 24)
+    assert not maps[3].any()
+    for b in range(3):
+        expected = visible_regions(regions[b], ids[b], 4)
+        assert len(expected) >= 2
+        known, weights = {}, {}  # two layers may hold the same map: then it is drawn twice as often
+        for layer, label in expected:
+            key = (regions[b, layer] == label).numpy().tobytes()
+            weights[key] = weights.get(key, 0) + 1 / len(expected)
+        drawn = [m.tobytes() for m in maps[b].numpy()]
+        for key in drawn:
+            known[key] = known.get(key, 0) + 1
+        assert set(known) == set(weights)
+        chi2 = sum((known[key] - k * w) ** 2 / (k * w) for key, w in weights.items())
+        assert chi2 < len(weights) + 5 * (2 * len(weights)) ** 0.5
+    assert (0, 200) in visible_regions(regions[0], ids[0], 4) and (0, 201) not in visible_regions(regions[1], ids[1], 4)
+
+
+def test_drawing_is_seeded_and_independent_of_the_rest_of_the_batch_in_size():
+    regions = torch.randint(0, 5, (3, 2, 16, 16), dtype=torch.uint8)
+    ids = torch.tensor([[0, 3]] * 3)
+    first, again, other = (
+        sample_regions(regions, ids, 4, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    torch.manual_seed(5)
+    a = sample_regions(regions, ids, 4, 8)
+    torch.manual_seed(5)
+    assert torch.equal(a, sample_regions(regions, ids, 4, 8))
+
+
+def test_regions_of_a_wrong_kind_are_refused():
+    ids = torch.tensor([[0]])
+    for bad in (torch.rand(1, 1, 16, 16), torch.zeros(1, 16, 16, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="label maps"):
+            sample_regions(bad, ids, 4, 2)
+
+
+# The loss
+
+
+def test_region_loss_by_hand():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 5, 16, dtype=torch.float64) * 8, torch.rand(2, 3, 5, 16) < 0.5
+    p = 1 / (1 + np.exp(-logits.numpy()))
+    t = target.numpy().astype(np.float64)
+    by_hand = -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
+    assert region_loss(logits.float(), target).item() == pytest.approx(by_hand, rel=1e-5)
+    half = region_loss(logits.bfloat16(), target)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(by_hand, rel=1e-2)
+
+
+# The network
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("depth", [1, 3])
+@torch.no_grad()
+def test_order_of_regions(variant, depth):
+    """Swapped regions swap the predictions, in all variants but the one that makes them channels."""
+    method, images, maps, ids = small(variant=variant, region_decoder_depth=depth, cross_feed="both")
+    order = torch.tensor([2, 0, 3, 1])
+    one, other = (method(images, region_maps=m, **ids) for m in (maps, maps[:, order]))
+    assert one["pred_regions"].shape == (3, 4, 12, 64)
+    same = torch.allclose(one["pred_regions"][:, order], other["pred_regions"], atol=1e-5)
+    assert same == (variant != "channel")
+    if variant != "channel":  # Eq. 14 averages over the regions
+        assert torch.allclose(one["pred"], other["pred"], atol=1e-5)
+    # one region's prediction does differ from another's
+    assert not torch.allclose(one["pred_regions"][:, 0], one["pred_regions"][:, 1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_regions_see_each_other_in_the_length_variant_alone():
+    for variant in ("length", "batch"):
+        method, images, maps, ids = small(variant=variant)
+        changed = maps.clone()
+        changed[:, 3] = ~changed[:, 3]
+        one, other = (method(images, region_maps=m, **ids)["pred_regions"][:, :3] for m in (maps, changed))
+        assert torch.allclose(one, other, atol=1e-6) == (variant == "batch")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cross_feed", FEEDS)
+@torch.no_grad()
+def test_who_feeds_whom(variant, cross_feed):
+    method, images, maps, ids = small(variant=variant, cross_feed=cross_feed)
+    one = method(images, region_maps=maps, **ids)
+    other_maps = method(images, region_maps=repaint(maps, ids["ids_visible"]), **ids)
+    other_images = method(torch.randn_like(images), region_maps=maps, **ids)
+    assert torch.equal(one["pred"], other_maps["pred"]) == (cross_feed == "pixel_to_region")
+    assert torch.equal(one["pred_regions"], other_images["pred_regions"]) == (cross_feed == "region_to_pixel")
+    assert not torch.equal(one["pred"], other_images["pred"])
+    assert not torch.equal(one["pred_regions"], other_maps["pred_regions"])
+    if cross_feed == "pixel_to_region":
+        mae = MAE(method.encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2)
+        mae.load_state_dict({k: v for k, v in method.state_dict().items() if not k.startswith("region_")})
+        assert torch.equal(one["pred"], mae(images, **ids)["pred"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_masked_patches_do_not_leak(variant):
+    method, images, maps, ids = small(variant=variant, cross_feed="both")
+    one = method(images, region_maps=maps, **ids)
+    hidden = repaint(maps, ids["ids_masked"])
+    assert not torch.equal(hidden, maps)
+    other = method(repaint(images, ids["ids_masked"]), region_maps=hidden, **ids)
+    assert torch.equal(one["pred_regions"], other["pred_regions"]) and torch.equal(one["pred"], other["pred"])
+    assert not torch.equal(one["loss_region"], other["loss_region"])
+
+
+def reached(loss, method):
+    """Whether the loss gives gradients to the encoder, to the pixel decoder, to the region branch (without h)."""
+    parameters = {n: p for n, p in method.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+    names = {n for n, g in zip(parameters, gradients) if g is not None and g.abs().sum() > 0}
+    return [any(n.startswith(s) for n in names) for s in ("encoder.", "decoder_", "region_branch.")]
+
+
+@pytest.mark.parametrize("cross_feed", FEEDS)
+def test_where_gradients_go(cross_feed):
+    method, images, maps, ids = small(cross_feed=cross_feed)
+    out = method(images, region_maps=maps, **ids)
+    fed = cross_feed != "pixel_to_region"
+    assert reached(out["loss_region"], method) == [cross_feed != "region_to_pixel", False, True]
+    assert reached(out["loss_pixel"], method) == [True, True, fed]
+    assert torch.allclose(out["loss"], out["loss_pixel"] + out["loss_region"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cls, cross_feed", [(RAE, None), *[(RMAE, feed) for feed in FEEDS]])
+def test_every_parameter_is_trained(variant, cls, cross_feed):
+    options = {} if cls is RAE else dict(cross_feed=cross_feed)
+    method, images, maps, ids = small(cls, variant=variant, region_decoder_depth=2, **options)
+    method(images, region_maps=maps, **ids)["loss"].backward()
+    idle = [n for n, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == []
+
+
+def test_rae_is_rmae_without_pixels():
+    method, images, maps, ids = small(RAE)
+    other = small(RMAE)[0]
+    state = {k: v for k, v in other.state_dict().items() if k.startswith(("encoder.", "region_branch."))}
+    method.load_state_dict(state)  # strict: nothing else is in RAE
+    one, both = method(images, region_maps=maps, **ids), other(images, region_maps=maps, **ids)
+    assert torch.equal(one["pred_regions"], both["pred_regions"]) and torch.equal(one["loss"], both["loss_region"])
+    assert "pred" not in one and "loss_pixel" not in one
+
+
+def test_forward_draws_a_mask_then_regions_that_it_shows():
+    method, images, _, _ = small()
+    regions = torch.randint(0, 4, (3, 2, 32, 32), dtype=torch.uint8)
+    regions[:, 1] = 0
+    out = method(images, regions)
+    assert out["region_maps"].shape == (3, 4, 32, 32)
+    visible = take(patchify(out["region_maps"], 8), out["ids_visible"]).unflatten(-1, (-1, 4))
+    assert visible.any(1).any(1).all()
+    again = method(images, **{k: out[k] for k in ("region_maps", "ids_visible", "ids_masked")})
+    assert torch.equal(again["loss"], out["loss"])
+    target = take(patchify(out["region_maps"], 8), out["ids_masked"]).unflatten(-1, (-1, 4)).permute(0, 3, 1, 2)
+    assert torch.equal(region_loss(out["pred_regions"], target), out["loss_region"])
+
+
+def test_errors_name_the_argument():
+    vit = ViT(32, 8, 32, 2, 2)
+    for options, message in [(dict(variant="width"), "variant"), (dict(cross_feed="no"), "cross_feed"),
+                             (dict(num_regions=0), "num_regions"), (dict(region_decoder_depth=0), "depth")]:
+        with pytest.raises(ValueError, match=message):
+            RMAE(vit, decoder_dim=32, decoder_depth=1, **options)
+    method, images, maps, ids = small(variant="channel")
+    with pytest.raises(ValueError, match="needs regions.*got None"):
+        method(images)
+    with pytest.raises(ValueError, match="num_regions=4 maps, got 3"):
+        method(images, region_maps=maps[:, :3], **ids)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_complete_reads_only_visible_hints(variant):
+    method, images, maps, ids = small(variant=variant)
+    v, m = ids["ids_visible"], ids["ids_masked"]
+    whole = method.complete(images, maps, v)
+    assert torch.equal(whole, method.complete(repaint(images, m), repaint(maps, m), v))
+    assert torch.equal(take(patchify(whole, 8), v), take(patchify(maps, 8), v).float())
+    out = method(images, region_maps=maps, **ids)
+    drawn = take(patchify(whole, 8), m).unflatten(-1, (-1, 4)).permute(0, 3, 1, 2)
+    assert torch.allclose(drawn, out["pred_regions"].sigmoid(), atol=1e-5)
+    everything = torch.arange(16).expand(3, -1)
+    assert not torch.allclose(whole, method.complete(images, maps, v, everything), atol=1e-4)
+
+
+def test_cross_attention_is_pytorchs():
+    torch.manual_seed(0)
+    own, reference = CrossAttention(16, 4).double(), torch.nn.MultiheadAttention(16, 4, batch_first=True).double()
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(torch.cat([own.q.weight, own.k.weight, own.v.weight]))
+        reference.in_proj_bias.copy_(torch.cat([own.q.bias, own.k.bias, own.v.bias]))
+        reference.out_proj.load_state_dict(own.proj.state_dict())
+    q, k, v = (torch.randn(2, n, 16, dtype=torch.float64) for n in (3, 5, 5))
+    norm = lambda x: torch.nn.functional.layer_norm(x, (16,), eps=1e-6)  # noqa: E731
+    assert torch.allclose(own(q, k, v), reference(norm(q), norm(k), norm(v))[0])
+    assert torch.allclose(own.weights(q, k).double(), reference(norm(q), norm(k), norm(v), average_attn_weights=False)[1], atol=1e-6)
+    assert torch.allclose(own(q, k), reference(q, k, k)[0])
+
+
+# Behaviour
+
+
+@pytest.mark.parametrize("cls, variant", [(RMAE, "length"), (RAE, "batch"), (RAE, "channel")])
+def test_learns_to_complete_regions(cls, variant):
+    """On the built-in scenes the region loss falls clearly, and below what a constant answer can reach."""
+    torch.manual_seed(0)
+    scenes = [render_scene(i, 32) for i in range(64)]
+    images = normalize(torch.from_numpy(np.stack([s[0] for s in scenes])))
+    regions = torch.from_numpy(np.stack([s[2] for s in scenes])).unsqueeze(1)
+    decoder = {} if cls is RAE else dict(decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    method = cls(ViT(32, 8, 64, 2, 2), variant=variant, region_dim=32, region_heads=4, **decoder)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    losses, constants = [], []
+    for _ in range(80):
+        chosen = torch.randint(64, (16,))
+        out = method(images[chosen], regions[chosen])
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        losses.append(out["loss_region"].item())
+        share = take(patchify(out["region_maps"], 8), out["ids_masked"]).float().mean()
+        constants.append(-(share * share.log() + (1 - share) * (1 - share).log()).item())
+    assert losses[0] == pytest.approx(0.7, abs=0.1)
+    assert np.mean(losses[-20:]) < 0.9 * np.mean(constants[-20:])
+
+
+def gmac(cls, vit, **options):
+    """Forward cost of one 224x224 image, without any arithmetic done."""
+    with torch.device("meta"), torch.no_grad():
+        method, images = cls(vit, **options), torch.empty(1, 3, 224, 224)
+        maps = torch.empty(1, method.num_regions, 224, 224, dtype=torch.bool)
+        with FlopCounterMode(display=False) as counter:
+            method(images, region_maps=maps)
+    return counter.get_total_flops() / 2e9
+
+
+def test_forward_cost_is_the_papers():
+    """GMAC at ViT-B/16: RAE 4.7 (Table 8), R-MAE 9.8 over an MAE of 9.7 (Table 1e; 9.76 here); growth, Table 1b."""
+    with torch.device("meta"):
+        vit = ViT()
+    assert gmac(RAE, vit) == pytest.approx(4.7, rel=0.03)
+    assert 9.8 < gmac(RMAE, vit) < 10.1
+    growth = {v: gmac(RAE, vit, variant=v, num_regions=32) - gmac(RAE, vit, variant=v) for v in VARIANTS}
+    assert growth["batch"] > 3 * growth["length"] > 6 * growth["channel"]
