@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import random
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -700,10 +701,118 @@ class RegionCache:
         return dict(index=index)
 
 
+# Felzenszwalb-Huttenlocher segments (FH): regions from pixels alone
+
+CHUNK = 8192  # edges; fewer cost more calls of numpy, more let more idle edges through to the Python loop
+
+
+def smooth(image, sigma):
+    """uint8 [3, H, W] -> float64 in [0, 1], blurred by a Gaussian (sigma > 0 in pixels), mirrored at the borders."""
+    radius = int(4 * sigma + 0.5)
+    taps = np.exp(-0.5 / sigma ** 2 * np.arange(-radius, radius + 1) ** 2)
+    taps /= taps.sum()
+    image = np.asarray(image) * (1 / 255)  # this and the order of the sum: the same bits as scikit-image's
+    for _ in range(2):  # along H, then, as the axes are swapped, along W
+        size = image.shape[1]
+        padded = np.pad(image, ((0, 0), (radius, radius), (0, 0)), mode="symmetric")
+        image = sum((taps[k] * (padded[:, k:k + size] + padded[:, 2 * radius - k:][:, :size]) for k in range(radius)),
+                    taps[radius] * image)
+        image = np.ascontiguousarray(image.transpose(0, 2, 1))
+    return image
+
+
+def grid_edges(image):
+    """Float [3, H, W] -> the E edges of the 8-neighbour grid by ascending weight: weights [E], ends int32 [2, E].
+
+    A weight is the Euclidean distance of two pixels' colours; an end is a pixel's number y * W + x.
+    """
+    numbers = np.arange(image[:1].size, dtype=np.int32).reshape(image[:1].shape)
+    neighbours = ((np.s_[:, :, 1:], np.s_[:, :, :-1]), (np.s_[:, 1:], np.s_[:, :-1]),
+                  (np.s_[:, 1:, 1:], np.s_[:, :-1, :-1]), (np.s_[:, :-1, 1:], np.s_[:, 1:, :-1]))
+    weights, ends = [], []
+    for p, q in neighbours:
+        r, g, b = (image[p] - image[q]) ** 2
+        weights.append(np.sqrt(r + g + b).ravel())
+        ends.append((numbers[p].ravel(), numbers[q].ravel()))
+    weights, ends = np.concatenate(weights), np.concatenate(ends, axis=1)
+    order = np.argsort(weights)
+    return weights.take(order), ends.take(order, axis=1)
+
+
+def find_roots(forest, nodes):
+    """The roots of the nodes [M] in a forest of parents [N]; they become the nodes' parents."""
+    roots = forest.take(nodes)
+    while not np.array_equal(roots, above := forest.take(roots)):
+        roots = above
+    forest[nodes] = roots
+    return roots
+
+
+def crossings(parent, weights, ends, alive):
+    """Yield (u, v, weight), in the order of the edges, for those that lead from one tree of the forest to another.
+
+    u < v are the roots, and the caller may join them by parent[v] = u. alive(a, b, weight) says which edges between
+    the trees of roots a and b [M] might be of use from this weight on. numpy drops the others, and those inside
+    a tree, a chunk at a time; only about as many as there are joins are left to the slow loop.
+    """
+    forest = np.frombuffer(parent, "i")  # the same memory
+    for i in range(0, len(weights), CHUNK):
+        a, b = (find_roots(forest, end[i:i + CHUNK]) for end in ends)
+        keep = np.flatnonzero((a != b) & alive(a, b, weights[i:i + 1]))
+        for u, v, weight in zip(a[keep].tolist(), b[keep].tolist(), weights[i + keep].tolist()):
+            while parent[u] != u:
+                u = parent[u]
+            while parent[v] != v:
+                v = parent[v]
+            if u != v:
+                yield (u, v, weight) if u < v else (v, u, weight)
+
+
+def segment(weights, ends, pixels, scale, min_size):
+    """Sorted edges of a graph of so many pixels -> int32 labels [pixels], numbered by the segments' first pixels.
+
+    An edge joins two segments if it weighs less than the limit of both: the heaviest edge inside + scale / size.
+    A segment whose limit has been passed stays as it is, because the weights only rise: its edges are dropped.
+    """
+    scale = scale / 255  # the authors' colours go up to 255
+    numbers = np.arange(pixels, dtype=np.int32)
+    # numpy and the loop share each array's memory. Float32 limits are scikit-image's
+    parent, size, limit = array("i", numbers.tobytes()), array("i", [1]) * pixels, array("f", [scale]) * pixels
+    forest, sizes, limits = np.frombuffer(parent, "i"), np.frombuffer(size, "i"), np.frombuffer(limit, "f")
+
+    for u, v, weight in crossings(parent, weights, ends, lambda a, b, w: np.minimum(limits[a], limits[b]) > w):
+        if weight < limit[u] and weight < limit[v]:
+            parent[v] = u
+            size[u] += size[v]
+            limit[u] = weight + scale / size[u]
+
+    a, b = find_roots(forest, numbers).take(ends)
+    left = np.flatnonzero(a != b)
+    for u, v, _ in crossings(parent, weights.take(left), ends.take(left, axis=1),
+                             lambda a, b, _: np.minimum(sizes[a], sizes[b]) < min_size):
+        if size[u] < min_size or size[v] < min_size:
+            parent[v] = u
+            size[u] += size[v]
+    roots = find_roots(forest, numbers)
+    return np.cumsum(roots == numbers, dtype=np.int32)[roots] - 1
+
+
+def felzenszwalb(image, scale=1000, sigma=0.8, min_size=None):
+    """uint8 [3, H, W] -> int32 labels [H, W] from 0; several scales (a tuple, faster than one by one): [S, H, W].
+
+    Felzenszwalb and Huttenlocher, "Efficient graph-based image segmentation", IJCV 2004, with scikit-image's result.
+    A larger scale makes larger segments; those of fewer than min_size pixels (default: scale) join a neighbour.
+    """
+    weights, ends = grid_edges(smooth(image, sigma))
+    height, width = image.shape[1:]
+    labels = [segment(weights, ends, height * width, s, s if min_size is None else min_size) for s in np.ravel(scale)]
+    return np.reshape(labels, (*np.shape(scale), height, width))
+
+
 def fh_maps(image, scales, largest=640):
     """FH partitions of an image uint8 [3, H, W] -> uint16 [scales, h, w]; maps of more than `largest` pixels a side are
     kept at that size, which a crop of a fifth of the image still exceeds at 224 pixels."""
-    maps = np.stack(felzenszwalb(image.numpy(), scales)) + 1
+    maps = felzenszwalb(image.numpy(), scales) + 1
     step = max(1.0, max(maps.shape[1:]) / largest)
     rows, columns = (((np.arange(int(n / step)) + 0.5) * step).astype(int) for n in maps.shape[1:])
     return maps[:, rows[:, None], columns].astype(np.uint16)
