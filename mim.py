@@ -587,7 +587,7 @@ def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=
 
     Blocks of at least min_block patches, or of what remains to be masked if that is less, may overlap. 30 are proposed
     to each image, of which those are placed that mask something new and no more than remains; what is still missing
-    then (under 0.3 patches an image on average, in a grid of up to 24x24) is drawn at random, next to blocks first.
+    then (about 0.3 patches an image on average in a grid of 24x24) is drawn at random, next to blocks first.
     Returns ids_visible [B, N - num_masked], ids_masked [B, num_masked].
     """
     num_patches = grid[0] * grid[1]

@@ -323,6 +323,8 @@ def load_tokenizer(path):
 def build_method(settings):
     """The method with its encoder, as the settings say; raises UsageError if they do not fit together."""
     method, options = mim.METHODS[settings["method"]], dict(settings["method_options"])
+    if method is mim.BEiT and not settings.get("tokenizer"):
+        raise UsageError("--method beit predicts tokens and needs --tokenizer FILE; --method dvae trains one")
     if settings.get("tokenizer"):
         options["tokenizer"] = load_tokenizer(settings["tokenizer"])
     try:

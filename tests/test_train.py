@@ -102,8 +102,10 @@ def test_every_constructor_argument_is_a_flag(method, capsys):
     for name in train.method_parameters(method):
         assert "--" + name.replace("_", "-") in text
     for name in [*train.FLAGS, *train.SWITCHES]:
-        assert "--" + name.replace("_", "-") in text
-    ratio = "alpha" if method == "objmae" else "mask_ratio"
+        assert ("--" + name.replace("_", "-") + " " in text) == (method != "dvae" or name not in train.NOT_OF_DVAE)
+    assert ("--regions" in text) == (method in ("objmae", "rae", "rmae"))
+    assert ("--tokenizer" in text) == (method in ("beit", "lomar", "cae"))
+    ratio = {"objmae": "alpha", "dvae": "kl_weight"}.get(method, "mask_ratio")
     given = train.parse(["--method", method, "--" + ratio.replace("_", "-"), "0.3"])
     assert given[ratio] == 0.3
 
@@ -329,7 +331,7 @@ def test_runs_are_not_overwritten_or_mixed_up(call):
 
 
 MISTAKES = {
-    "no method": ([], "--method is missing; it may be mae, simmim, amt"),
+    "no method": ([], "--method is missing; it may be mae, simmim, beit, amt"),
     "unknown method": (["--method", "mea"], "--method 'mea' is unknown: did you mean mae"),
     "near flag": (["--method", "amt", "--trow-ratio", "0.4"], "unknown argument --trow-ratio: did you mean --throw-ratio"),
     "another method's flag": (["--method", "simmim", "--decoder-dim", "4"], "unknown argument --decoder-dim"),
@@ -464,3 +466,82 @@ def test_regions_on_the_command_line(call, tmp_path):
     assert code == 2 and "unknown argument --regions" in err
     code, _, err, _ = call("objmae", "--regions", tmp_path / "none")
     assert code == 2 and "no such folder" in err
+
+
+@pytest.mark.parametrize("method, columns", [("rae", 10), ("rmae", 12)])
+def test_regions_of_files_are_computed_once_and_trained_on(call, method, columns, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--region-dim", 16, "--region-heads", 2, "--num-regions", 4, "--workers", 0]
+    tiny = TINY if method == "rmae" else TINY[:10]
+    code, out, _, output = call(method, *flags, tiny=tiny)
+    assert code == 0 and "regions: fh" in out and "fh_scales" in out
+    files = list((tmp_path / "data" / "regions").rglob("*.npz"))
+    assert len(files) == 24 and "fh-0.8-6-12-25" in str(files[0])
+    assert "loss_region" in log(output)[0] and ("loss_pixel" in log(output)[0]) == (method == "rmae")
+    assert read_image(str(output / "reconstruction.png")).shape == (3, 4 * 130 + 2, columns * 130 + 2)
+    made = {f: f.stat().st_mtime_ns for f in files}
+    monkeypatch.setattr(datasets, "felzenszwalb", None)  # a second run uses the files
+    *_, again = call(method, *flags, tiny=tiny, out="again")
+    assert_same_run(output, again)
+    assert made == {f: f.stat().st_mtime_ns for f in (tmp_path / "data" / "regions").rglob("*.npz")}
+
+
+def test_regions_can_be_prepared_ahead(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, _, output = call("rmae", "--prepare", "--workers", 2, "--region-cache", "cache", "--fh-scales", 30)
+    assert code == 0 and not output.exists()
+    assert len(list((tmp_path / "cache" / "fh-0.8-30").rglob("*.npz"))) == 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder, tmp_path_factory):
+    """The folder of a dvae run on the scenes."""
+    output = tmp_path_factory.mktemp("dvae")
+    train.main([str(a) for a in ["--method", "dvae", "--data", folder, "--image-size", 32, "--hidden-dim", 8, "--groups", 3,
+                                 "--vocab-size", 16, "--batch-size", 8, "--epochs", 2, "--output", output]])
+    return output
+
+
+def test_a_tokenizer_is_trained_and_pictured(tokenizer):
+    line = log(tokenizer)[-1]
+    assert {"loss_pixel", "loss_kl", "perplexity", "codes_used"} <= line.keys() and 1 <= line["perplexity"] <= 16
+    assert read_image(str(tokenizer / "reconstruction.png")).shape == (3, 2 * 130 + 2, 8 * 130 + 2)
+
+
+@pytest.mark.parametrize("method", ["beit", "lomar", "cae"])
+def test_tokens_are_trained_on_and_resumed(call, method, tokenizer, monkeypatch):
+    flags = ["--tokenizer", tokenizer / "checkpoint.pt"]
+    code, out, _, whole = call(method, *flags, tiny=TINY[:10], out="whole")
+    assert code == 0 and f"target: tokens of {tokenizer}" in out
+    line = log(whole)[0]
+    assert 0 <= line["accuracy"] <= 1 and "loss_token" in line and ("loss_align" in line) == (method == "cae")
+    columns = dict(beit=6, lomar=8, cae=8)[method]
+    assert read_image(str(whole / "reconstruction.png")).shape == (3, 4 * 130 + 2, columns * 130 + 2)
+    assert not any("tokenizer" in k for k in weights(whole))
+    save = train.save_run
+
+    def save_then_interrupt(run):
+        save(run)
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", save_then_interrupt)
+    assert call(method, *flags, tiny=TINY[:10])[0] == 130
+    monkeypatch.setattr(train, "save_run", save)
+    *_, output = call(method, "--resume", tiny=TINY[:10])
+    assert_same_run(whole, output)
+
+
+def test_without_a_tokenizer_the_target_is_pixels(call, tokenizer, tmp_path):
+    code, out, _, output = call("cae", tiny=TINY[:10])
+    assert code == 0 and "target: pixels" in out and "loss_pixel" in log(output)[0]
+    assert "blocks.0.ls1.gamma" in torch.load(output / "encoder.pt", weights_only=True)
+    code, _, err, _ = call("beit", tiny=TINY[:10], out="beit")
+    assert code == 2 and "--tokenizer" in err
+    for file, says in ((output / "checkpoint.pt", "cae run, not of dvae"), (output / "encoder.pt", "blocks.input.w"),
+                       (tmp_path / "none.pt", "No such file")):
+        code, _, err, _ = call("beit", "--tokenizer", file, tiny=TINY[:10], out="beit")
+        assert code == 2 and says in err and len(err.strip().splitlines()) == 1
+    assert call("beit", "--tokenizer", tokenizer / "encoder.pt", tiny=TINY[:10], out="beit")[0] == 0  # DALL-E's names
+    code, _, err, _ = call("dvae", "--model", "tiny", tiny=[])
+    assert code == 2 and "unknown argument --model" in err
