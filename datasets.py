@@ -818,6 +818,16 @@ def fh_maps(image, scales, largest=640):
     return maps[:, rows[:, None], columns].astype(np.uint16)
 
 
+class FHRegions:
+    """FH partitions computed whenever they are asked for."""
+
+    def __init__(self, scales):
+        self.scales = scales
+
+    def read(self, index, item):
+        return torch.from_numpy(fh_maps(item["image"], self.scales).astype(np.int32))
+
+
 class CAMCache(RegionCache):
     """Class activation maps of a classifier (see `mim.class_activation_map`), as 8-bit responses at its resolution.
 

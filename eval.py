@@ -21,8 +21,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, Images, UsageError, decode, default_scales, denormalize,
-                      load_data, make_loader, normalize, open_regions, pair_max, seed_of)
+from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode, default_scales,
+                      denormalize, load_data, make_loader, normalize, open_regions, pair_max, seed_of)
 from train import (PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction,
                    exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups,
                    picture_items, settle_machine, tile, write_atomically)
@@ -151,9 +151,13 @@ def open_method(settings):
                 flag = unknown[0].replace("_", "-")
                 raise UsageError(f"--{flag} is no argument of {run['method']}, which {path} is of")
             run["method_options"] = run["method_options"] | overrides
+            if "tokenizer" in settings:
+                run["tokenizer"] = settings["tokenizer"]
             for name in ("regions", "fh_scales"):
                 if name in run and "images" not in settings:
                     settings.setdefault(name, run[name])
+            if "images" in settings and run["method"] in ("rae", "rmae"):
+                settings.setdefault("regions", "fh")
             method = build_method(run)
             try:
                 method.load_state_dict(content["model"])
@@ -470,10 +474,16 @@ def finetune(encoder, settings, machine):
 def pictured(settings, size, device):
     """The items of a picture on the device: images (normalised) of --images, or `count` spread over --data's val split.
 
-    With settings["regions"] the latter have regions too.
+    With settings["regions"] they have regions too; of single images those are FH's.
     """
     if "images" in settings:
-        items = picture_items(Images(FileList(settings["images"]), size, "center"), len(settings["images"]))
+        regions = None
+        if "regions" in settings:
+            if settings["regions"] != "fh":
+                raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
+            regions = FHRegions(settings.get("fh_scales") or [1000])
+        images = Images(FileList(settings["images"]), size, "center", regions=regions)
+        items = picture_items(images, len(settings["images"]))
         return {k: v.to(device) for k, v in items.items()}
     items = picture_items(with_regions(settings, size), settings["count"])
     return {k: v.to(device) for k, v in items.items()}
@@ -519,7 +529,7 @@ def reconstruct(method, settings, machine):
     device, amp, _ = machine
     if "regions" not in method.inputs:
         settings.pop("regions", None)
-    items = pictured(settings, method.encoder.image_size, device)
+    items = pictured(settings, sized(method).image_size, device)
     torch.manual_seed(settings["seed"])
     with torch.no_grad(), amp():
         grid = draw_reconstruction(method, **items)
@@ -707,14 +717,25 @@ def attention(encoder, settings, machine):
 # ---------------------------------------------------------------------------------------------------------
 # Speed
 
+class RandomTokens(nn.Module):
+    """In place of a tokenizer, at no cost: random ones of DALL-E's 8192 tokens."""
+
+    vocab_size = 8192
+
+    def tokenize(self, images, grid):
+        return torch.randint(self.vocab_size, (len(images), grid[0] * grid[1]), device=images.device)
+
+
+TOKENS = dict(tokenizer=RandomTokens())
 VARIANTS = {  # name: (method, its arguments); "vit" is the encoder alone on all patches
     "vit": (None, {}),
-    "mae": ("mae", {}), "simmim": ("simmim", {}),
+    "mae": ("mae", {}), "simmim": ("simmim", {}), "beit": ("beit", TOKENS),
     "amt": ("amt", {}), "amt-simmim": ("amt", dict(base="simmim")),
     "lomar": ("lomar", {}),
     "objmae-1/2": ("objmae", dict(alpha=1 / 2)), "objmae-1/4": ("objmae", dict(alpha=1 / 4)),
     "objmae-1/8": ("objmae", dict(alpha=1 / 8)), "objmae-1/16": ("objmae", dict(alpha=1 / 16)),
     "rae": ("rae", {}), "rmae": ("rmae", {}), "rmae-batch": ("rmae", dict(variant="batch")),
+    "cae": ("cae", {}), "cae-token": ("cae", TOKENS),
 }
 
 
@@ -839,10 +860,10 @@ def speed(settings, machine):
     return dict(rows=rows, matmul_peak_gmac_per_s=round(peak))
 
 
-ONLY_FOR = dict(compile=["speed"], methods=["speed"], reference=["speed"], cache_features=["linear", "attentive"], rollout=["attention"], regions=["reconstruct", "attention", "segment"],
+ONLY_FOR = dict(tokenizer=["reconstruct"], compile=["speed"], methods=["speed"], reference=["speed"], cache_features=["linear", "attentive"], rollout=["attention"], regions=["reconstruct", "attention", "segment"],
                 cam_weights=["reconstruct", "attention"], images=["attentive", "reconstruct", "attention", "segment"],
                 output=["attentive", "reconstruct", "attention", "segment"], points=["segment"], background=["segment"], hints=["segment"],
-                image_size=["knn", "linear", "attentive", "finetune", "attention"])  # reconstruct: the decoder has its own size
+                image_size=["knn", "linear", "attentive", "finetune", "attention", "speed"])  # reconstruct: the decoder has its own size
 WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
 TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, reconstruct=reconstruct, attention=attention,
              segment=segment, speed=speed)
@@ -866,6 +887,7 @@ def parse(argv):
     parser.add_argument("--rollout", action="store_true", default=None, help="attention: rolled out through all blocks")
     parser.add_argument("--regions", help="reconstruct, attention: as in train.py (default: the run's)")
     parser.add_argument("--cam-weights", help="as in train.py")
+    parser.add_argument("--tokenizer", help="reconstruct: as in train.py, if it is not where it was")
     parser.add_argument("--methods", nargs="+", help=f"speed: some of {', '.join(VARIANTS)}")
     parser.add_argument("--reference", help="speed: the variant that the others are compared with (default: mae)")
     parser.add_argument("--compile", action="store_true", default=None, help="speed: with torch.compile too")
@@ -916,9 +938,14 @@ def check(given):
         raise UsageError("which checkpoint? Give a file, or `random`")
 
 
+def sized(model):
+    """What has the image size: the encoder of a method, or the model itself."""
+    return model if model is None or hasattr(model, "image_size") else model.encoder
+
+
 def settle(given, model, precision, on_cuda):
     """What the user gave, the task's recipe for the rest -> all settings; model: the method or encoder, or None."""
-    task, encoder = given["task"], getattr(model, "encoder", model)
+    task, encoder = given["task"], sized(model)
     recipe = dict(RECIPES[task])
     small = task in SMALL_RECIPES and encoder is not None and max(encoder.image_size) <= SMALL
     if small or task == "speed" and not on_cuda:
@@ -926,7 +953,7 @@ def settle(given, model, precision, on_cuda):
     if "epochs" in given:  # a shorter run warms up for the same share of it
         recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
     settings = recipe | dict(precision=precision) | given
-    if encoder is not None and encoder.relative_position and "pool" in recipe:  # LoMaR pools by the mean, and
+    if getattr(encoder, "relative_position", False) and "pool" in recipe:  # LoMaR pools by the mean, and
         settings["pool"] = given.get("pool", "mean")
         if task == "finetune" and not small:
             settings["base_lr"] = given.get("base_lr", 1e-3)  # fine-tunes at 1e-3 (its §6.1)
@@ -950,7 +977,7 @@ def main(argv):
     else:
         result = TASKS[task](model.to(device).eval(), settings, machine)
         result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
-        result |= dict(image_size=list(getattr(model, "encoder", model).image_size))
+        result |= dict(image_size=list(sized(model).image_size))
     result |= {k: settings[k] for k in RECIPES[task]}
     result |= dict(seed=given["seed"], device=str(device), precision=precision)
     print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1))))

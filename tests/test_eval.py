@@ -1,5 +1,6 @@
 """Evaluation: the protocols against numbers by hand, every task from every kind of checkpoint, and mistakes."""
 
+import contextlib
 import json
 import math
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.io import read_image, write_png
 
+import datasets
 import eval as evaluation
 import mim
 import train
@@ -28,12 +30,17 @@ def call(cli):
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
-    """A finished run of each method, one epoch long."""
+    """A finished run of each method, one epoch long; of those that need regions on 32 scenes that have them."""
+    datasets.Shapes.__len__, length = lambda self: min(32, self.length), datasets.Shapes.__len__
     root = tmp_path_factory.mktemp("runs")
-    for name, flags in {"mae": ["mae"], "amt": ["amt"], "simmim": ["simmim"], "lomar": ["lomar"]}.items():
-        small = ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2] if name in ("mae", "amt") else []
-        train.main([str(a) for a in ["--method", *flags, "--data", folder, "--output", root / name, *SIZE, "--epochs", 1,
-                                     "--batch-size", 8, *small]])
+    scenes = ["--data", "shapes", "--region-dim", 16, "--region-heads", 2]
+    for name, flags in {"mae": ["mae"], "amt": ["amt"], "simmim": ["simmim"], "lomar": ["lomar"], "cae": ["cae"],
+                        "objmae": ["objmae", *scenes[:2]], "rae": ["rae", *scenes], "rmae": ["rmae", *scenes]}.items():
+        decoder = ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2]
+        small = decoder if name in ("mae", "amt", "objmae", "rmae") else []
+        train.main([str(a) for a in ["--method", flags[0], "--data", folder, *flags[1:], "--output", root / name, *SIZE,
+                                     "--epochs", 1, "--batch-size", 8, *small]])
+    datasets.Shapes.__len__ = length
     return root
 
 
@@ -175,15 +182,92 @@ def test_heat_is_brightest_where_attention_is():
     assert row // 8 == 2 and column // 8 == 5 and shown[40:, :30].max() == pytest.approx(0.6, abs=1e-5)
 
 
+def test_every_method_has_its_picture(call, runs):
+    for name, columns in (("objmae", 5), ("rae", 5), ("rmae", 6), ("cae", 4)):
+        code, result, _ = call(runs / name / "checkpoint.pt", "reconstruct", "--count", 2)
+        assert code == 0 and read_image(result["picture"]).shape == (3, 130 + 2, 2 * columns * 130 + 2)
+
+
+def test_regions_of_single_images_are_computed(call, runs, folder, tmp_path):
+    image = folder / "val" / "a" / "0.png"
+    code, result, err = call(runs / "rmae" / "checkpoint.pt", "reconstruct", "--images", image, "--output", tmp_path / "a.png")
+    assert code == 0 and read_image(result["picture"]).shape == (3, 132, 6 * 130 + 2), err
+
+
+def test_rollout_of_the_class_token_and_of_an_object(call, runs, folder):
+    code, result, _ = call(runs / "objmae" / "encoder.pt", "attention", "--rollout", "--count", 3)
+    assert code == 0 and read_image(result["picture"]).shape == (3, 3 * 130 + 2, 2 * 130 + 2)
+    code, result, _ = call(runs / "objmae" / "encoder.pt", "attention", "--rollout", "--regions", "instances", "--count", 3)
+    assert code == 0 and read_image(result["picture"]).shape == (3, 3 * 130 + 2, 4 * 130 + 2)
+
+
+class Oracle(torch.nn.Module):
+    """Completes every region rightly, or wrongly."""
+
+    def __init__(self, right):
+        super().__init__()
+        self.encoder, self.right = mim.ViT(32, 4, 16, 1, 2), right
+
+    def complete(self, images, hints, ids_visible, ids_image=None):
+        assert ids_image.shape == (len(images), 16) and all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(ids_visible, ids_image))
+        return hints.float() if self.right else 1 - hints.float()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_completed_regions_are_scored_inside_what_was_hidden(right, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.Shapes, "__len__", lambda self: 20)
+    settings = dict(task="segment", data="shapes", regions="instances", count=4, seed=0, image_visible=0.25,
+                    output=tmp_path / "a.png")
+    result = evaluation.segment(Oracle(right), settings, (torch.device("cpu"), contextlib.nullcontext, 0))
+    assert [result[f"iou_{r}"] for r in (80, 85, 90)] == ([100] * 3 if right else [0] * 3)
+    assert all(0 < result[f"nearest_hint_{r}"] < 100 for r in (80, 85, 90)) and result["objects"] == 20
+    assert read_image(str(tmp_path / "a.png")).shape == (3, 4 * 130 + 2, 8 * 130 + 2)
+
+
+def test_hints_show_the_object_and_the_nearest_one_is_copied():
+    maps = torch.zeros(5, 1, 16, 4, dtype=torch.bool)
+    maps[:, :, 6] = True
+    ids = evaluation.hint_patches(maps, 3)
+    assert ids.shape == (5, 1, 3) and (ids == 6).any(-1).all() and all(len(set(i.tolist())) == 3 for i in ids[:, 0])
+    patches = torch.zeros(1, 16, 4, dtype=torch.bool)
+    patches[:, 0] = True
+    near = evaluation.nearest_hint(patches, torch.tensor([[0, 15]]), (4, 4))[0, :, 0]
+    assert near[[0, 1, 4]].all() and not near[[15, 14, 11]].any()
+
+
+def test_one_image_is_segmented_from_points_and_from_a_label_map(call, runs, folder, tmp_path):
+    image, label = folder / "val" / "a" / "0.png", torch.zeros(1, 32, 32, dtype=torch.uint8)
+    label[0, 8:12, 8:12], label[0, 24:, 24:] = 2, 1
+    write_png(label, str(tmp_path / "hints.png"))
+    for hints in (["--points", "9,9", "--background", "25,25", "30,30"], ["--hints", tmp_path / "hints.png"]):
+        code, result, err = call(runs / "rmae" / "checkpoint.pt", "segment", "--images", image, *hints, "--output", tmp_path / "a.png")
+        assert code == 0, err
+        assert read_image(result["picture"]).shape == (3, 132, 4 * 130 + 2)
+        mask = read_image(result["mask"])
+        assert mask.shape[1:] == (32, 32) and set(mask.unique().tolist()) <= {0, 255}
+        assert mask[:, 9:11, 9:11].eq(255).all() and mask[:, 29:, 29:].eq(0).all()  # the hints themselves
+
+
+def test_speed_lists_what_was_asked(cli):
+    code, out, err = cli(evaluation, "--task", "speed", "--methods", "mae", "objmae-1/4", "rmae", "--model", "nano", "--image-size",
+                         "32", "--patch-size", "4", "--repeats", "1", "--batch-size", "2")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["name"] for row in rows] == ["mae", "objmae-1/4", "rmae"]
+    assert rows[0]["parameters"] == sum(p.numel() for p in mim.MAE(mim.ViT(32, 4, **mim.SIZES["nano"])).parameters() if p.requires_grad)
+    assert all(row["images_per_s"] > 0 and 0 < row["of_peak"] and row["gmac"] > 0 for row in rows)
+    assert len(out.splitlines()) == 6
+
+
 # Mistakes
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["random"], "--task is missing; it may be knn, linear, finetune, reconstruct, attention"),
+    (["random"], "--task is missing; it may be knn, linear, attentive, finetune, reconstruct, attention, segment, speed"),
     (["random", "--task", "lineal"], "--task 'lineal' is unknown: did you mean linear"),
     (["nowhere.pt", "--task", "knn"], "cannot read nowhere.pt: No such file"),
     (["text", "--task", "knn"], "cannot read text: not a whole PyTorch checkpoint"),
-    (["random", "--task", "reconstruct"], "needs a pre-trained model with its decoder, not random"),
+    (["random", "--task", "reconstruct"], "needs a whole pre-trained model, not random"),
     (["{mae}/encoder.pt", "--task", "reconstruct"], "it has an encoder only"),
     (["{mae}/encoder.pt", "--task", "knn", "--model", "tiny"], "--model is for an untrained encoder"),
     (["{mae}/encoder.pt", "--task", "knn", "--image-size", "30"], "multiple of patch_size=4, got 30x30"),
@@ -204,12 +288,20 @@ def test_heat_is_brightest_where_attention_is():
     (["{mae}/encoder.pt", "--task", "finetune", "--label-smoothing", "2"], "--label-smoothing must be below 1, got 2.0"),
     (["{mae}/encoder.pt", "--task", "linear", "--batch-size", "1", "--data", "{data}"], "--batch-size must be at least 2"),
     (["{mae}/encoder.pt", "--task", "linear", "--base-lr", "1e38", "--data", "{data}"], "no longer finite"),
+    (["--task", "knn"], "which checkpoint? Give a file, or `random`"),
+    (["{mae}/checkpoint.pt", "--task", "segment"], "--task segment is for runs of rae and rmae"),
+    (["{rmae}/checkpoint.pt", "--task", "segment", "--images", "{image}"], "needs hints: --points"),
+    (["{rmae}/checkpoint.pt", "--task", "segment", "--images", "{image}", "--points", "40,3"], "outside of the image of 32x32"),
+    (["{rmae}/checkpoint.pt", "--task", "segment", "--images", "{image}", "--points", "4"], "a point is x,y in pixels"),
+    (["{rmae}/checkpoint.pt", "--task", "segment", "--image-visible", "2"], "--image-visible must be at most 1"),
+    (["{rmae}/checkpoint.pt", "--task", "segment", "--regions", "panoptic"], "--regions panoptic: --data shapes has none"),
+    (["--task", "speed", "--methods", "mea"], "--methods 'mea' is unknown: did you mean mae"),
     (["{mae}/encoder.pt", "--task", "knn", "--dat", "shapes"], "unknown argument --dat: did you mean --data"),
 ])
 def test_a_users_mistake_is_one_line(cli, runs, folder, arguments, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("neither a checkpoint nor an image")
-    places = dict(mae=runs / "mae", plain=folder / "val" / "a", data=folder)
+    places = dict(mae=runs / "mae", rmae=runs / "rmae", image=folder / "val" / "a" / "0.png", plain=folder / "val" / "a", data=folder)
     code, _, err = cli(evaluation, *[a.format(**places) for a in arguments])
     last = err.strip().splitlines()[-1]
     assert code == 2 and words in last and last.startswith("eval.py: error: ") and "Traceback" not in err
