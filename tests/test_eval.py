@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torchvision.io import read_image, write_png
 
@@ -257,6 +258,18 @@ def test_speed_lists_what_was_asked(cli):
     assert rows[0]["parameters"] == sum(p.numel() for p in mim.MAE(mim.ViT(32, 4, **mim.SIZES["nano"])).parameters() if p.requires_grad)
     assert all(row["images_per_s"] > 0 and 0 < row["of_peak"] and row["gmac"] > 0 for row in rows)
     assert len(out.splitlines()) == 6
+
+
+@pytest.mark.parametrize("name", evaluation.VARIANTS)
+def test_every_variant_compiles_to_one_graph_once(name):
+    settings = dict(image_size=64, patch_size=8, model="nano", batch_size=2, amp=contextlib.nullcontext)
+    model, batch, step = evaluation.make_variant(name, settings, torch.device("cpu"))
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    call = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        step(call)
+    assert counter.frame_count == 1
 
 
 # Mistakes

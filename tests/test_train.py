@@ -242,11 +242,13 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_two_processes_train_as_one(folder, tmp_path):
-    """2 processes see the micro-batches that 1 process accumulates, so losses agree to rounding, maps included."""
-    arguments = ["--method", "amt", "--interval", 1, "--data", folder, *TINY, "--device", "cpu"]
-    both = [launch(*arguments, "--accumulate", 2, "--output", tmp_path / "one"),
-            launch(*arguments, "--accumulate", 1, "--output", tmp_path / "two", processes=2)]
+@pytest.mark.parametrize("flags", [["amt", "--interval", 1], ["rmae", "--region-dim", 16, "--region-heads", 2]])
+def test_two_processes_train_as_one(folder, tmp_path, flags):
+    """2 processes see the micro-batches that 1 process accumulates, so losses agree to rounding, maps and regions too."""
+    arguments = ["--method", *flags, "--data", folder, *TINY, "--device", "cpu"]
+    cache = lambda name: ["--region-cache", tmp_path / f"cache-{name}"] if flags[0] == "rmae" else []  # noqa: E731
+    both = [launch(*arguments, *cache("one"), "--accumulate", 2, "--output", tmp_path / "one"),
+            launch(*arguments, *cache("two"), "--accumulate", 1, "--output", tmp_path / "two", processes=2)]
     for process in both:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -257,6 +259,8 @@ def test_two_processes_train_as_one(folder, tmp_path):
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     for k in a:
         assert torch.allclose(a[k], b[k], atol=2e-4), k
+    if flags[0] != "amt":
+        return
     maps = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["maps"] for n in ("one", "two")]
     assert maps[0].shape == (24, 8, 8) and torch.allclose(maps[0].float(), maps[1].float(), atol=2e-2)
 
