@@ -368,7 +368,7 @@ def train_and_val(root, split):
 
 
 def load_folder(root, split):
-    """A folder of one of three layouts -> Files; `split` is "pretrain" (all there is to train on), "train" or "val".
+    """A folder of one of these layouts -> Files; `split` is "pretrain" (all there is to train on), "train" or "val".
 
     - COCO's own: train2017/, val2017/ and annotations/; no labels;
     - train/ and val/ with a folder per class (ImageNet; Tiny ImageNet with its val_annotations.txt);
@@ -597,10 +597,20 @@ class CocoRegions:
         return torch.from_numpy(self.maps.read(self.source.name(index)).astype(np.int32))[None]
 
 
+def read_labels(path):
+    """A label PNG -> int32 [H, W]: of a palette PNG the indices, of a coloured one a number for each colour."""
+    with Image.open(path) as image:
+        plain = image.mode in ("1", "L", "P") or image.mode.startswith("I")
+        labels = np.asarray(image if plain else image.convert("RGB"), np.int64)
+    if labels.ndim == 3:
+        labels = np.unique(labels @ [1, 256, 65536], return_inverse=True)[1].reshape(labels.shape[:2])
+    return torch.from_numpy(labels.astype(np.int32))
+
+
 class MaskFolder:
     """A user's masks, matched by file name: label PNGs, or .npz files with one stack of binary masks [M, H, W] (SAM's).
 
-    Beside the folder's root they may lie in the images' own subfolders. An image without one has no regions.
+    They lie in the images' own subfolders or, where a name is unique, anywhere. An image without one has no regions.
     """
 
     def __init__(self, source, folder):
@@ -612,14 +622,17 @@ class MaskFolder:
                 stem, extension = os.path.splitext(os.path.relpath(os.path.join(where, name), folder))
                 if extension.lower() in (".png", ".npz"):
                     self.files[stem] = os.path.join(where, name)
+        self.stems = [os.path.splitext(source.file(i).split(os.sep, 1)[1])[0] for i in range(len(source))]
+        self.count = collections.Counter(os.path.basename(stem) for stem in self.stems)
         self.found = sum(self.path(i) is not None for i in range(len(source)))
         if not self.found:
             raise UsageError(f"--regions {folder}: no .png or .npz in it has the name of an image, such as "
                              f"{os.path.basename(source.name(0))}")
 
     def path(self, index):
-        stem = os.path.splitext(self.source.file(index).split(os.sep, 1)[1])[0]
-        return self.files.get(stem) or self.files.get(os.path.basename(stem))
+        stem = self.stems[index]
+        name = os.path.basename(stem)
+        return self.files.get(stem) or (self.files.get(name) if self.count[name] == 1 else None)
 
     def read(self, index, item):
         path = self.path(index)
@@ -632,19 +645,15 @@ class MaskFolder:
                 if masks.ndim != 3:
                     raise ValueError(f"its first array is {list(masks.shape)}, not [M, H, W]")
                 return torch.from_numpy(masks != 0)
-            with Image.open(path) as image:
-                labels = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "RGB") else image, dtype=np.int64)
+            return read_labels(path)[None]
         except Exception as error:
             raise UsageError(f"--regions: {path} holds no masks ({error})") from None
-        if labels.ndim == 3:  # a colour a region
-            labels = np.unique(labels @ [1, 256, 65536], return_inverse=True)[1].reshape(labels.shape[:2])
-        return torch.from_numpy(labels.astype(np.int32))[None]
 
 
 class RegionCache:
     """Maps computed once and kept in one file an image below `folder`, whose name has the settings.
 
-    compute(image uint8 [3, H, W]) -> the maps, an array. Files are written whole or not at all, so that an interrupted
+    compute(item of the source) -> the maps, an array. Files are written whole or not at all, so that an interrupted
     computation continues where it was.
     """
 
@@ -656,9 +665,9 @@ class RegionCache:
 
     def save(self, index, maps):
         path = self.path(index)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{os.getpid()}.npz"
         try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             np.savez_compressed(temporary, maps)
             os.replace(temporary, path)
         except OSError as error:
@@ -668,7 +677,7 @@ class RegionCache:
     def read(self, index, item):
         path = self.path(index)
         if not os.path.exists(path):
-            self.save(index, self.compute(item["image"]))
+            self.save(index, self.compute(item))
         try:
             with np.load(path) as file:
                 maps = file["arr_0"]
@@ -692,12 +701,12 @@ class RegionCache:
     def __getitem__(self, index):
         if not os.path.exists(self.path(index)):
             try:
-                image = self.source.read(index)["image"]
+                item = self.source.read(index)
             except UsageError:
                 raise
             except Exception:  # a broken image is named when it is to be trained on
                 return dict(index=index)
-            self.save(index, self.compute(image))
+            self.save(index, self.compute(item))
         return dict(index=index)
 
 
@@ -809,13 +818,16 @@ def felzenszwalb(image, scale=1000, sigma=0.8, min_size=None):
     return np.reshape(labels, (*np.shape(scale), height, width))
 
 
-def fh_maps(image, scales, largest=640):
-    """FH partitions of an image uint8 [3, H, W] -> uint16 [scales, h, w]; maps of more than `largest` pixels a side are
-    kept at that size, which a crop of a fifth of the image still exceeds at 224 pixels."""
-    maps = felzenszwalb(image.numpy(), scales) + 1
+def fh_maps(item, scales, largest=640):
+    """FH partitions of an item's image -> uint16 [scales, h, w], int32 if they are many.
+
+    Maps of more than `largest` pixels a side are kept at that size, which a crop of a fifth of the image still exceeds
+    at 224 pixels.
+    """
+    maps = felzenszwalb(item["image"].numpy(), scales) + 1
     step = max(1.0, max(maps.shape[1:]) / largest)
     rows, columns = (((np.arange(int(n / step)) + 0.5) * step).astype(int) for n in maps.shape[1:])
-    return maps[:, rows[:, None], columns].astype(np.uint16)
+    return maps[:, rows[:, None], columns].astype(np.uint16 if maps.max() < 2**16 else np.int32)
 
 
 class FHRegions:
@@ -825,7 +837,7 @@ class FHRegions:
         self.scales = scales
 
     def read(self, index, item):
-        return torch.from_numpy(fh_maps(item["image"], self.scales).astype(np.int32))
+        return torch.from_numpy(fh_maps(item, self.scales).astype(np.int32))
 
 
 class CAMCache(RegionCache):
@@ -836,7 +848,8 @@ class CAMCache(RegionCache):
 
     def __init__(self, source, folder, network, device="cpu", labelled=False):
         whole = functools.partial(TF.resize, size=[224, 224], interpolation=v2.InterpolationMode.BICUBIC)
-        super().__init__(source, folder, lambda image: self.maps(whole(image)[None])[0])
+        super().__init__(source, folder, lambda item: self.maps(whole(item["image"])[None],
+                                                                torch.tensor([item["label"]]))[0])
         self.network, self.device, self.labelled = network.to(device).eval(), device, labelled
 
     def maps(self, images, labels=None):
@@ -857,6 +870,7 @@ class CAMCache(RegionCache):
                 for index, maps in zip(batch["index"].tolist(), self.maps(batch["image"], batch["label"])):
                     self.save(index, maps)
                 bar.update(len(batch["index"]))
+        self.device, self.network = "cpu", self.network.cpu()  # a few more may be asked for, in a worker
 
 
 def resnet50(weights=None):
@@ -983,10 +997,13 @@ class Images(torch.utils.data.Dataset):
         out["image"] = TF.horizontal_flip(image) if flip else image
         if self.regions is not None:
             maps = self.regions.read(index, item)
-            h, w = maps.shape[-2:]  # their resolution may be another
-            maps = tv_tensors.Image(maps) if maps.is_floating_point() else tv_tensors.Mask(maps)
-            y, x = round(top * h / H), round(left * w / W)
-            maps = crop(maps, y, x, max(1, round(height * h / H)), max(1, round(width * w / W)))
+            if maps.is_floating_point():
+                maps = crop(tv_tensors.Image(maps), top, left, height, width)
+            else:  # the pixel under each centre, at the maps' own resolution: v2's `nearest` is half a pixel off
+                boxes = zip((top / H, left / W), (height / H, width / W), maps.shape[1:], self.size)
+                rows, columns = ((n * (start + length * (torch.arange(count) + 0.5) / count)).long()
+                                 for start, length, n, count in boxes)
+                maps = maps[:, rows[:, None], columns]
             maps = TF.horizontal_flip(maps) if flip else maps
             out["regions"] = maps if maps.is_floating_point() else renumber(maps)
         if self.augment is not None:

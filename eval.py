@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import mim
 from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode, default_scales,
-                      denormalize, load_data, make_loader, normalize, open_regions, pair_max, seed_of)
+                      denormalize, load_data, make_loader, normalize, open_regions, pair_max, read_labels, seed_of)
 from train import (PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction,
                    exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups,
-                   picture_items, settle_machine, tile, write_atomically)
+                   picture_items, settle_machine, tile, tokenizer_id, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' on large images, ours (the second table) for images of up to 96 pixels
@@ -44,7 +44,7 @@ RECIPES = {
 }
 SMALL_RECIPES = {
     "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
-    "attentive": dict(epochs=90, batch_size=256, base_lr=0.4, warmup_epochs=10),
+    "attentive": dict(epochs=90, batch_size=256, base_lr=0.05, warmup_epochs=10),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
     "speed": dict(model="small", batch_size=4),  # on a CPU
 }
@@ -151,14 +151,17 @@ def open_method(settings):
                 flag = unknown[0].replace("_", "-")
                 raise UsageError(f"--{flag} is no argument of {run['method']}, which {path} is of")
             run["method_options"] = run["method_options"] | overrides
-            if "tokenizer" in settings:
-                run["tokenizer"] = settings["tokenizer"]
-            for name in ("regions", "fh_scales"):
-                if name in run and "images" not in settings:
+            if "tokenizer" in settings and not run.get("tokenizer"):
+                raise UsageError(f"--tokenizer: the {run['method']} run of {path} has pixels as its target")
+            for name in ("regions", "fh_scales", "cam_weights", "cam_labels", "region_cache"):
+                if name in run and (name == "fh_scales" or "images" not in settings):
                     settings.setdefault(name, run[name])
             if "images" in settings and run["method"] in ("rae", "rmae"):
                 settings.setdefault("regions", "fh")
+            run["tokenizer"] = settings.get("tokenizer", run.get("tokenizer"))
             method = build_method(run)
+            if tokenizer_id(method) != run.get("tokenizer_id"):
+                raise UsageError(f"--tokenizer {run['tokenizer']} is not what {path} was trained with")
             try:
                 method.load_state_dict(content["model"])
             except RuntimeError:
@@ -277,12 +280,12 @@ class AttentiveProbe(nn.Module):
         return self.attn.weights(self.query.expand(len(patches), -1, -1), patches).squeeze(2)
 
 
-def train_batches(train, batches, features, machine, cached=None):
+def train_batches(train, batches, loader, features, machine, cached=None):
     """One epoch of a probe's training, a step at a time: (features [b, ...], labels [b]) on the device.
 
-    cached: (features, labels) of all images; otherwise each batch is read and encoded, in pieces that fit.
+    cached: (features, labels) of all images; otherwise each batch of the loader is encoded, in pieces that fit.
     """
-    device, amp, workers = machine
+    device, amp, _ = machine
     broken = BrokenFiles(train.source, tqdm.write)
     if cached:
         for keys in batches:
@@ -290,7 +293,7 @@ def train_batches(train, batches, features, machine, cached=None):
             yield cached[0][ids], cached[1][ids]
         return
     pieces = []
-    for batch in make_loader(train, workers, batch_sampler=batches):
+    for batch in loader:
         broken.watch(batch["broken"])
         with torch.no_grad(), amp():
             some = features(normalize(batch["image"].to(device)))
@@ -317,11 +320,11 @@ def train_probe(encoder, features, make_head, make_optimizer, settings, machine)
     batch_size, epochs, lr = fit_batch(settings, train)
     optimizer = make_optimizer(head.parameters(), lr=lr)
     batches = EpochBatches(len(train), batch_size, batch_size if cache else piece_of(batch_size), settings["seed"])
-    steps = len(train) // batch_size
+    loader, steps = make_loader(train, machine[2], batch_sampler=batches), len(train) // batch_size
     progress = tqdm(total=epochs * steps, desc=title)
     for epoch in range(epochs):
         batches.epoch = epoch
-        for inputs, labels in train_batches(train, batches, features, machine, cached):
+        for inputs, labels in train_batches(train, batches, loader, features, machine, cached):
             warmup_steps = settings["warmup_epochs"] * steps
             optimizer.param_groups[0]["lr"] = learning_rate(progress.n, epochs * steps, warmup_steps, lr)
             F.cross_entropy(head(inputs), labels).backward()
@@ -463,12 +466,7 @@ def finetune(encoder, settings, machine):
                                  "--base-lr")
     progress.close()
     model.eval()
-    outputs, broken = [], BrokenFiles(val.source, tqdm.write)
-    with torch.no_grad(), amp():
-        for batch in tqdm(make_loader(val, workers, batch_size=256), desc="val", leave=False):
-            broken.watch(batch["broken"])
-            outputs.append((model(normalize(batch["image"].to(device))).float(), batch["label"].to(device)))
-    return accuracies(*(torch.cat(x) for x in zip(*outputs)))
+    return accuracies(*extract(lambda images: model(images).float(), val, machine, "val"))
 
 
 def pictured(settings, size, device):
@@ -494,8 +492,9 @@ def with_regions(settings, size):
     source, regions = load_data(settings["data"], "val", size), None
     if "regions" in settings:
         scales = settings.get("fh_scales") or default_scales(source, settings["data"])
+        options = {k: settings[k] for k in ("cam_weights", "cam_labels") if k in settings}
         regions = open_regions(settings["regions"], source, settings["data"], "val", scales,
-                               cam_weights=settings.get("cam_weights"))
+                               settings.get("region_cache", "data/regions"), **options)
     return Images(source, size, "center", regions=regions)
 
 
@@ -538,7 +537,7 @@ def reconstruct(method, settings, machine):
 
 
 def hint_patches(maps, count):
-    """Binary maps in patches [B, k, N, p*p] -> `count` random patches of each, one with foreground: ids [B, k, count]."""
+    """Binary maps in patches [B, k, N, p*p] -> `count` random patches of each, one with foreground, [B, k, count]."""
     noise = torch.rand(maps.shape[:3], device=maps.device)
     inside = noise + maps.any(-1)  # one patch that shows the object, and otherwise any
     first = inside.argmax(-1, keepdim=True)
@@ -548,14 +547,17 @@ def hint_patches(maps, count):
 def given_hints(settings, size, patch_size):
     """The user's hints -> (hint map bool [1, 1, H, W], ids [1, n] of the patches that they show).
 
-    --points and --background: x,y in pixels of the image file; each shows its whole patch. --hints: a label PNG as large
-    as the image, 0 for unknown, 1 for background, more for the region.
+    --points and --background: x,y in pixels of the image file; each shows its whole patch. --hints: a label PNG as
+    large as the image, 0 for unknown, 1 for background, more for the region.
     """
     path, (H, W) = settings["images"][0], size
     height, width = FileList([path]).read(0)["image"].shape[1:]
     labels = torch.zeros(H, W, dtype=torch.long)
     if "hints" in settings:
-        hints = FileList([settings["hints"]], "--hints").read(0)["image"][0]
+        try:
+            hints = read_labels(settings["hints"])
+        except Exception as error:
+            raise UsageError(f"--hints {settings['hints']}: it is no label PNG ({error})") from None
         if hints.shape != (height, width):
             raise UsageError(f"--hints {settings['hints']}: {hints.shape[1]}x{hints.shape[0]} pixels, the image has "
                              f"{width}x{height}")
@@ -626,7 +628,11 @@ def segment(method, settings, machine):
         path = settings["output"].with_name(settings["output"].stem + "_mask.png")
         write_picture(path, mask.float())
         return dict(picture=str(settings["output"]), mask=str(path))
+    if settings.get("regions") == "cam" or "regions" not in settings:
+        raise UsageError("--task segment needs --regions fh, panoptic, instances or a folder of masks")
     dataset = with_regions(settings, size)
+    if hasattr(dataset.regions, "fill"):
+        dataset.regions.fill(workers)
     rows, found = [], {r: [] for r in (80, 85, 90)}
     for batch in tqdm(make_loader(dataset, workers, batch_size=64), desc="segment", leave=False):
         images, regions = normalize(batch["image"].to(device)), batch["regions"].to(device)
@@ -665,6 +671,8 @@ def heat(images, attention):
 
 def object_flow(flow, regions, patch_size):
     """Rollout [B, 1+N, 1+N] -> mean over the patches of one object of each image, and these: [B, N], [B, N] bool."""
+    if regions.is_floating_point():
+        regions = (regions > 0.3).long()  # a class activation map, as in ObjMAE
     maps, found = mim.select_objects(regions, 1)
     member = mim.object_patches(maps[:, 0], patch_size) & found
     flow = (member[:, None].float() @ flow[:, 1:, 1:])[:, 0] / member.sum(1, keepdim=True).clamp_min(1)
@@ -772,8 +780,12 @@ def make_variant(name, settings, device):
     method, options = VARIANTS[name]
     size, patch_size = settings["image_size"], settings["patch_size"]
     cls = mim.METHODS.get(method)
-    encoder = mim.ViT(size, patch_size, **mim.SIZES[settings["model"]], **(cls.encoder_options if cls else {}))
-    model = (cls(encoder, **options) if cls else Plain(encoder)).to(device).train()
+    try:
+        encoder_options = cls.encoder_options if cls else {}
+        encoder = mim.ViT(size, patch_size, **mim.SIZES[settings["model"]], **encoder_options)
+        model = (cls(encoder, **options) if cls else Plain(encoder)).to(device).train()
+    except ValueError as error:
+        raise UsageError(f"--methods {name}: {error}") from None
     batch = {k: v.to(device) for k, v in synthetic_batch(model, settings["batch_size"], device).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
 
@@ -815,31 +827,31 @@ def matmul_peak(device, dtype, seconds=1.0):
 
 
 def speed(settings, machine):
-    """Parameters, GMAC, training images/s, ratio to MAE, utilisation of the matmul peak and peak memory per variant.
+    """Parameters, GMAC, training images/s, ratio to the reference, share of the matmul peak, peak memory: a table.
 
-    A variant's steps and the reference's (MAE's) take turns, so that what else the machine does falls on both. The tokenizer of token
-    targets is not part of the time.
+    A variant's steps and the reference's (MAE's) take turns, so that what else the machine does falls on both. The
+    tokenizer of token targets is not part of the time.
     """
     device, amp, _ = machine
     settings["amp"] = amp
     names = settings["methods"] or list(VARIANTS)
-    for name in (*names, settings["reference"]):
+    for name in names:
         check_choice("--methods", name, list(VARIANTS))
+    check_choice("--reference", settings["reference"], list(VARIANTS))
     peak = matmul_peak(device, PRECISIONS[settings["precision"]])
     print(f"ViT-{settings['model']}/{settings['patch_size']}, {settings['image_size']} pixels, batch "
           f"{settings['batch_size']}, {settings['precision']}, {device}; matmul peak {peak:.0f} GMAC/s\n"
           f"{'':12s}{'parameters':>11s}{'GMAC':>8s}{'images/s':>10s}{'x ' + settings['reference']:>7s}{'of peak':>9s}"
-          + f"{'MiB':>8s}" * (device.type == "cuda") + f"{'compiled':>10s}{'x ' + settings['reference']:>7s}" * bool(settings.get("compile")))
+          + f"{'MiB':>8s}" * (device.type == "cuda")
+          + f"{'compiled':>10s}{'ratio':>7s}" * bool(settings.get("compile")))
     _, _, reference_step = make_variant(settings["reference"], settings, device)
     rows = []
     for name in tqdm(names, leave=False, disable=device.type != "cuda"):
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         model, batch, step = make_variant(name, settings, device)
         gmac, step_gmac = count_gmac(model, batch)
         row = dict(name=name, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                    gmac=round(gmac, 2))
-        if device.type == "cuda":
-            base = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
         calls = {"": model} | ({"compiled_": torch.compile(model, dynamic=False)} if settings.get("compile") else {})
         for prefix, call in calls.items():
             times = [(step(call), reference_step()) for _ in range(settings["repeats"] + 2)][2:]  # two warm up
@@ -848,28 +860,33 @@ def speed(settings, machine):
                     prefix + "ratio": round(other / mine, 3)}
             if not prefix:
                 row["of_peak"] = round(step_gmac * settings["batch_size"] / mine / peak, 3)
-        if device.type == "cuda":
-            row["peak_mib"] = round((torch.cuda.max_memory_allocated() - base) / 2**20)
+            if not prefix and device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
         cells = [f"{name:12s}{row['parameters'] / 1e6:10.1f}M{gmac:8.2f}{row['images_per_s']:10.2f}{row['ratio']:7.2f}"
                  f"{100 * row['of_peak']:8.1f}%"]
         cells += [f"{row['peak_mib']:8d}"] if "peak_mib" in row else []
-        cells += [f"{row['compiled_images_per_s']:10.2f}{row['compiled_ratio']:7.2f}"] if settings.get("compile") else []
+        if settings.get("compile"):
+            cells.append(f"{row['compiled_images_per_s']:10.2f}{row['compiled_ratio']:7.2f}")
         tqdm.write("".join(cells))
         rows.append(row)
         del model, batch, step, calls
     return dict(rows=rows, matmul_peak_gmac_per_s=round(peak))
 
 
-ONLY_FOR = dict(tokenizer=["reconstruct"], compile=["speed"], methods=["speed"], reference=["speed"], cache_features=["linear", "attentive"], rollout=["attention"], regions=["reconstruct", "attention", "segment"],
-                cam_weights=["reconstruct", "attention"], images=["attentive", "reconstruct", "attention", "segment"],
-                output=["attentive", "reconstruct", "attention", "segment"], points=["segment"], background=["segment"], hints=["segment"],
-                image_size=["knn", "linear", "attentive", "finetune", "attention", "speed"])  # reconstruct: the decoder has its own size
-WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
-TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, reconstruct=reconstruct, attention=attention,
-             segment=segment, speed=speed)
-
 # ---------------------------------------------------------------------------------------------------------
 # Command line
+
+TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, reconstruct=reconstruct,
+             attention=attention, segment=segment, speed=speed)
+WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
+PICTURES = ("attentive", "reconstruct", "attention", "segment")
+ONLY_FOR = dict(  # the decoder of reconstruct and segment has its own image size
+    image_size=("knn", "linear", "attentive", "finetune", "attention", "speed"), images=PICTURES, output=PICTURES,
+    cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
+    regions=("reconstruct", "attention", "segment"), cam_weights=("reconstruct", "attention"), points=("segment",),
+    background=("segment",), hints=("segment",), methods=("speed",), reference=("speed",), compile=("speed",))
 
 
 def parse(argv):
@@ -885,7 +902,7 @@ def parse(argv):
     parser.add_argument("--relative-position", action="store_true", default=None,
                         help="an untrained encoder with LoMaR's relative positions")
     parser.add_argument("--rollout", action="store_true", default=None, help="attention: rolled out through all blocks")
-    parser.add_argument("--regions", help="reconstruct, attention: as in train.py (default: the run's)")
+    parser.add_argument("--regions", help="as in train.py, for reconstruct, segment (default: the run's) and --rollout")
     parser.add_argument("--cam-weights", help="as in train.py")
     parser.add_argument("--tokenizer", help="reconstruct: as in train.py, if it is not where it was")
     parser.add_argument("--methods", nargs="+", help=f"speed: some of {', '.join(VARIANTS)}")
@@ -894,7 +911,7 @@ def parse(argv):
     parser.add_argument("--points", nargs="+", help="segment: x,y ... in pixels, inside the region")
     parser.add_argument("--background", nargs="+", help="segment: x,y ... outside of it")
     parser.add_argument("--hints", help="segment: label PNG of the image's size, 0 unknown, 1 background, 2 region")
-    parser.add_argument("--cache-features", action="store_true", help="linear, attentive: encode the training images once")
+    parser.add_argument("--cache-features", action="store_true", help="linear, attentive: encode training images once")
     parser.add_argument("--output", help="the picture's file (default: TASK.png beside the checkpoint)")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -903,7 +920,7 @@ def parse(argv):
     for name, (kind, text) in SETTINGS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=text)
     options = {k: p for m in mim.METHODS for k, p in method_parameters(m).items()}
-    add_method_flags(parser.add_argument_group("overrides of the run's method, for reconstruct"), options)
+    add_method_flags(parser.add_argument_group("overrides of the run's method, for reconstruct and segment"), options)
     given = {k: v for k, v in vars(parser.parse_all(argv)).items() if v is not None}
     if "task" not in given:
         raise UsageError(f"--task is missing; it may be {', '.join(TASKS)}")
@@ -927,6 +944,8 @@ def check(given):
     for name, end in (("label_smoothing", 1), ("drop_path", 1), ("seed", 2**63)):
         if given.get(name, 0) >= end:
             raise UsageError(f"--{name.replace('_', '-')} must be below {end}, got {given[name]}")
+    if task == "attention" and "regions" in given and not given.get("rollout"):
+        raise UsageError("--regions of --task attention is for --rollout")
     if given.get("image_visible", 0) > 1:
         raise UsageError(f"--image-visible must be at most 1, got {given['image_visible']}")
     check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count", "repeats",

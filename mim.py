@@ -1,11 +1,14 @@
-"""Masked image modeling, one class a paper, on a plain Vision Transformer: MAE, SimMIM, AMT, LoMaR, ObjMAE, R-MAE, CAE, BEiT.
+"""Masked image modeling, one class a paper, on a plain Vision Transformer.
+
+MAE, SimMIM, BEiT; AMT, LoMaR, ObjMAE, R-MAE and RAE, CAE; and the tokenizer of those that predict tokens.
 
 The file reads top to bottom: tensor helpers, the ViT, loading weights, masking functions, losses, and
-then one class a paper, simplest first. A class and the named pieces above it run elsewhere unchanged.
+then one class a paper. A class and the named pieces that it uses run elsewhere unchanged.
 
 Notation: B images [B, 3, H, W]; p the patch side in pixels; N = gh * gw patches on a (gh, gw) grid; D the
-encoder's width; `ids_*` integer index tensors [B, n] into 0..N-1 in raster order. Every method returns a
-dict with the same keys: `loss`, `pred` [B, n_masked, p*p*3], `ids_visible`, `ids_masked`.
+encoder's width; `ids_*` integer index tensors [B, n] into 0..N-1 in raster order. Every method returns a dict: `loss`
+and its parts; `pred`, pixels [B, n_masked, p*p*3] or logits of tokens [B, n_masked, V] (RAE: `pred_regions`);
+`ids_visible`, `ids_masked`. DVAE, the tokenizer, has a dict of its own.
 """
 
 import argparse
@@ -241,7 +244,8 @@ class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., ICLR 2021, arXiv:2010.11929) as MAE sets it up.
 
     Pre-norm blocks, a class token, a fixed sine-cosine position embedding. Parameter names and shapes are
-    those of timm's VisionTransformer, so that weights travel both ways with `strict=True`.
+    those of timm's VisionTransformer, so that weights travel both ways with `strict=True` (with layer_scale to timm's
+    init_values=...; with relative_position there is nothing to travel to).
 
     image_size: pixels, an int or (height, width), divisible by patch_size.
     drop_path: stochastic depth of the last block; it grows linearly from 0 over the blocks.
@@ -666,7 +670,7 @@ def select_objects(regions, number, floor=0.05):
 
 
 def object_patches(maps, patch_size, share=0.2):
-    """Binary maps [B, H, W] -> [B, N] bool, the patches with at least `share` of their pixels inside (ObjMAE, §3.2)."""
+    """Binary maps [B, H, W] -> [B, N] bool, patches with at least `share` of their pixels inside (ObjMAE, §3.2)."""
     return patchify(maps[:, None].float(), patch_size).sum(-1) >= share * patch_size**2 - 1e-3
 
 
@@ -857,7 +861,7 @@ class MAE(nn.Module):
 
     inputs = ()  # what forward takes besides the images, from the data's items
     encoder_options = {}  # what the encoder must be made with
-    picture = ("image", "masked", "filled")  # see train.py, draw_reconstruction
+    picture = ("image", "masked", "filled")  # the tiles of its picture
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.75, decoder_dim: int = 512, decoder_depth: int = 8,
                  decoder_heads: int = 16, norm_pix: bool = True):
@@ -958,7 +962,8 @@ class BEiT(nn.Module):
         if tokenizer is None:
             raise ValueError("BEiT predicts tokens and needs a tokenizer")
         self.num_masked = encoder.num_patches - count_visible(encoder.num_patches, mask_ratio, masked_first=True)
-        self.encoder, self.min_block = encoder, min_block
+        self.encoder, self.min_block = encoder, min(min_block, self.num_masked)
+        block_masking(1, encoder.grid, self.num_masked, self.min_block)  # says at once what is wrong
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
         self.head = TargetHead(encoder, tokenizer)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -1161,8 +1166,8 @@ class ObjMAE(MAE):
     MAE with mask_ratio=0.5 is the case alpha=0.5 with the whole image as the object.
 
     alpha: length of source and of target, each, as a share of all patches (Table 9; 0.17 on COCO, 0.25 on ImageNet).
-    alignment: how regions of different size get this length (§3.3): "throwout" cuts all to the batch's smallest, "zero"
-        pads with tokens that take part in nothing, "replicate" repeats patches, "random" adds patches from elsewhere.
+    alignment: how regions of different size get this length (§3.3): "throwout" cuts all to the batch's smallest,
+        "zero" pads with tokens that take part in nothing, "replicate" repeats patches, "random" adds other patches.
     selection: "intra", or "inter" (§4.5): source from one object, target from another, or from the background.
     object_floor: smallest object, as a share of the image. patch_share: of a patch's pixels that make it the object's.
 
@@ -1247,7 +1252,8 @@ class ObjMAE(MAE):
 
 
 class CrossBlock(nn.Module):
-    """Self-attention, cross-attention to a context [B, n, D], MLP: [B, m, D] -> [B, m, D], pre-norm as `Block`."""
+    """Self-attention, cross-attention to a context [B, n, D], MLP: [B, m, D] -> [B, m, D], pre-norm as `Block`; the
+    cross-attention brings its own norms."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -1407,7 +1413,7 @@ class RMAE(MAE):
         loss_region = region_loss(pred_regions, target)
         parts = self.pixel_part(images, latents, embeddings, ids_visible, ids_masked)
         loss = loss_region + parts.get("loss_pixel", 0.0)  # with equal weight, §3.2
-        return dict(parts, loss=loss, loss_region=loss_region, pred_regions=pred_regions, region_maps=region_maps,
+        return dict(loss=loss, **parts, loss_region=loss_region, pred_regions=pred_regions, region_maps=region_maps,
                     ids_visible=ids_visible, ids_masked=ids_masked)
 
     @torch.no_grad()
@@ -1417,13 +1423,15 @@ class RMAE(MAE):
         Of the hints only the patches ids_visible [B, n] are read, and returned as they are; of the images [B, 3, H, W]
         the patches ids_image, which default to the same.
         """
-        ids_image = ids_visible if ids_image is None else ids_image
+        ids_image, k = ids_visible if ids_image is None else ids_image, hints.shape[1]
+        if self.region_branch.variant == "channel":  # made for num_regions channels, which the hints fill in turn
+            hints = hints[:, torch.arange(self.num_regions, device=hints.device) % k]
         visible = torch.zeros(len(images), self.encoder.num_patches, device=images.device).scatter(1, ids_visible, 1.0)
         ids_masked = visible.argsort(dim=1, stable=True)[:, : visible.shape[1] - ids_visible.shape[1]]
         embeddings = self.region_branch.encode(hints, ids_visible)
         pred = self.region_branch.decode(
             embeddings, self.encoder(images, ids_image), ids_visible, ids_masked, ids_image)
-        return reconstruct_regions(hints, pred, ids_masked, self.encoder.patch_size)
+        return reconstruct_regions(hints, pred, ids_masked, self.encoder.patch_size)[:, :k]
 
 
 class RAE(RMAE):
@@ -1498,7 +1506,8 @@ class CAE(nn.Module):
             raise ValueError(f"regressor_depth={regressor_depth} must be at least 1, decoder_depth={decoder_depth} and "
                              f"alignment_weight={alignment_weight} at least 0")
         self.num_masked = encoder.num_patches - count_visible(encoder.num_patches, mask_ratio, masked_first=True)
-        self.encoder, self.min_block = encoder, min_block
+        self.encoder, self.min_block = encoder, min(min_block, self.num_masked)
+        block_masking(1, encoder.grid, self.num_masked, self.min_block)  # says at once what is wrong
         self.alignment_weight, self.norm_pix = alignment_weight, norm_pix
         D, heads, scale = encoder.embed_dim, encoder.num_heads, encoder.layer_scale
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
@@ -1639,6 +1648,9 @@ class DVAE(nn.Module):
         if hidden_dim < 4 or hidden_dim % 4 or min(vocab_size, groups, blocks_per_group) < 1:
             raise ValueError("hidden_dim must be a multiple of 4 and vocab_size, groups, blocks_per_group at least 1, "
                              f"got {hidden_dim}, {vocab_size}, {groups}, {blocks_per_group}")
+        if not (0 < tau_end <= tau_start and kl_weight >= 0):
+            raise ValueError(f"tau_end={tau_end} must be positive and at most tau_start={tau_start}, and kl_weight="
+                             f"{kl_weight} not negative")
         if any(s < 1 or s % self.factor for s in self.image_size):
             raise ValueError(f"image_size must be a positive multiple of {self.factor}, got {image_size}")
         widths = [hidden_dim * 2**g for g in range(groups)]
@@ -1682,7 +1694,7 @@ class DVAE(nn.Module):
 
     @classmethod
     def from_encoder(cls, state):
-        """The DVAE whose encoder fits a state dict of DALL-E's encoder, loaded, of any size; its decoder is untrained."""
+        """The DVAE whose encoder fits a state dict of DALL-E's encoder, loaded, of any size; it has no decoder."""
         first = state.get("blocks.input.w")
         if first is None:
             raise ValueError("no tokenizer in it: no parameter is named blocks.input.w")
@@ -1691,6 +1703,7 @@ class DVAE(nn.Module):
         tokenizer = cls(2 ** (groups - 1), state["blocks.output.conv.w"].shape[0], first.shape[0], groups,
                         len(blocks) // groups)
         tokenizer.encoder.load_state_dict(state)
+        tokenizer.decoder = None
         return tokenizer
 
     def tokenize(self, images, grid):

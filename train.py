@@ -8,7 +8,9 @@ a CPU, on CUDA but for the order in which its kernels sum.
 
 import argparse
 import contextlib
+import datetime
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -27,8 +29,8 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (REGIONS, SMALL, BrokenFiles, EpochBatches, Images, UsageError, collate, default_regions, default_scales,
-                      denormalize, load_data, make_loader, normalize, open_regions, pair_max, seed_of)
+from datasets import (REGIONS, SMALL, BrokenFiles, EpochBatches, Images, UsageError, collate, default_regions,
+                      default_scales, denormalize, load_data, make_loader, normalize, open_regions, pair_max, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
@@ -89,7 +91,7 @@ FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe'
     "batch_size": (int, "images per optimizer step, over all processes"),
     "accumulate": (int, "micro-batches per step and process (default: as many as keep them at 256 images or fewer)"),
     "lr": (float, "absolute learning rate, instead of --base-lr"),
-    "base_lr": (float, "learning rate per 256 images of the batch (SimMIM: per 512)"),
+    "base_lr": (float, "learning rate per 256 images of the batch (the recipe's lr_batch says if per more or fewer)"),
     "warmup_epochs": (float, "linear warm-up"),
     "min_lr": (float, "absolute learning rate at the end of the cosine"),
     "weight_decay": (float, "of AdamW, on weight matrices only"),
@@ -102,8 +104,8 @@ FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe'
     "output": (str, "folder of the run (default: runs/METHOD)"),
 }
 TOKENIZER_FLAG = {  # of methods that can predict tokens
-    "tokenizer": (str, "file with the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state dict "
-                       "of DALL-E's encoder (default: pixels are the target)"),
+    "tokenizer": (str, "file of the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state "
+                       "dict of DALL-E's encoder (default: pixels are the target)"),
 }
 REGION_FLAGS = {  # of methods that take regions
     "regions": (str, f"{', '.join(REGIONS)}, or a folder of label PNGs or .npz stacks of masks, matched by file name "
@@ -202,7 +204,8 @@ def parse(argv):
         flags = {k: v for k, v in flags.items() if k not in NOT_OF_DVAE}
     for name, (kind, text) in flags.items():
         nargs = "+" if name in ("image_size", "fh_scales") else None
-        text += f" (the paper's: {recipe[name]})" if recipe.get(name) is not None else ""
+        whose = "the recipe's" if known.method == "dvae" else "the paper's"
+        text += f" ({whose}: {recipe[name]})" if recipe.get(name) is not None else ""
         parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=nargs, help=text)
     for name, text in (SWITCHES | (REGION_SWITCHES if with_regions else {})).items():
         parser.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
@@ -304,7 +307,7 @@ def settle_machine(given):
 
 
 def load_tokenizer(path):
-    """A tokenizer from a dvae run's checkpoint.pt, or from a state dict of its or DALL-E's encoder; UsageError if not."""
+    """The tokenizer in a dvae run's checkpoint.pt, or in a state dict of its or DALL-E's encoder; or UsageError."""
     try:
         content = mim.load_file(path)
         if isinstance(content, dict) and isinstance(content.get("args"), dict):
@@ -314,10 +317,21 @@ def load_tokenizer(path):
             tokenizer.load_state_dict(content["model"])
         else:
             tokenizer = mim.DVAE.from_encoder(mim.read_checkpoint(content))
-    except (ValueError, RuntimeError) as error:
+    except KeyError as error:
+        raise UsageError(f"--tokenizer {path}: it lacks {error}") from None
+    except (ValueError, RuntimeError, TypeError) as error:
         message = str(error).splitlines()[0].removeprefix(f"cannot read {path}: ")
         raise UsageError(f"--tokenizer {path}: {message}") from None
     return tokenizer.eval().requires_grad_(False)
+
+
+def tokenizer_id(method):
+    """What tells one tokenizer from another, or None: a digest of its encoder's weights."""
+    tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
+    if tokenizer is None:
+        return None
+    weights = (v.detach().cpu().contiguous().numpy().tobytes() for v in tokenizer.encoder.state_dict().values())
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
 
 
 def build_method(settings):
@@ -442,6 +456,8 @@ def draw_reconstruction(method, images, regions=None):
 def fill_in(method, images, pred, ids):
     """The images with what was predicted of the patches `ids`; predicted tokens are decoded by their tokenizer."""
     tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
+    if tokenizer is not None and tokenizer.decoder is None:
+        return torch.zeros_like(images)  # of an encoder alone the words cannot be drawn
     if tokenizer is None:
         return mim.reconstruct(images, pred.float(), ids, method.encoder.patch_size, method.norm_pix)
     tokens = method.head.tokens(images).scatter(1, ids, pred.argmax(-1))
@@ -488,6 +504,8 @@ def save_run(run):
 def restore(run, state):
     """Puts a loaded checkpoint's state into a prepared run."""
     run.epoch = state["epoch"]
+    if state["args"].get("tokenizer_id") != run.settings["tokenizer_id"]:
+        raise UsageError(f"--resume: --tokenizer {run.settings.get('tokenizer')} is not what the run was started with")
     run.method.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:
@@ -510,8 +528,8 @@ def load_run(path):
     return state
 
 
-MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume", "overwrite", "accumulate",
-              "region_cache", "prepare")
+MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume", "overwrite",
+              "accumulate", "region_cache", "cam_weights", "prepare")
 
 
 def open_output(given):
@@ -519,7 +537,7 @@ def open_output(given):
     output = Path(given.get("output", f"runs/{given['method']}"))
     path = output / "checkpoint.pt"
     if not given.get("resume"):
-        if path.exists() and not given.get("overwrite"):
+        if path.exists() and not given.get("overwrite") and not given.get("prepare"):
             done = load_run(path)["epoch"]
             if done:
                 raise UsageError(f"{output} already holds a run of {done} epochs: --resume continues it, --overwrite "
@@ -549,7 +567,8 @@ def join_processes(device):
     """(rank, world size) under torchrun, (0, 1) without."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A day, as processes may wait for one another's regions or for a download.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -574,14 +593,22 @@ def settle_run(given, state, rank, world_size):
     if state and saved["num_images"] != len(source):
         raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has "
                          f"{len(source)}")
-    keep_out = ("resume", "overwrite", "prepare", "device", "precision", "workers", "world_size", "num_images")
+    keep_out = ("resume", "overwrite", "prepare", "tokenizer_id", "device", "precision", "workers", "world_size",
+                "num_images")
     settings = settle({k: v for k, v in given.items() if k not in keep_out}, len(source), source.image_size, world_size)
     if state:
         settings["base_lr"] = saved["base_lr"]
     if "regions" in mim.METHODS[settings["method"]].inputs:
         settings.setdefault("regions", default_regions(settings["method"], settings["data"]))
+        if settings["regions"] == "cam" and settings["method"] != "objmae":
+            raise UsageError("--regions cam is for objmae; rae and rmae take fh, panoptic, instances or a folder")
+        for name, kind in (("fh_scales", "fh"), ("cam_weights", "cam"), ("cam_labels", "cam")):
+            if settings.get(name) and settings["regions"] != kind:
+                raise UsageError(f"--{name.replace('_', '-')} is for --regions {kind}, not {settings['regions']}")
         if settings["regions"] == "fh":
             settings.setdefault("fh_scales", default_scales(source, settings["data"]))
+            for scale in settings["fh_scales"]:
+                check_ranges(dict(fh_scales=scale), ("fh_scales",), ())
     return source, settings | dict(num_images=len(source), world_size=world_size)
 
 
@@ -617,8 +644,9 @@ def train_epoch(run, epoch):
             batch = next(micro_batches)
             run.broken.watch(batch["broken"])
             images = normalize(batch["image"].to(device, non_blocking=True))
-            batch["progress"] = torch.tensor(step / (settings["epochs"] * steps))
-            inputs = {k: batch[k].to(device, non_blocking=True) for k in run.method.inputs}
+            inputs = {k: batch[k].to(device, non_blocking=True) for k in run.method.inputs if k in batch}
+            if "progress" in run.method.inputs:
+                inputs["progress"] = torch.full((), step / (settings["epochs"] * steps), device=device)
             # Masks depend on the step and the micro-batch alone: no stop and no number of processes changes them.
             torch.manual_seed(seed_of(settings["seed"], step, micro * run.world_size + run.rank))
             last = micro == accumulate - 1
@@ -657,7 +685,8 @@ def prepare_regions(run, given):
     regions = open_regions(settings["regions"], run.source, settings["data"], "pretrain", settings.get("fh_scales"),
                            settings.get("region_cache", "data/regions"), device=run.device, **options)
     if hasattr(regions, "fill"):
-        regions.fill(given.get("workers", os.cpu_count()), run.rank, run.world_size)
+        workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        regions.fill(given.get("workers", workers), run.rank, run.world_size)
     if hasattr(regions, "found") and regions.found < len(run.source) and run.rank == 0:
         print(f"regions: {len(run.source) - regions.found} of {len(run.source)} images have no masks in "
               f"{settings['regions']}")
@@ -691,6 +720,7 @@ def prepare(given):
     run.amp = lambda: torch.autocast(run.device.type, PRECISIONS[precision], enabled=precision != "fp32")
     torch.manual_seed(settings["seed"])
     run.method = build_method(settings).to(run.device)
+    settings["tokenizer_id"] = tokenizer_id(run.method)
     run.optimizer = torch.optim.AdamW(parameter_groups(run.method, settings["weight_decay"]), lr=settings["lr"],
                                       betas=tuple(settings["betas"]), fused=run.device.type in ("cuda", "cpu"))
     if settings["lookahead"]:
@@ -719,6 +749,8 @@ def main(argv):
     given = parse(argv)
     run = prepare(given)
     if given.get("prepare"):
+        if run.world_size > 1:
+            dist.destroy_process_group()
         return
     output, epochs = run.output, run.settings["epochs"]
     if run.rank == 0:

@@ -268,9 +268,10 @@ def test_regions_are_cropped_exactly_as_their_image():
         item = dataset[epoch, 0]
         assert item["regions"].shape == (1, 64, 64) and item["regions"].dtype == torch.uint8
         shown = (item["image"][0].float() / 40).round().long()  # an image that shows its own map
-        names = {n: int(shown[item["regions"][0] == n].mode().values) for n in item["regions"].unique().tolist()}
+        numbers, areas = item["regions"].unique(return_counts=True)
+        names = {n: int(shown[item["regions"][0] == n].mode().values) for n in numbers[areas > 30].tolist()}
         assert len(set(names.values())) == len(names) and names[0] == 0
-        same = torch.tensor([names[n] for n in item["regions"].flatten().tolist()]) == shown.flatten()
+        same = torch.tensor([names.get(n, -1) for n in item["regions"].flatten().tolist()]) == shown.flatten()
         assert same.float().mean() > 0.85  # but at edges, where the image is interpolated and the map is not
 
 
@@ -283,6 +284,16 @@ def test_maps_of_another_resolution_are_cropped_with_the_image():
     dataset = Images(Source(image.expand(3, -1, -1)), 64, "whole", regions=Coarse())
     blocks = dataset[0]["regions"][0].unfold(0, 16, 16).unfold(1, 16, 16).flatten(2)
     assert (blocks == blocks[..., :1]).all() and blocks[..., 0].unique().numel() == 16
+
+
+def test_maps_are_read_at_the_pixels_centres():
+    class Columns:
+        def read(self, index, item):
+            return (torch.arange(16) % 4 == 2).int().expand(1, 16, -1)
+
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    read = Images(Source(image), (16, 4), "whole", regions=Columns())[0]["regions"][0, 0]
+    assert read.tolist() == [1, 1, 1, 1]  # of each four columns the third: pixels 2, 6, 10, 14 lie at the centres
 
 
 def test_regions_are_numbered_from_the_largest_down():
@@ -339,7 +350,8 @@ def test_a_users_masks_are_matched_by_name(folder, masked):
 def test_computed_regions_are_kept_continued_and_bound_to_their_settings(tmp_path):
     source, calls = Shapes(length=6, image_size=16), []
 
-    def compute(image):
+    def compute(item):
+        image = item["image"]
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -372,7 +384,7 @@ def test_class_activation_maps_of_a_folder_through_a_small_network(folder, tmp_p
     item = source.read(0)
     read = regions.read(0, item)
     assert read.shape == (1, 32, 32) and read.dtype == torch.float32 and 0 <= read.min() < read.max() <= 1
-    alone = regions.compute(item["image"])  # on its own instead of in a batch
+    alone = regions.compute(item)  # on its own instead of in a batch
     with np.load(regions.path(0)) as file:
         assert np.abs(alone.astype(int) - file["arr_0"]).max() <= 1 and file["arr_0"].max() == 255
     item = Images(source, 16, regions=regions)[0]

@@ -306,3 +306,10 @@ def test_forward_cost_is_the_papers():
     assert 9.8 < gmac(RMAE, vit) < 10.1
     growth = {v: gmac(RAE, vit, variant=v, num_regions=32) - gmac(RAE, vit, variant=v) for v in VARIANTS}
     assert growth["batch"] > 3 * growth["length"] > 6 * growth["channel"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_hint_is_completed_by_every_variant(variant):
+    method, images, maps, ids = small(variant=variant)
+    done = method.complete(images, maps[:, :1], ids["ids_visible"])
+    assert done.shape == (3, 1, 32, 32) and ((0 <= done) & (done <= 1)).all()

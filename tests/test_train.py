@@ -549,3 +549,40 @@ def test_without_a_tokenizer_the_target_is_pixels(call, tokenizer, tmp_path):
     assert call("beit", "--tokenizer", tokenizer / "encoder.pt", tiny=TINY[:10], out="beit")[0] == 0  # DALL-E's names
     code, _, err, _ = call("dvae", "--model", "tiny", tiny=[])
     assert code == 2 and "unknown argument --model" in err
+
+
+@pytest.mark.parametrize("method, flags, says", [
+    ("rmae", ["--regions", "cam"], "--regions cam is for objmae"),
+    ("rmae", ["--regions", "fh", "--fh-scales", "-3"], "--fh-scales must be positive"),
+    ("objmae", ["--regions", "fh", "--cam-weights", "w.pt"], "--cam-weights is for --regions cam, not fh"),
+    ("cae", ["--min-block", "0"], "min_block"),
+    ("dvae", ["--tau-end", "-1", "--image-size", "32", "--groups", "3"], "tau_end=-1.0"),
+    ("dvae", ["--image-size", "30"], "multiple of 4, got 30"),
+])
+def test_mistakes_of_regions_and_tokens_are_one_line(call, method, flags, says):
+    code, _, err, output = call(method, *flags, tiny=TINY[:10] if method != "dvae" else [])
+    assert code == 2 and says in err and err.count("\n") == 1 and not output.exists()
+
+
+def test_a_few_patches_are_enough_for_blocks():
+    assert mim.CAE(mim.ViT(32, 16, 32, 1, 2))(torch.randn(2, 3, 32, 32))["loss"].isfinite()
+
+
+def test_a_run_resumes_with_its_own_tokenizer_alone(call, tokenizer, folder, tmp_path, monkeypatch):
+    save = train.save_run
+
+    def save_then_interrupt(run):
+        save(run)
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", save_then_interrupt)
+    call("cae", "--tokenizer", tokenizer / "checkpoint.pt", tiny=TINY[:10])
+    monkeypatch.setattr(train, "save_run", save)
+    assert call("dvae", "--image-size", 32, "--hidden-dim", 8, "--groups", 3, "--vocab-size", 16, "--batch-size", 8,
+                "--epochs", 1, "--seed", 1, out="other", tiny=[])[0] == 0
+    code, _, err, _ = call("cae", "--resume", "--tokenizer", tmp_path / "other" / "checkpoint.pt", tiny=TINY[:10])
+    assert code == 2 and "is not what the run was started with" in err
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes((tokenizer / "encoder.pt").read_bytes())  # its encoder alone is the same tokenizer
+    assert call("cae", "--resume", "--tokenizer", moved, tiny=TINY[:10])[0] == 0
