@@ -813,9 +813,9 @@ def count_gmac(model, batch):
     return forward.get_total_flops() / 2e9, (forward.get_total_flops() + backward.get_total_flops()) / 2e9
 
 
-def matmul_peak(device, dtype, seconds=1.0):
+def matmul_peak(device, dtype, seconds=2.0):
     """The most multiply-adds a second (in 10^9) that a large matrix product reaches here."""
-    n = 8192 if device.type == "cuda" else 1536
+    n = 8192 if device.type == "cuda" else 2048
     a, best, until = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter() + seconds
     while time.perf_counter() < until:
         began = time.perf_counter()
