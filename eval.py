@@ -524,7 +524,8 @@ class FileList:
 
 
 def reconstruct(method, settings, machine):
-    """A picture of image, masked image and reconstruction. The method's own flags override the run's."""
+    """A picture of image, masked image and reconstruction, and the loss of these images. The method's own flags override
+    the run's. loss_full: of CAE, that of all patches in the pass of the whole image that skips the regressor."""
     device, amp, _ = machine
     if "regions" not in method.inputs:
         settings.pop("regions", None)
@@ -532,8 +533,14 @@ def reconstruct(method, settings, machine):
     torch.manual_seed(settings["seed"])
     with torch.no_grad(), amp():
         grid = draw_reconstruction(method, **items)
+        torch.manual_seed(settings["seed"])
+        losses = {k: v for k, v in method(**items).items() if k.startswith("loss") or k == "accuracy"}
+        if hasattr(method, "reconstruct_full"):
+            images = items["images"]
+            ids = torch.arange(method.encoder.num_patches, device=device).expand(len(images), -1)
+            losses["loss_full"] = method.head.compare(method.reconstruct_full(images), images, ids)[0]
     write_picture(settings["output"], grid)
-    return dict(picture=str(settings["output"]))
+    return {k: round(v.item(), 4) for k, v in losses.items()} | dict(picture=str(settings["output"]))
 
 
 def hint_patches(maps, count):
