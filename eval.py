@@ -524,8 +524,10 @@ class FileList:
 
 
 def reconstruct(method, settings, machine):
-    """A picture of image, masked image and reconstruction, and the loss of these images. The method's own flags override
-    the run's. loss_full: of CAE, that of all patches in the pass of the whole image that skips the regressor."""
+    """A picture of image, masked image and reconstruction, and the losses of these images.
+
+    The method's own flags override the run's. loss_full is CAE's of the whole image's pass, which skips the regressor.
+    """
     device, amp, _ = machine
     if "regions" not in method.inputs:
         settings.pop("regions", None)
@@ -605,6 +607,28 @@ def nearest_hint(patches, ids, grid):
     return mostly.gather(1, nearest)[..., None].expand_as(patches)
 
 
+def segment_one(method, settings, machine):
+    """The region of one image, from the user's hints: the picture, and the region's mask in the image's own size."""
+    device, amp, _ = machine
+    size, p, N = method.encoder.image_size, method.encoder.patch_size, method.encoder.num_patches
+    if len(settings["images"]) > 1:
+        raise UsageError("--task segment takes one image")
+    image = normalize(Images(FileList(settings["images"]), size, "whole")[0]["image"][None].to(device))
+    hints, ids = (x.to(device) for x in given_hints(settings, size, p))
+    with torch.no_grad(), amp():
+        region = method.complete(image, hints, ids, image_patches(ids, N, settings["image_visible"]))
+    shown = torch.full_like(mim.patchify(region, p), 0.5)
+    shown = mim.unpatchify(mim.put(shown, ids, mim.take(mim.patchify(hints.float(), p), ids)), p, method.encoder.grid)
+    picture = denormalize(image)
+    tiles = [picture, shown.expand(-1, 3, -1, -1), region.expand(-1, 3, -1, -1), picture * (0.2 + 0.8 * region)]
+    write_picture(settings["output"], tile(torch.cat(tiles), columns=4))
+    whole = FileList(settings["images"]).read(0)["image"].shape[1:]
+    mask = F.interpolate(region, whole, mode="bilinear", align_corners=False)[0] > 0.5
+    path = settings["output"].with_name(settings["output"].stem + "_mask.png")
+    write_picture(path, mask.float())
+    return dict(picture=str(settings["output"]), mask=str(path))
+
+
 def segment(method, settings, machine):
     """Interactive segmentation (R-MAE, Figure 6): a region is completed from a few of its patches.
 
@@ -619,22 +643,7 @@ def segment(method, settings, machine):
     size, p, N = encoder.image_size, encoder.patch_size, encoder.num_patches
     torch.manual_seed(settings["seed"])
     if "images" in settings:
-        if len(settings["images"]) > 1:
-            raise UsageError("--task segment takes one image")
-        image = normalize(Images(FileList(settings["images"]), size, "whole")[0]["image"][None].to(device))
-        hints, ids = (x.to(device) for x in given_hints(settings, size, p))
-        with torch.no_grad(), amp():
-            region = method.complete(image, hints, ids, image_patches(ids, N, share))
-        shown = torch.full_like(mim.patchify(region, p), 0.5)
-        shown = mim.unpatchify(mim.put(shown, ids, mim.take(mim.patchify(hints.float(), p), ids)), p, encoder.grid)
-        picture = denormalize(image)
-        tiles = [picture, shown.expand(-1, 3, -1, -1), region.expand(-1, 3, -1, -1), picture * (0.2 + 0.8 * region)]
-        write_picture(settings["output"], tile(torch.cat(tiles), columns=4))
-        whole = FileList(settings["images"]).read(0)["image"].shape[1:]
-        mask = F.interpolate(region, whole, mode="bilinear", align_corners=False)[0] > 0.5
-        path = settings["output"].with_name(settings["output"].stem + "_mask.png")
-        write_picture(path, mask.float())
-        return dict(picture=str(settings["output"]), mask=str(path))
+        return segment_one(method, settings, machine)
     if settings.get("regions") == "cam" or "regions" not in settings:
         raise UsageError("--task segment needs --regions fh, panoptic, instances or a folder of masks")
     dataset = with_regions(settings, size)
