@@ -1,5 +1,6 @@
 """The training program: settings, learning, exact resume, several processes, and what it says to a user's mistakes."""
 
+import contextlib
 import io
 import json
 import math
@@ -34,6 +35,21 @@ def call(cli, folder, tmp_path):
         return *result, tmp_path / out
 
     return run
+
+
+@contextlib.contextmanager
+def interrupted_after(epoch):
+    """Runs inside are interrupted, as by Ctrl-C, once they have saved this epoch."""
+    save = train.save_run
+
+    def save_then_interrupt(run):
+        save(run)
+        if run.epoch == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_run", save_then_interrupt)
+        yield
 
 
 def log(output):
@@ -181,18 +197,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, flags, monkeypatch):
     assert_same_run(whole, output)
 
 
-def test_resuming_keeps_what_was_given_at_the_start(call, monkeypatch):
-    save = train.save_run
-
-    def save_then_interrupt(run):
-        save(run)
-        if run.epoch == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_run", save_then_interrupt)
-    flags = ["mae", "--base-lr", 0.05, "--accumulate", 2, "--precision", "bf16"]
-    *_, output = call(*flags)
-    monkeypatch.setattr(train, "save_run", save)
+def test_resuming_keeps_what_was_given_at_the_start(call):
+    with interrupted_after(1):
+        flags = ["mae", "--base-lr", 0.05, "--accumulate", 2, "--precision", "bf16"]
+        *_, output = call(*flags)
     assert call("mae", "--resume")[0] == 0 and call(*flags, "--resume")[0] == 0
     settings = torch.load(output / "checkpoint.pt", weights_only=True)["args"]
     assert (settings["base_lr"], settings["accumulate"], settings["precision"]) == (0.05, 2, "bf16")
@@ -451,16 +459,8 @@ def test_objmae_pretrains_on_shapes_and_resumes(cli, tmp_path, flags, monkeypatc
     code, out, _ = call("whole")
     assert code == 0 and "regions: instances" in out and "lookahead      5" in out
     assert read_image(str(tmp_path / "whole" / "reconstruction.png")).shape == (3, 4 * 130 + 2, 10 * 130 + 2)
-    save = train.save_run
-
-    def save_then_interrupt(run):
-        save(run)
-        if run.epoch == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_run", save_then_interrupt)
-    assert call("run")[0] == 130
-    monkeypatch.setattr(train, "save_run", save)
+    with interrupted_after(2):
+        assert call("run")[0] == 130
     assert call("run", "--resume")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -513,7 +513,7 @@ def test_a_tokenizer_is_trained_and_pictured(tokenizer):
 
 
 @pytest.mark.parametrize("method", ["beit", "lomar", "cae"])
-def test_tokens_are_trained_on_and_resumed(call, method, tokenizer, monkeypatch):
+def test_tokens_are_trained_on_and_resumed(call, method, tokenizer):
     flags = ["--tokenizer", tokenizer / "checkpoint.pt"]
     code, out, _, whole = call(method, *flags, tiny=TINY[:10], out="whole")
     assert code == 0 and f"target: tokens of {tokenizer}" in out
@@ -522,16 +522,8 @@ def test_tokens_are_trained_on_and_resumed(call, method, tokenizer, monkeypatch)
     columns = dict(beit=6, lomar=8, cae=8)[method]
     assert read_image(str(whole / "reconstruction.png")).shape == (3, 4 * 130 + 2, columns * 130 + 2)
     assert not any("tokenizer" in k for k in weights(whole))
-    save = train.save_run
-
-    def save_then_interrupt(run):
-        save(run)
-        if run.epoch == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_run", save_then_interrupt)
-    assert call(method, *flags, tiny=TINY[:10])[0] == 130
-    monkeypatch.setattr(train, "save_run", save)
+    with interrupted_after(1):
+        assert call(method, *flags, tiny=TINY[:10])[0] == 130
     *_, output = call(method, "--resume", tiny=TINY[:10])
     assert_same_run(whole, output)
 
@@ -568,17 +560,9 @@ def test_a_few_patches_are_enough_for_blocks():
     assert mim.CAE(mim.ViT(32, 16, 32, 1, 2))(torch.randn(2, 3, 32, 32))["loss"].isfinite()
 
 
-def test_a_run_resumes_with_its_own_tokenizer_alone(call, tokenizer, folder, tmp_path, monkeypatch):
-    save = train.save_run
-
-    def save_then_interrupt(run):
-        save(run)
-        if run.epoch == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_run", save_then_interrupt)
-    call("cae", "--tokenizer", tokenizer / "checkpoint.pt", tiny=TINY[:10])
-    monkeypatch.setattr(train, "save_run", save)
+def test_a_run_resumes_with_its_own_tokenizer_alone(call, tokenizer, tmp_path):
+    with interrupted_after(1):
+        call("cae", "--tokenizer", tokenizer / "checkpoint.pt", tiny=TINY[:10])
     assert call("dvae", "--image-size", 32, "--hidden-dim", 8, "--groups", 3, "--vocab-size", 16, "--batch-size", 8,
                 "--epochs", 1, "--seed", 1, out="other", tiny=[])[0] == 0
     code, _, err, _ = call("cae", "--resume", "--tokenizer", tmp_path / "other" / "checkpoint.pt", tiny=TINY[:10])
