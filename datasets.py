@@ -13,6 +13,7 @@ and processes, and one resumed is the same as one never stopped.
 import collections
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -78,7 +79,7 @@ def denormalize(images):
 # ---------------------------------------------------------------------------------------------------------
 # Sources: len(source), source.read(i) -> dict(image=uint8 [3, H, W], label=int, instances=optional [H, W]),
 # source.name(i) for messages, source.file(i) a relative path for what is kept of image i, source.classes,
-# source.image_size (its natural one), source.description
+# source.image_size (its natural one), source.description; with can_shrink, read(i, shrink) as `decode`
 
 # The built-in scenes: a textured background with 3 to 5 textured objects that partly hide each other. The largest,
 # near the centre, is the main object, and its shape is the label; colours and textures say nothing about it.
@@ -277,17 +278,32 @@ class Arrays:
         return f"{self.title}-{len(self)}/{index}"
 
 
-def decode(path):
+LARGE = 2**17  # bytes; in smaller files reading the size first costs more than is gained
+
+
+def decode(path, shrink=None):
     """An image file of any kind -> uint8 RGB [3, H, W]; the EXIF rotation is applied.
+
+    shrink: function (H, W) -> how many times smaller a large JPEG may come; libjpeg then decodes at a half, quarter or
+        eighth of the size, in less time.
 
     JPEGs go through torchvision, all else through Pillow: torchvision's PNG decoder takes the process down with it on
     some damaged files. Raises what they raise if the file cannot be decoded.
     """
     with open(path, "rb") as file:
-        is_jpeg = file.read(2) == b"\xff\xd8"
+        data = file.read()
+    is_jpeg = data[:2] == b"\xff\xd8"
+    if is_jpeg and shrink is not None and len(data) > LARGE:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(0x0112, 1) > 4
+            times = shrink(*(image.size if turned else image.size[::-1]))
+            if times >= 2:
+                image.draft("RGB", tuple(side // times for side in image.size))
+                image = ImageOps.exif_transpose(image).convert("RGB")
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if is_jpeg and decode_image is not None:
-        return decode_image(path, mode="RGB", apply_exif_orientation=True)
-    with Image.open(path) as image:
+        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB", apply_exif_orientation=True)
+    with Image.open(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -296,6 +312,8 @@ def decode(path):
 
 class Files:
     """Image files below a folder with their labels. Paths are one byte array, which forked workers share."""
+
+    can_shrink = True
 
     def __init__(self, root, paths, labels, classes, description):
         self.root, self.classes, self.description = root, classes, description
@@ -306,8 +324,8 @@ class Files:
     def __len__(self):
         return len(self.paths)
 
-    def read(self, index):
-        return dict(image=decode(self.name(index)), label=int(self.labels[index]))
+    def read(self, index, shrink=None):
+        return dict(image=decode(self.name(index), shrink), label=int(self.labels[index]))
 
     def name(self, index):
         return os.path.join(self.root, os.fsdecode(self.paths[index].item()))
@@ -417,14 +435,40 @@ def load_named(name, split, root):
 NAMED = ("shapes", "cifar10", "cifar100", "stl10")
 
 
-def load_data(name, split="pretrain", image_size=None, root="data"):
-    """What --data names -> a source. split: "pretrain" (labels unused), "train" or "val".
+class Part:
+    """`count` images of a source, evenly spread over it, and so over the classes of a folder."""
+
+    def __init__(self, source, count):
+        if not 1 <= count:
+            raise UsageError(f"--limit must be positive, got {count}")
+        self.source, self.classes, self.image_size = source, source.classes, source.image_size
+        self.can_shrink = getattr(source, "can_shrink", False)
+        self.places = np.linspace(0, len(source), min(count, len(source)), endpoint=False).astype(int).tolist()
+        self.description = f"{source.description}, {len(self)} of them"
+
+    def __len__(self):
+        return len(self.places)
+
+    def read(self, index, shrink=None):
+        return self.source.read(self.places[index], *[shrink] * self.can_shrink)
+
+    def name(self, index):
+        return self.source.name(self.places[index])
+
+    def file(self, index):
+        return self.source.file(self.places[index])
+
+
+def load_data(name, split="pretrain", image_size=None, root="data", limit=None):
+    """What --data names -> a source. split: "pretrain" (labels unused), "train" or "val"; limit: of its images.
 
     Raises UsageError if there is no such data, or no images in it.
     """
     if name == "shapes":
-        return Shapes(split, pair_max(image_size) or 64)
-    return load_named(name, split, root) if name in NAMED else load_folder(name, split)
+        source = Shapes(split, pair_max(image_size) or 64)
+    else:
+        source = load_named(name, split, root) if name in NAMED else load_folder(name, split)
+    return source if limit is None else Part(source, limit)
 
 
 def pair_max(size):
@@ -940,11 +984,26 @@ def open_regions(kind, source, data, split="pretrain", scales=None, cache="data/
 # Items and batches
 
 
+def resized_crop(image, box, full, size):
+    """A box (top, left, height, width) of an image [C, H, W], which was of the size `full`, resized to `size`, bicubic.
+
+    torchvision's uint8 kernel is fast on pixels that lie together, and slow on a slice of a decoded image.
+    """
+    if tuple(full) != tuple(image.shape[-2:]):  # decoded at a reduced size
+        (top, left, height, width), (down, across) = box, (new / old for new, old in zip(image.shape[-2:], full))
+        top, bottom, left, right = (round(x) for x in (top * down, (top + height) * down,
+                                                       left * across, (left + width) * across))
+        box = top, left, bottom - top, right - left
+    box = TF.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
+    return TF.resize(box, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)[0]
+
+
 class Images(torch.utils.data.Dataset):
     """Items of a source for one way of looking at its images.
 
     view: "crop" a random resized crop (training); "center" the largest centred crop, of 7/8 the side for large images,
-        as the papers evaluate; "whole" the full image, resized.
+        as the papers evaluate; "whole" the full image, resized. Large JPEGs are decoded at a reduced size as far as the
+        crop allows (`decode`), but for the second, whose pixels are to be everybody's.
     flip: whether every second random crop, by chance, is mirrored.
     crop_scale: area of the random crop, as fractions of the image's.
     augment: a transforms.v2 transform of the cropped uint8 image, such as RandAugment.
@@ -961,16 +1020,26 @@ class Images(torch.utils.data.Dataset):
         self.size = list(image_size) if not isinstance(image_size, int) else [image_size, image_size]
         self.random_crop = v2.RandomResizedCrop(self.size, scale=crop_scale)
         self.regions = regions
+        self.can_shrink = getattr(source, "can_shrink", False) and view != "center" and regions is None
 
     def __len__(self):
         return len(self.source)
 
-    def read(self, index):
-        """(item, index, broken): the source's item at index, or at the next place where one can be read."""
+    def read(self, epoch, index):
+        """(item, index, broken): the source's item at index, or at the next place where one can be read.
+
+        The image may be smaller than its file's, as far as the crop allows; item["size"] is then the file's.
+        """
         for shift in range(min(100, len(self))):
-            at = (index + shift) % len(self)
+            at, size = (index + shift) % len(self), {}
+
+            def shrink(H, W):
+                size["size"] = H, W
+                _, _, height, width = self.choose_box(epoch, at, H, W)
+                return min(height // self.size[0], width // self.size[1])
+
             try:
-                item = self.source.read(at)
+                item = self.source.read(at, *[shrink] * self.can_shrink) | size
                 if min(item["image"].shape[-2:]) < MIN_SIDE:
                     raise TooSmall("{2}x{1} pixels, too small".format(*item["image"].shape))
                 return item, at, index if shift else -1
@@ -982,23 +1051,20 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        item, index, broken = self.read(index)
-        image = tv_tensors.Image(item["image"])
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-        H, W = image.shape[-2:]
-        top, left, height, width = self.choose_box(image, H, W)
+        item, index, broken = self.read(epoch, index)
+        image = tv_tensors.Image(item["image"])
+        H, W = item.get("size", image.shape[-2:])
+        top, left, height, width = self.choose_box(epoch, index, H, W)
         flip = self.flip and self.view == "crop" and bool(torch.rand(()) < 0.5)
         out = dict(label=item["label"], index=index, broken=broken, flip=flip,
                    box=torch.tensor([left / W, top / H, (left + width) / W, (top + height) / H]))
-        crop = functools.partial(TF.resized_crop, size=self.size, interpolation=v2.InterpolationMode.BICUBIC,
-                                 antialias=True)
-        image = crop(image, top, left, height, width)
+        image = resized_crop(image, (top, left, height, width), (H, W), self.size)
         out["image"] = TF.horizontal_flip(image) if flip else image
         if self.regions is not None:
             maps = self.regions.read(index, item)
             if maps.is_floating_point():
-                maps = crop(tv_tensors.Image(maps), top, left, height, width)
+                maps = resized_crop(tv_tensors.Image(maps), (top, left, height, width), (H, W), self.size)
             else:  # the pixel under each centre, at the maps' own resolution: v2's `nearest` is half a pixel off
                 boxes = zip((top / H, left / W), (height / H, width / W), maps.shape[1:], self.size)
                 rows, columns = ((n * (start + length * (torch.arange(count) + 0.5) / count)).long()
@@ -1011,10 +1077,11 @@ class Images(torch.utils.data.Dataset):
         torch.set_rng_state(state)
         return out
 
-    def choose_box(self, image, H, W):
-        """The crop (top, left, height, width) in pixels."""
+    def choose_box(self, epoch, index, H, W):
+        """The crop (top, left, height, width) in pixels of an image of this size; seeds what is random of the item."""
+        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
         if self.view == "crop":
-            return self.random_crop.get_params(image, self.random_crop.scale, self.random_crop.ratio)
+            return self.random_crop.get_params(torch.empty(0, H, W), self.random_crop.scale, self.random_crop.ratio)
         if self.view == "whole":
             return 0, 0, H, W
         share = 1.0 if max(self.size) <= SMALL else 224 / 256

@@ -1,15 +1,19 @@
 """Evaluation of a checkpoint: `python eval.py CHECKPOINT --task linear --data /imagenet`.
 
 Tasks: knn, linear, attentive, finetune (accuracies, as one JSON line last); reconstruct, attention, segment (PNG
-pictures); speed (a table of all methods, without a checkpoint). CHECKPOINT is
-checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state dict, or `random`: an untrained encoder.
+pictures); speed and compare (tables of all methods, without a checkpoint: what they cost, and what they give).
+CHECKPOINT is checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state dict, or `random`: an
+untrained encoder.
 """
 
 import functools
 import json
 import math
+import os
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,11 +26,13 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode, default_scales,
-                      denormalize, load_data, make_loader, normalize, open_regions, pair_max, read_labels, seed_of)
-from train import (PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction,
-                   exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups,
-                   picture_items, settle_machine, tile, tokenizer_id, write_atomically)
+from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode, default_regions,
+                      default_scales, denormalize, load_data, make_loader, normalize, open_regions, pair_max,
+                      read_labels, seed_of)
+from train import PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction
+from train import exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups
+from train import parse as parse_run
+from train import picture_items, settle as settle_recipe, settle_machine, tile, tokenizer_id, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' on large images, ours (the second table) for images of up to 96 pixels
@@ -42,12 +48,14 @@ RECIPES = {
     "segment": dict(count=6, image_visible=0.25),
     "speed": dict(model="base", image_size=224, patch_size=16, batch_size=64, repeats=5, methods=None,
                   reference="mae"),
+    "compare": dict(epochs=200, finetune_epochs=30, probe_epochs=90, jobs=1, methods=None),
 }
 SMALL_RECIPES = {
     "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
     "attentive": dict(epochs=90, batch_size=256, base_lr=0.05, warmup_epochs=10),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
-    "speed": dict(model="small", batch_size=4),  # on a CPU
+    "speed": dict(model="small", batch_size=4),  # on a CPU, as
+    "compare": dict(epochs=10, finetune_epochs=5, probe_epochs=30),
 }
 SETTINGS = {  # flag: (type, what it is)
     "epochs": (int, "passes over the training images"),
@@ -64,6 +72,9 @@ SETTINGS = {  # flag: (type, what it is)
     "count": (int, "images in the picture"),
     "image_visible": (float, "segment: share of the image's patches that are encoded, those of the hints among them "
                              "(default 0.25, as many as in pre-training; 1: the whole image)"),
+    "finetune_epochs": (int, "compare: of fine-tuning"),
+    "probe_epochs": (int, "compare: of the linear and the attentive probe"),
+    "jobs": (int, "compare: rows of the table worked on at a time, which share the CPU's cores"),
     "repeats": (int, "speed: timed steps of each variant"),
     "query": (int, "whose attention: 0 the class token (default; of LoMaR, which does not train it, the patch in the "
                    "middle), 1+i patch i"),
@@ -215,7 +226,7 @@ def accuracies(logits, labels):
 
 def labelled(settings, split, size, view="center", **options):
     """The labelled images of --data as items; raises UsageError if they have no labels."""
-    source = load_data(settings["data"], split, size)
+    source = load_data(settings["data"], split, size, limit=settings.get("limit"))
     if len(source.classes) < 2:
         raise UsageError(f"--task {settings['task']} needs labels: a folder per class; {source.description}")
     print(source.description, file=sys.stderr)
@@ -743,9 +754,11 @@ def attention(encoder, settings, machine):
 # Speed
 
 class RandomTokens(nn.Module):
-    """In place of a tokenizer, at no cost: random ones of DALL-E's 8192 tokens."""
+    """In place of a tokenizer, at no cost: random tokens, by default DALL-E's 8192."""
 
-    vocab_size = 8192
+    def __init__(self, vocab_size=8192):
+        super().__init__()
+        self.vocab_size = vocab_size
 
     def tokenize(self, images, grid):
         return torch.randint(self.vocab_size, (len(images), grid[0] * grid[1]), device=images.device)
@@ -893,26 +906,179 @@ def speed(settings, machine):
     return dict(rows=rows, matmul_peak_gmac_per_s=round(peak))
 
 
+# Side by side: a table of what each method gives for the same epochs, and for the same compute
+
+COMPARED = {  # name: what train.py is told
+    "mae": "--method mae", "simmim": "--method simmim", "beit": "--method beit --tokenizer",
+    "amt": "--method amt", "amt-simmim": "--method amt --base simmim", "lomar": "--method lomar",
+    "objmae": "--method objmae", "objmae-inter": "--method objmae --selection inter", "rae": "--method rae",
+    "rmae": "--method rmae", "cae": "--method cae", "cae-token": "--method cae --tokenizer",
+}
+MEASURES = ("knn", "linear", "attentive", "finetune")
+
+
+def shared_flags(settings, *names):
+    """What the user gave of these flags, for the commands of --task compare."""
+    given = {k: settings[k] for k in ("data", "seed", *names) if settings.get(k) is not None}
+    return [word for k, v in given.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def train_command(name, epochs, settings, output):
+    """train.py's arguments for a row of the table."""
+    words = ["--method", "dvae"] if name == "dvae" else COMPARED[name].split()
+    if words[-1] == "--tokenizer":
+        words.append(str(settings["output"] / "dvae" / "checkpoint.pt"))
+    if words[1] == "objmae" and default_regions("objmae", settings["data"]) == "cam":
+        words += ["--regions", "fh"]  # small images are none for a ResNet-50 of ImageNet
+    words += [] if name == "dvae" else ["--epochs", str(epochs)]
+    words += shared_flags(settings, "limit", "device", "precision", *(() if name == "dvae" else ("model",)))
+    return ["train.py", *words, *["--compile"] * bool(settings.get("compile")), "--output", str(output)]
+
+
+def eval_commands(checkpoint, settings, output, pool="mean", tasks=MEASURES):
+    """eval.py's arguments for the measures of one encoder. All pool by the mean: some methods train no class token."""
+    common = shared_flags(settings, "limit", "device", "precision", *(("model",) if checkpoint == "random" else ()))
+    probe = ["--cache-features", "--epochs", str(settings["probe_epochs"])]
+    special = dict(knn=["--pool", pool], linear=["--pool", pool, *probe],
+                   attentive=[*probe, "--output", str(output / "attentive.png")],
+                   finetune=["--epochs", str(settings["finetune_epochs"])])
+    return {task: ["eval.py", str(checkpoint), "--task", task, *special[task], *common] for task in tasks}
+
+
+def training_gmac(command):
+    """10^9 multiply-adds that an image costs in pre-training: forward, backward and AMT's passes for its maps.
+
+    Those of a tokenizer are left out, as BEiT's and CAE's papers do.
+    """
+    given = parse_run(command[1:])
+    source = load_data(given["data"], "pretrain", limit=given.get("limit"))
+    run = settle_recipe(given, len(source), source.image_size)
+    method = build_method(run)
+    tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
+    if tokenizer is not None:
+        method.head.tokenizer = RandomTokens(tokenizer.vocab_size)
+    gmac = count_gmac(method, synthetic_batch(method, 1, torch.device("cpu")))[1]
+    if hasattr(method, "maps_due"):
+        passes = sum(method.maps_due(epoch, run["epochs"]) for epoch in range(run["epochs"]))
+        gmac += count_gmac(Plain(method.encoder), dict(images=torch.zeros(1, 3, *method.encoder.image_size)))[0] \
+            * passes / run["epochs"]
+    return gmac
+
+
+def carry_out(command, log, threads):
+    """Runs a command unless its log says that it has been; returns the log's last line.
+
+    The log is the command, what it printed, and last its result. UsageError if it fails.
+    """
+    text = "python " + " ".join(command)
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else [""]
+    result = lines[-2] if len(lines) > 2 else ""
+    if lines[0] == text and (result.startswith("{") or "epochs done" in result):
+        return result
+    log.parent.mkdir(parents=True, exist_ok=True)
+    resume = command[0] == "train.py" and (log.parent / "checkpoint.pt").exists()
+    here = Path(__file__).parent
+    with open(log, "w") as file:
+        print(text, file=file, flush=True)
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        words = [sys.executable, str(here / command[0]), *command[1:], *["--resume"] * resume]
+        failed = subprocess.run(words, stdout=file, stderr=subprocess.PIPE, text=True, env=environment)
+    if failed.returncode:
+        raise UsageError(f"{text}: {(failed.stderr.strip().splitlines() or ['it failed'])[-1]}")
+    return log.read_text().split("\n")[-2]
+
+
+def compare_row(name, epochs, settings):
+    """Pre-trains and measures one encoder -> dict(epochs, seconds of training, an accuracy for each of MEASURES)."""
+    output = settings["output"] / (name if name in ("random", "supervised") else f"{name}-{epochs}")
+    threads = max(1, os.cpu_count() // settings["jobs"]) if settings["jobs"] > 1 else None
+    row = dict(name=name, epochs=epochs)
+    if name == "supervised":
+        command = eval_commands("random", settings | dict(finetune_epochs=epochs), output, tasks=("finetune",))
+        command["finetune"] += ["--layer-decay", "1"]
+    elif name == "random":
+        command = eval_commands("random", settings, output)
+    else:
+        carry_out(train_command(name, epochs, settings, output), output / "train.txt", threads)
+        lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        row |= dict(seconds=round(sum(line["seconds"] for line in lines)), loss=round(lines[-1]["loss"], 4))
+        command = eval_commands(output / "encoder.pt", settings, output)
+    for task, words in command.items():
+        row[task] = json.loads(carry_out(words, output / f"{task}.txt", threads))["top1"]
+    return row
+
+
+def compare_line(cells):
+    """A line of the table, in Markdown."""
+    return "| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else "" if c is None else str(c) for c in cells) + " |"
+
+
+def compare(settings, machine):
+    """The methods under one budget: pre-trained for the same epochs, and for MAE's compute; four accuracies each.
+
+    Every row is a sequence of train.py and eval.py commands, which its logs in --output show. What is there is not done
+    again, so that the table goes on after an interrupt. `random` is the untrained encoder, its fine-tuning supervised
+    training from scratch; `supervised` is that for the epochs of the compute of MAE's pre-training and fine-tuning.
+    """
+    names, epochs = settings["methods"] or list(COMPARED), settings["epochs"]
+    for name in names:
+        check_choice("--methods", name, list(COMPARED))
+    if any(COMPARED[name].endswith("--tokenizer") for name in names):
+        output = settings["output"] / "dvae"
+        carry_out(train_command("dvae", None, settings, output), output / "train.txt", None)
+    command = functools.partial(train_command, epochs=epochs, settings=settings, output="")
+    gmac = {name: training_gmac(command(name)) for name in dict.fromkeys(["mae", *names])}
+    share = {name: g / gmac["mae"] for name, g in gmac.items()}
+    given = parse_run(command("mae")[1:])
+    source = load_data(given["data"], "pretrain", limit=given.get("limit"))
+    encoder = build_method(settle_recipe(given, len(source), source.image_size)).encoder
+    plain = count_gmac(Plain(encoder), dict(images=torch.zeros(1, 3, *encoder.image_size)))[1]
+    rows = [("random", 0), ("supervised", settings["finetune_epochs"] + round(epochs * gmac["mae"] / plain))]
+    rows += [(name, epochs) for name in names]
+    rows += [(name, max(1, round(epochs / share[name]))) for name in names]
+    rows = list(dict.fromkeys(rows))
+    print(f"{len(rows)} encoders; the commands and what they print are in {settings['output']}/", file=sys.stderr)
+    done = {}
+    with ThreadPoolExecutor(settings["jobs"]) as pool, tqdm(total=len(rows), desc="encoders") as progress:
+        for row in pool.map(lambda row: compare_row(*row, settings), rows):
+            done[row["name"], row["epochs"]] = row
+            progress.update()
+            tqdm.write(json.dumps(row), file=sys.stderr)
+    accuracy = lambda row: [row.get(task) for task in MEASURES]  # noqa: E731
+    heads = ["k-NN", "linear", "attentive", "fine-tuned"]
+    print(compare_line(["", "compute", *heads, "epochs", *heads]))
+    print(compare_line(["---"] * (3 + 2 * len(heads))))
+    for name, count in rows[:2]:
+        print(compare_line([name, "", *accuracy(done[name, count]), *[None] * 5]))
+    for name in names:
+        equal = max(1, round(epochs / share[name]))
+        print(compare_line([name, f"{share[name]:.2f}", *accuracy(done[name, epochs]), equal,
+                            *accuracy(done[name, equal])]))
+    return dict(rows=list(done.values()), gmac={k: round(v, 4) for k, v in gmac.items()})
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 
 TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, reconstruct=reconstruct,
-             attention=attention, segment=segment, speed=speed)
+             attention=attention, segment=segment, speed=speed, compare=compare)
+OF_ALL = ("speed", "compare")  # tasks of all methods, without a checkpoint
 WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
 PICTURES = ("attentive", "reconstruct", "attention", "segment")
 ONLY_FOR = dict(  # the decoder of reconstruct and segment has its own image size
-    image_size=("knn", "linear", "attentive", "finetune", "attention", "speed"), images=PICTURES, output=PICTURES,
-    cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
+    image_size=("knn", "linear", "attentive", "finetune", "attention", "speed"), images=PICTURES,
+    output=(*PICTURES, "compare"), limit=("knn", "linear", "attentive", "finetune", "compare"), cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
     regions=("reconstruct", "attention", "segment"), cam_weights=("reconstruct", "attention"), points=("segment",),
-    background=("segment",), hints=("segment",), methods=("speed",), reference=("speed",), compile=("speed",))
+    background=("segment",), hints=("segment",), methods=OF_ALL, reference=("speed",), compile=OF_ALL)
 
 
 def parse(argv):
     """Command line -> what the user gave; arguments of pre-training methods (for reconstruct) in method_options."""
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`; --task speed needs none")
+    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`; speed and compare need none")
     parser.add_argument("--task", help=", ".join(TASKS))
     parser.add_argument("--data", default="shapes", help="as in train.py")
+    parser.add_argument("--limit", type=int, help="use so many images of each split, evenly spread (default: all)")
     parser.add_argument("--images", nargs="+", help="image files for a picture, instead of --data")
     parser.add_argument("--model", help="size of an untrained encoder")
     parser.add_argument("--image-size", type=int, nargs="+", help="pixels (default: the checkpoint's)")
@@ -923,9 +1089,11 @@ def parse(argv):
     parser.add_argument("--regions", help="as in train.py, for reconstruct, segment (default: the run's) and --rollout")
     parser.add_argument("--cam-weights", help="as in train.py")
     parser.add_argument("--tokenizer", help="reconstruct: as in train.py, if it is not where it was")
-    parser.add_argument("--methods", nargs="+", help=f"speed: some of {', '.join(VARIANTS)}")
+    parser.add_argument("--methods", nargs="+", help=f"speed: some of {', '.join(VARIANTS)}; compare: "
+                                                             f"some of {', '.join(COMPARED)}")
     parser.add_argument("--reference", help="speed: the variant that the others are compared with (default: mae)")
-    parser.add_argument("--compile", action="store_true", default=None, help="speed: with torch.compile too")
+    parser.add_argument("--compile", action="store_true", default=None, help="speed: with torch.compile too; "
+                                                                                   "compare: train with it")
     parser.add_argument("--points", nargs="+", help="segment: x,y ... in pixels, inside the region")
     parser.add_argument("--background", nargs="+", help="segment: x,y ... outside of it")
     parser.add_argument("--hints", help="segment: label PNG of the image's size, 0 unknown, 1 background, 2 region")
@@ -967,10 +1135,12 @@ def check(given):
     if given.get("image_visible", 0) > 1:
         raise UsageError(f"--image-visible must be at most 1, got {given['image_visible']}")
     check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count", "repeats",
-                         "image_visible"), ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
+                         "image_visible", "finetune_epochs", "probe_epochs", "jobs", "limit"), ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
     check_choice("--pool", given.get("pool", "cls"), ["cls", "mean"])
-    if task == "speed":
+    if task in OF_ALL:
         check_choice("--model", given.get("model", "base"), list(mim.SIZES))
+        if "checkpoint" in given:
+            raise UsageError(f"--task {task} takes no checkpoint, got {given['checkpoint']}")
     elif "checkpoint" not in given:
         raise UsageError("which checkpoint? Give a file, or `random`")
 
@@ -985,15 +1155,18 @@ def settle(given, model, precision, on_cuda):
     task, encoder = given["task"], sized(model)
     recipe = dict(RECIPES[task])
     small = task in SMALL_RECIPES and encoder is not None and max(encoder.image_size) <= SMALL
-    if small or task == "speed" and not on_cuda:
+    if small or task in OF_ALL and not on_cuda:
         recipe |= SMALL_RECIPES[task]
-    if "epochs" in given:  # a shorter run warms up for the same share of it
+    if "epochs" in given and "warmup_epochs" in recipe:  # a shorter run warms up for the same share of it
         recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
     settings = recipe | dict(precision=precision) | given
     if getattr(encoder, "relative_position", False) and "pool" in recipe:  # LoMaR pools by the mean, and
         settings["pool"] = given.get("pool", "mean")
         if task == "finetune" and not small:
             settings["base_lr"] = given.get("base_lr", 1e-3)  # fine-tunes at 1e-3 (its §6.1)
+    if task == "compare":
+        settings["output"] = Path(given.get("output", f"runs/compare-{Path(given['data']).name}"))
+        return settings
     beside = Path(".") if given.get("checkpoint", "random") == "random" else Path(given["checkpoint"]).parent
     settings["output"] = Path(given.get("output", beside / f"{task}.png"))
     return settings
@@ -1005,12 +1178,12 @@ def main(argv):
     task, began = given["task"], time.perf_counter()
     device, precision, workers = settle_machine(given)
     check(given)
-    model = None if task == "speed" else open_method(given) if task in WHOLE else open_encoder(given)
+    model = None if task in OF_ALL else open_method(given) if task in WHOLE else open_encoder(given)
     settings = settle(given, model, precision, device.type == "cuda")
     amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
     machine = device, amp, workers
-    if task == "speed":
-        result = dict(task=task, **speed(settings, machine))
+    if task in OF_ALL:
+        result = dict(task=task, **TASKS[task](settings, machine))
     else:
         result = TASKS[task](model.to(device).eval(), settings, machine)
         result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])

@@ -68,13 +68,13 @@ RECIPES["dvae"] = dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, 
                        min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4, lookahead=0, clip_grad=None,
                        crop_scale=(0.2, 1.0), flip=True)
 
-# What changes for images of up to 96 pixels, and for the built-in scenes: ours, not the papers'. patch_size is an
-# eighth of the image; `options` are constructor arguments of the method, for those that have them.
+# What changes for images of up to 96 pixels, and for the built-in scenes or --model nano: ours, not the papers'.
+# patch_size is an eighth of the image; `options` are constructor arguments of the method, for those that have them.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
                     options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5))
-SHAPES_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
-                     options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64,
-                                  interval=2))  # an update of the maps costs as much as an epoch here
+NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
+                   options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64,
+                                interval=2))  # an update of the maps costs as much as an epoch here
 DVAE_SMALL_RECIPE = dict(base_lr=3e-3, lr_batch=32, batch_size=32, epochs=5, warmup_epochs=0.0,
                          options=dict(hidden_dim=32, groups=3, vocab_size=512))
 
@@ -84,6 +84,7 @@ DVAE_SMALL_RECIPE = dict(base_lr=3e-3, lr_batch=32, batch_size=32, epochs=5, war
 NOT_OF_DVAE = ("model", "patch_size")
 FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe's"
     "data": (str, "shapes (built in), cifar10, cifar100, stl10, or a folder of images"),
+    "limit": (int, "use so many of the images, evenly spread (default: all)"),
     "model": (str, f"encoder size: {', '.join(mim.SIZES)}"),
     "image_size": (int, "pixels, one number or height and width"),
     "patch_size": (int, "pixels"),
@@ -238,7 +239,8 @@ def settle(given, num_images, natural_size, world_size=1):
     recipe.pop("image_size", None)
     image_size = given.get("image_size", natural_size)
     if pair_max(image_size) <= SMALL:
-        small = SHAPES_RECIPE if given.get("data", "shapes") == "shapes" else SMALL_RECIPE
+        nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
+        small = NANO_RECIPE if nano else SMALL_RECIPE
         recipe |= small | (DVAE_SMALL_RECIPE if method == "dvae" else {})
         sides = [image_size] if isinstance(image_size, int) else image_size
         common = math.gcd(*sides)  # an eighth of the image, or the nearest below that divides it
@@ -483,7 +485,7 @@ def save_picture(path, method, items, device, seed=0):
     training = method.training
     method.eval()
     torch.manual_seed(seed)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a compiled method is for batches of one size
         grid = draw_reconstruction(method, **{k: v.to(device) for k, v in items.items()})
     method.train(training)
     write_atomically(path, lambda to: save_image(grid, to, format="png"))
@@ -587,7 +589,7 @@ def settle_run(given, state, rank, world_size):
         given = {k: v for k, v in given.items() if v is not None}
     if rank and world_size > 1:
         dist.barrier()  # one process downloads
-    source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"))
+    source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"), limit=given.get("limit"))
     if not rank and world_size > 1:
         dist.barrier()
     if state and saved["num_images"] != len(source):
@@ -729,7 +731,7 @@ def prepare(given):
     if state:
         restore(run, state)
     if settings["compile"]:
-        run.method.compile()
+        run.method.compile(dynamic=False)
     run.model = run.method
     if run.world_size > 1:
         run.model = DistributedDataParallel(run.method, broadcast_buffers=False, gradient_as_bucket_view=True)

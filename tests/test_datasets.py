@@ -1,5 +1,8 @@
 """Data: what is recognised, what an item holds, and that geometry, order and randomness are what they claim."""
 
+import itertools
+import math
+import os
 import time
 from pathlib import Path
 
@@ -248,6 +251,45 @@ def test_box_and_flip_say_where_the_pixels_come_from(view, size):
     assert (len(boxes) > 20 and flips == {True, False}) if view == "crop" else (len(boxes) == 1 and flips == {False})
     if view == "whole":
         assert boxes == {(0.0, 0.0, 1.0, 1.0)}
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("view, size, times", [("crop", 130, 4), ("center", 96, 1), ("whole", (300, 300), 2), ("crop", 500, 1)])
+def test_large_jpegs_are_decoded_smaller_where_the_crop_allows_it(tmp_path, monkeypatch, orientation, view, size, times):
+    image = coordinates(901, 1201).permute(1, 2, 0).numpy()
+    image = np.clip(image + np.random.default_rng(0).normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(tmp_path / "large.jpg", quality=97, exif=exif)
+    dataset = Images(load_data(str(tmp_path)), size, view, crop_scale=(0.7, 1.0))
+    assert os.path.getsize(tmp_path / "large.jpg") > datasets.LARGE
+    shapes, resized_crop = [], datasets.resized_crop
+    monkeypatch.setattr(datasets, "resized_crop", lambda image, *rest: shapes.append(image.shape) or resized_crop(image, *rest))
+    for epoch in range(3):
+        small = dataset[epoch, 0]
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset, "can_shrink", False)
+            whole = dataset[epoch, 0]
+        assert torch.equal(small["box"], whole["box"]) and small["flip"] == whole["flip"]
+        assert (small["image"].float() - whole["image"].float()).abs().mean() < (1.5 if times > 1 else 1e-9)
+        (_, h, w), (_, H, W) = shapes[-2:]
+        assert (h, w) == (math.ceil(H / times), math.ceil(W / times)) and (H > W) == (orientation == 6)
+
+
+def test_a_box_at_the_edge_stays_inside_of_a_smaller_image():
+    white = torch.full((3, 101, 76), 255, dtype=torch.uint8)  # of 201 x 151 pixels
+    for top, left in itertools.product(range(0, 40), range(0, 30)):
+        out = datasets.resized_crop(white, (top, left, 201 - top, 151 - left), (201, 151), [16, 16])
+        assert out.min() == 255
+
+
+def test_a_limit_takes_images_evenly(folder):
+    whole, part = load_data(str(folder), "train"), load_data(str(folder), "train", limit=6)
+    assert len(part) == 6 and [part.read(i)["label"] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert [part.name(i) for i in range(6)] == [whole.name(i) for i in range(0, 24, 4)]
+    assert part.file(1) == whole.file(4) and "24 images" in part.description and "6 of them" in part.description
+    assert len(load_data(str(folder), "train", limit=100)) == 24
+    assert torch.equal(Images(part, 32, "whole")[2]["image"], Images(whole, 32, "whole")[8]["image"])
 
 
 def test_random_crops_cover_the_asked_share():
