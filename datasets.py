@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -278,7 +277,7 @@ class Arrays:
         return f"{self.title}-{len(self)}/{index}"
 
 
-LARGE = 2**17  # bytes; in smaller files reading the size first costs more than is gained
+LARGE = 2**19  # bytes; of smaller files hardly a crop allows a reduction, and looking for one costs time
 
 
 def decode(path, shrink=None):
@@ -439,11 +438,9 @@ class Part:
     """`count` images of a source, evenly spread over it, and so over the classes of a folder."""
 
     def __init__(self, source, count):
-        if not 1 <= count:
-            raise UsageError(f"--limit must be positive, got {count}")
         self.source, self.classes, self.image_size = source, source.classes, source.image_size
         self.can_shrink = getattr(source, "can_shrink", False)
-        self.places = np.linspace(0, len(source), min(count, len(source)), endpoint=False).astype(int).tolist()
+        self.places = np.linspace(0, len(source), count, endpoint=False).astype(int).tolist()
         self.description = f"{source.description}, {len(self)} of them"
 
     def __len__(self):
@@ -468,7 +465,9 @@ def load_data(name, split="pretrain", image_size=None, root="data", limit=None):
         source = Shapes(split, pair_max(image_size) or 64)
     else:
         source = load_named(name, split, root) if name in NAMED else load_folder(name, split)
-    return source if limit is None else Part(source, limit)
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be positive, got {limit}")
+    return source if limit is None or limit >= len(source) else Part(source, limit)
 
 
 def pair_max(size):
@@ -1053,24 +1052,23 @@ class Images(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         state = torch.get_rng_state()
         item, index, broken = self.read(epoch, index)
-        image = tv_tensors.Image(item["image"])
-        H, W = item.get("size", image.shape[-2:])
+        H, W = item.get("size", item["image"].shape[-2:])
         top, left, height, width = self.choose_box(epoch, index, H, W)
         flip = self.flip and self.view == "crop" and bool(torch.rand(()) < 0.5)
         out = dict(label=item["label"], index=index, broken=broken, flip=flip,
                    box=torch.tensor([left / W, top / H, (left + width) / W, (top + height) / H]))
-        image = resized_crop(image, (top, left, height, width), (H, W), self.size)
-        out["image"] = TF.horizontal_flip(image) if flip else image
+        image = resized_crop(item["image"], (top, left, height, width), (H, W), self.size)
+        out["image"] = image.flip(-1) if flip else image
         if self.regions is not None:
             maps = self.regions.read(index, item)
             if maps.is_floating_point():
-                maps = resized_crop(tv_tensors.Image(maps), (top, left, height, width), (H, W), self.size)
+                maps = resized_crop(maps, (top, left, height, width), (H, W), self.size)
             else:  # the pixel under each centre, at the maps' own resolution: v2's `nearest` is half a pixel off
                 boxes = zip((top / H, left / W), (height / H, width / W), maps.shape[1:], self.size)
                 rows, columns = ((n * (start + length * (torch.arange(count) + 0.5) / count)).long()
                                  for start, length, n, count in boxes)
                 maps = maps[:, rows[:, None], columns]
-            maps = TF.horizontal_flip(maps) if flip else maps
+            maps = maps.flip(-1) if flip else maps
             out["regions"] = maps if maps.is_floating_point() else renumber(maps)
         if self.augment is not None:
             out["image"] = self.augment(out["image"])

@@ -1,9 +1,9 @@
 """Evaluation of a checkpoint: `python eval.py CHECKPOINT --task linear --data /imagenet`.
 
 Tasks: knn, linear, attentive, finetune (accuracies, as one JSON line last); reconstruct, attention, segment (PNG
-pictures); speed and compare (tables of all methods, without a checkpoint: what they cost, and what they give).
-CHECKPOINT is checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state dict, or `random`: an
-untrained encoder.
+pictures); speed, data and compare (without a checkpoint: what a step of each method costs, what reading images costs,
+what all methods give). CHECKPOINT is checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state dict, or
+`random`: an untrained encoder.
 """
 
 import functools
@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image
+from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (MEAN, SMALL, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode, default_regions,
-                      default_scales, denormalize, load_data, make_loader, normalize, open_regions, pair_max,
-                      read_labels, seed_of)
+from datasets import (MEAN, SMALL, STD, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode,
+                      default_regions, default_scales, denormalize, load_data, make_loader, normalize, open_regions,
+                      pair_max, read_labels, seed_of)
 from train import PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction
 from train import exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups
 from train import parse as parse_run
@@ -48,6 +50,7 @@ RECIPES = {
     "segment": dict(count=6, image_visible=0.25),
     "speed": dict(model="base", image_size=224, patch_size=16, batch_size=64, repeats=5, methods=None,
                   reference="mae"),
+    "data": dict(image_size=224, limit=200, repeats=3),
     "compare": dict(epochs=200, finetune_epochs=30, probe_epochs=90, jobs=1, methods=None),
 }
 SMALL_RECIPES = {
@@ -75,7 +78,7 @@ SETTINGS = {  # flag: (type, what it is)
     "finetune_epochs": (int, "compare: of fine-tuning"),
     "probe_epochs": (int, "compare: of the linear and the attentive probe"),
     "jobs": (int, "compare: rows of the table worked on at a time, which share the CPU's cores"),
-    "repeats": (int, "speed: timed steps of each variant"),
+    "repeats": (int, "speed: timed steps of each variant; data: timed passes"),
     "query": (int, "whose attention: 0 the class token (default; of LoMaR, which does not train it, the patch in the "
                    "middle), 1+i patch i"),
 }
@@ -906,6 +909,35 @@ def speed(settings, machine):
     return dict(rows=rows, matmul_peak_gmac_per_s=round(peak))
 
 
+def data(settings, machine):
+    """Images/s of reading, decoding, cropping and flipping on one core: the usual pipeline of Pillow and transforms v1
+    as MAE's code has it, and `Images`, whose normalisation is left to the device. They take turns."""
+    source = load_data(settings["data"], "pretrain", limit=settings["limit"])
+    if not os.path.isfile(source.name(0)):
+        raise UsageError(f"--task data reads image files, and --data {settings['data']} is none: give a folder")
+    transform = transforms.Compose([
+        transforms.RandomResizedCrop(settings["image_size"], (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+    def usual(index):
+        with open(source.name(index), "rb") as file:
+            return transform(Image.open(file).convert("RGB"))
+
+    images = Images(source, settings["image_size"])
+    torch.set_num_threads(1)
+    seconds = dict(usual=[], ours=[])
+    for epoch in range(settings["repeats"] + 1):
+        for name, read in (("usual", usual), ("ours", lambda index: images[epoch, index])):
+            began = time.perf_counter()
+            for index in tqdm(range(len(source)), desc=name, leave=False):
+                read(index)
+            seconds[name].append(time.perf_counter() - began)
+    speed = {name: len(source) / sorted(s[1:])[len(s) // 2 - 1] for name, s in seconds.items()}  # the first warms up
+    print(f"{source.description}: {speed['usual']:.0f} images/s with Pillow and transforms v1, {speed['ours']:.0f} "
+          f"here, {speed['ours'] / speed['usual']:.2f} times as many")
+    return {name: round(x, 1) for name, x in speed.items()} | dict(ratio=round(speed["ours"] / speed["usual"], 3))
+
+
 # Side by side: a table of what each method gives for the same epochs, and for the same compute
 
 COMPARED = {  # name: what train.py is told
@@ -1061,21 +1093,24 @@ def compare(settings, machine):
 # Command line
 
 TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, reconstruct=reconstruct,
-             attention=attention, segment=segment, speed=speed, compare=compare)
-OF_ALL = ("speed", "compare")  # tasks of all methods, without a checkpoint
+             attention=attention, segment=segment, speed=speed, data=data,
+             compare=compare)
+OF_ALL = ("speed", "compare", "data")  # tasks without a checkpoint
 WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
 PICTURES = ("attentive", "reconstruct", "attention", "segment")
 ONLY_FOR = dict(  # the decoder of reconstruct and segment has its own image size
-    image_size=("knn", "linear", "attentive", "finetune", "attention", "speed"), images=PICTURES,
-    output=(*PICTURES, "compare"), limit=("knn", "linear", "attentive", "finetune", "compare"), cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
+    image_size=("knn", "linear", "attentive", "finetune", "attention", "speed", "data"), images=PICTURES,
+    output=(*PICTURES, "compare"), limit=("knn", "linear", "attentive", "finetune", "compare", "data"),
+    cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
     regions=("reconstruct", "attention", "segment"), cam_weights=("reconstruct", "attention"), points=("segment",),
-    background=("segment",), hints=("segment",), methods=OF_ALL, reference=("speed",), compile=OF_ALL)
+    background=("segment",), hints=("segment",), methods=("speed", "compare"), reference=("speed",),
+    compile=("speed", "compare"))
 
 
 def parse(argv):
     """Command line -> what the user gave; arguments of pre-training methods (for reconstruct) in method_options."""
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`; speed and compare need none")
+    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`; speed, data and compare need none")
     parser.add_argument("--task", help=", ".join(TASKS))
     parser.add_argument("--data", default="shapes", help="as in train.py")
     parser.add_argument("--limit", type=int, help="use so many images of each split, evenly spread (default: all)")
@@ -1135,7 +1170,8 @@ def check(given):
     if given.get("image_visible", 0) > 1:
         raise UsageError(f"--image-visible must be at most 1, got {given['image_visible']}")
     check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count", "repeats",
-                         "image_visible", "finetune_epochs", "probe_epochs", "jobs", "limit"), ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
+                         "image_visible", "finetune_epochs", "probe_epochs", "jobs", "limit"),
+                 ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
     check_choice("--pool", given.get("pool", "cls"), ["cls", "mean"])
     if task in OF_ALL:
         check_choice("--model", given.get("model", "base"), list(mim.SIZES))
@@ -1155,7 +1191,7 @@ def settle(given, model, precision, on_cuda):
     task, encoder = given["task"], sized(model)
     recipe = dict(RECIPES[task])
     small = task in SMALL_RECIPES and encoder is not None and max(encoder.image_size) <= SMALL
-    if small or task in OF_ALL and not on_cuda:
+    if small or task in ("speed", "compare") and not on_cuda:
         recipe |= SMALL_RECIPES[task]
     if "epochs" in given and "warmup_epochs" in recipe:  # a shorter run warms up for the same share of it
         recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
@@ -1166,7 +1202,7 @@ def settle(given, model, precision, on_cuda):
             settings["base_lr"] = given.get("base_lr", 1e-3)  # fine-tunes at 1e-3 (its §6.1)
     if task == "compare":
         settings["output"] = Path(given.get("output", f"runs/compare-{Path(given['data']).name}"))
-        return settings
+        return settings | dict(precision=given.get("precision"))
     beside = Path(".") if given.get("checkpoint", "random") == "random" else Path(given["checkpoint"]).parent
     settings["output"] = Path(given.get("output", beside / f"{task}.png"))
     return settings

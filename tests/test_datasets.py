@@ -262,6 +262,7 @@ def test_large_jpegs_are_decoded_smaller_where_the_crop_allows_it(tmp_path, monk
     exif[0x0112] = orientation
     Image.fromarray(image).save(tmp_path / "large.jpg", quality=97, exif=exif)
     dataset = Images(load_data(str(tmp_path)), size, view, crop_scale=(0.7, 1.0))
+    monkeypatch.setattr(datasets, "LARGE", 2**17)
     assert os.path.getsize(tmp_path / "large.jpg") > datasets.LARGE
     shapes, resized_crop = [], datasets.resized_crop
     monkeypatch.setattr(datasets, "resized_crop", lambda image, *rest: shapes.append(image.shape) or resized_crop(image, *rest))

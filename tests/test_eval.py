@@ -1,19 +1,24 @@
 """Evaluation: the protocols against numbers by hand, every task from every kind of checkpoint, and mistakes."""
 
 import contextlib
+import io
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.io import read_image, write_png
 
 import datasets
 import eval as evaluation
 import mim
 import train
+from datasets import render_scene
 
 SIZE = ["--image-size", 32, "--patch-size", 4, "--model", "nano"]
 
@@ -275,11 +280,89 @@ def test_every_variant_compiles_to_one_graph_once(name):
     assert counter.frame_count == 1
 
 
+def test_reading_images_is_timed_against_pillow(cli, tmp_path):
+    for i in range(6):
+        image = render_scene(i, 64)[0].transpose(1, 2, 0)
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg")
+    code, out, err = cli(evaluation, "--task", "data", "--data", tmp_path, "--image-size", 32, "--repeats", 1, "--limit", 4)
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result["ratio"] == pytest.approx(result["ours"] / result["usual"], rel=0.01), err
+    assert "6 images, 0 classes, 4 of them" in out
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The commands of --task compare run in this process; the list of them."""
+    commands = []
+
+    def run(words, stdout, stderr, text, env):
+        commands.append(words[1:])
+        program = {"train.py": train, "eval.py": evaluation}[Path(words[1]).name]
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(io.StringIO()) as said:
+            code = train.exit_with_one_line(Path(words[1]).name, lambda: program.main(words[2:]))
+        return SimpleNamespace(returncode=code, stderr=said.getvalue())
+
+    monkeypatch.setattr(evaluation.subprocess, "run", run)
+    return commands
+
+
+def test_compare_gives_equal_epochs_and_equal_compute(cli, folder, tmp_path, in_process):
+    flags = ["--data", folder, "--model", "nano", "--limit", 8, "--epochs", 6, "--finetune-epochs", 1, "--probe-epochs", 2,
+             "--output", tmp_path / "table", "--methods", "amt", "cae-token", "objmae"]
+    code, out, err = cli(evaluation, "--task", "compare", *flags)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    rows = {(r["name"], r["epochs"]): r for r in result["rows"]}
+    gmac = result["gmac"]
+    equal = {name: round(6 * gmac["mae"] / gmac[name]) for name in ("amt", "cae-token", "objmae")}
+    assert equal["cae-token"] < 6 < equal["objmae"]  # a dearer method trains for fewer epochs
+    assert rows.keys() >= {("random", 0)} | {(n, e) for name in equal for n, e in ((name, 6), (name, equal[name]))}
+    for (name, epochs), row in rows.items():
+        assert {"finetune"} | ({"knn", "linear", "attentive"} if name != "supervised" else set()) <= row.keys()
+        if name not in ("random", "supervised"):
+            assert len((tmp_path / "table" / f"{name}-{epochs}" / "log.jsonl").read_text().splitlines()) == epochs
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 2 + 3 and {line.count("|") for line in table} == {12}
+    trained = [c for c in in_process if "train.py" in c[0]]
+    assert any("--tokenizer" in c for c in trained) and all("fh" in c for c in trained if "objmae" in c)
+    first, count = (tmp_path / "table" / "amt-6" / "knn.txt").read_text().split("\n")[0], len(in_process)
+    assert first.startswith("python eval.py ") and "--task knn --pool mean" in first
+    code, again, _ = cli(evaluation, "--task", "compare", *flags)
+    assert code == 0 and len(in_process) == count and json.loads(again.splitlines()[-1])["rows"] == result["rows"]
+    (tmp_path / "table" / "amt-6" / "linear.txt").write_text(first)  # as after an interrupt
+    assert cli(evaluation, "--task", "compare", *flags)[0] == 0 and len(in_process) == count + 1
+
+
+def test_compare_counts_what_training_costs():
+    settings = dict(data="shapes", output=Path("none"), seed=0)
+    gmac = {name: evaluation.training_gmac(evaluation.train_command(name, 8, settings, "none"))
+            for name in ("mae", "amt", "simmim", "objmae")}
+    dim, n, dec = 128, 64, 64
+    block = lambda tokens, d: 12 * tokens * d * d + 2 * tokens * tokens * d  # noqa: E731
+    patches, pixels = n * dim * 192, 192  # 64 patches of 8x8 RGB
+    encoder = patches + 6 * block(17, dim)
+    decoder = 17 * dim * dec + 2 * block(65, dec) + 48 * dec * pixels
+    assert gmac["mae"] == pytest.approx((3 * (encoder + decoder) - patches) / 1e9, rel=0.01)  # images need no gradient
+    visible = n - int(n * 0.45 + 1e-6) - int(n * 0.40 + 1e-6)
+    amt = 3 * (patches + 6 * block(1 + visible, dim) + (1 + visible) * dim * dec
+               + 2 * block(n - int(n * 0.40) + 1, dec) + 28 * dec * pixels) - patches
+    maps = 3 / 8 * (patches + 6 * block(65, dim))  # before epochs 3, 5 and 7 of 8
+    assert gmac["amt"] == pytest.approx((amt + maps) / 1e9, rel=0.01)
+    assert gmac["simmim"] > 2 * gmac["mae"] > 2 * gmac["objmae"]
+
+
+def test_compare_tells_which_command_failed(cli, folder, tmp_path, in_process):
+    code, _, err = cli(evaluation, "--task", "compare", "--data", folder / "val" / "a", "--model", "nano", "--methods", "mae",
+                       "--output", tmp_path)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and "python eval.py random --task " in last and "needs labels" in last
+
+
 # Mistakes
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["random"], "--task is missing; it may be knn, linear, attentive, finetune, reconstruct, attention, segment, speed"),
+    (["random"], "--task is missing; it may be knn, linear, attentive, finetune, reconstruct, attention, segment, speed, data, compare"),
     (["random", "--task", "lineal"], "--task 'lineal' is unknown: did you mean linear"),
     (["nowhere.pt", "--task", "knn"], "cannot read nowhere.pt: No such file"),
     (["text", "--task", "knn"], "cannot read text: not a whole PyTorch checkpoint"),
@@ -311,6 +394,11 @@ def test_every_variant_compiles_to_one_graph_once(name):
     (["{rmae}/checkpoint.pt", "--task", "segment", "--images", "{image}", "--points", "4"], "a point is x,y in pixels"),
     (["{rmae}/checkpoint.pt", "--task", "segment", "--image-visible", "2"], "--image-visible must be at most 1"),
     (["{rmae}/checkpoint.pt", "--task", "segment", "--regions", "panoptic"], "--regions panoptic: --data shapes has none"),
+    (["{mae}/encoder.pt", "--task", "speed"], "--task speed takes no checkpoint, got"),
+    (["--task", "compare", "--methods", "rma"], "--methods 'rma' is unknown: did you mean rmae"),
+    (["--task", "compare", "--jobs", "0"], "--jobs must be positive, got 0"),
+    (["--task", "data"], "--data shapes is none: give a folder"),
+    (["{mae}/encoder.pt", "--task", "knn", "--limit", "0"], "--limit must be positive, got 0"),
     (["--task", "speed", "--methods", "mea"], "--methods 'mea' is unknown: did you mean mae"),
     (["{mae}/encoder.pt", "--task", "knn", "--dat", "shapes"], "unknown argument --dat: did you mean --data"),
 ])
