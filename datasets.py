@@ -886,14 +886,19 @@ class FHRegions:
 class CAMCache(RegionCache):
     """Class activation maps of a classifier (see `mim.class_activation_map`), as 8-bit responses at its resolution.
 
-    labelled: of the images' labels, which must be the classifier's, instead of the predicted classes.
+    load: function -> the classifier, called when a map is missing. labelled: of the images' labels, which must be the
+    classifier's, instead of the predicted classes.
     """
 
-    def __init__(self, source, folder, network, device="cpu", labelled=False):
+    def __init__(self, source, folder, load, device="cpu", labelled=False):
         whole = functools.partial(TF.resize, size=[224, 224], interpolation=v2.InterpolationMode.BICUBIC)
         super().__init__(source, folder, lambda item: self.maps(whole(item["image"])[None],
                                                                 torch.tensor([item["label"]]))[0])
-        self.network, self.device, self.labelled = network.to(device).eval(), device, labelled
+        self.load, self.device, self.labelled = load, device, labelled
+
+    @functools.cached_property
+    def network(self):
+        return self.load().to(self.device).eval()
 
     def maps(self, images, labels=None):
         """uint8 images [B, 3, 224, 224] -> uint8 responses [B, 1, h, w]."""
@@ -913,7 +918,9 @@ class CAMCache(RegionCache):
                 for index, maps in zip(batch["index"].tolist(), self.maps(batch["image"], batch["label"])):
                     self.save(index, maps)
                 bar.update(len(batch["index"]))
-        self.device, self.network = "cpu", self.network.cpu()  # a few more may be asked for, in a worker
+        self.device = "cpu"  # a few more may be asked for, in a worker
+        if "network" in vars(self):
+            self.network.cpu()
 
 
 def resnet50(weights=None):
@@ -972,8 +979,10 @@ def open_regions(kind, source, data, split="pretrain", scales=None, cache="data/
         if cam_labels and len(source.classes) != 1000:
             raise UsageError(f"--cam-labels: the labels must be ImageNet's 1000 classes, {data} has "
                              f"{len(source.classes)}")
-        network, key = resnet50(cam_weights), "labels" if cam_labels else "predicted"
+        network, key = functools.partial(resnet50, cam_weights), "labels" if cam_labels else "predicted"
         if cam_weights:
+            if not os.path.isfile(cam_weights):
+                raise UsageError(f"--cam-weights {cam_weights}: no such file")
             key += "-" + hashlib.sha256(Path(cam_weights).read_bytes()).hexdigest()[:8]
         return CAMCache(source, os.path.join(cache, f"cam-{key}"), network, device, cam_labels)
     return MaskFolder(source, kind)

@@ -718,7 +718,9 @@ def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None
     visible = take(patchify(regions, patch_size), ids_visible).reshape(len(regions), -1, regions.shape[1])
     present = (region_areas(visible.transpose(1, 2)[..., None]) > 0).float()
     present[:, 0] = present.sum(1) == 0  # with no region at all, "nothing" is drawn, which is number 0
-    chosen = torch.multinomial(present, num_regions, replacement=True, generator=generator)
+    # Drawing just one makes CUDA check `present`, for which the host would wait.
+    draws = torch.multinomial(present, max(2, num_regions), replacement=True, generator=generator)
+    chosen = draws[:, :num_regions]
     return binary_maps(regions, chosen) & (chosen > 0)[..., None, None]
 
 

@@ -421,9 +421,12 @@ def test_class_activation_maps_of_a_folder_through_a_small_network(folder, tmp_p
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 32, 32), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(4, 5))
     source = load_data(folder)
-    regions = datasets.CAMCache(source, str(tmp_path), network)
+    regions, loaded = datasets.CAMCache(source, str(tmp_path), lambda: loaded.append(1) or network), []
     regions.fill()
-    assert not regions.missing()
+    assert not regions.missing() and loaded == [1]
+    cached = datasets.CAMCache(source, str(tmp_path), lambda: 1 / 0)  # with all maps there, weights are not needed
+    cached.fill()
+    assert torch.equal(cached.read(3, source.read(3)), regions.read(3, source.read(3)))
     item = source.read(0)
     read = regions.read(0, item)
     assert read.shape == (1, 32, 32) and read.dtype == torch.float32 and 0 <= read.min() < read.max() <= 1
@@ -454,7 +457,7 @@ def test_regions_that_cannot_be_had(folder, tmp_path, monkeypatch):
             ("cam", {}, "could not be downloaded .*no network.*--cam-weights"),
             ("cam", dict(cam_labels=True), "--cam-labels")]:
         with pytest.raises(UsageError, match=says) as caught:
-            datasets.open_regions(kind, source, folder, **options)
+            datasets.open_regions(kind, source, folder, cache=str(tmp_path / "cache"), **options).fill()
         assert "\n" not in str(caught.value)
 
 
