@@ -348,7 +348,9 @@ def find_images(folder):
     """All image files below a folder, at any depth, as sorted relative paths."""
     found = []
     for where, _, names in os.walk(folder, followlinks=True):
-        found += [os.path.relpath(os.path.join(where, n), folder) for n in names if n.lower().endswith(EXTENSIONS)]
+        inside = os.path.relpath(where, folder)
+        inside = "" if inside == os.curdir else inside + os.sep
+        found += [inside + name for name in names if name.lower().endswith(EXTENSIONS)]
     return sorted(found)
 
 

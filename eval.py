@@ -2,10 +2,11 @@
 
 Tasks: knn, linear, attentive, finetune (accuracies, as one JSON line last); reconstruct, attention, segment (PNG
 pictures); speed, data and compare (without a checkpoint: what a step of each method costs, what reading images costs,
-what all methods give). CHECKPOINT is checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state dict, or
-`random`: an untrained encoder.
+what all methods give). CHECKPOINT is checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state
+dict, or `random`: an untrained encoder.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -863,8 +864,9 @@ def matmul_peak(device, dtype, seconds=2.0):
 def speed(settings, machine):
     """Parameters, GMAC, training images/s, ratio to the reference, share of the matmul peak, peak memory: a table.
 
-    A variant's steps and the reference's (MAE's) take turns, so that what else the machine does falls on both. The
-    tokenizer of token targets is not part of the time.
+    `rate` is a variant's multiply-adds a second over the reference's: below 1 where more than products takes time. Its
+    steps and the reference's (MAE's) take turns, so that what else the machine does falls on both. The tokenizer of
+    token targets is not part of the time.
     """
     device, amp, _ = machine
     settings["amp"] = amp
@@ -875,10 +877,12 @@ def speed(settings, machine):
     peak = matmul_peak(device, PRECISIONS[settings["precision"]])
     print(f"ViT-{settings['model']}/{settings['patch_size']}, {settings['image_size']} pixels, batch "
           f"{settings['batch_size']}, {settings['precision']}, {device}; matmul peak {peak:.0f} GMAC/s\n"
-          f"{'':12s}{'parameters':>11s}{'GMAC':>8s}{'images/s':>10s}{'x ' + settings['reference']:>7s}{'of peak':>9s}"
+          f"{'':12s}{'parameters':>11s}{'GMAC':>8s}{'images/s':>10s}{'x ' + settings['reference']:>7s}{'rate':>7s}"
+          + f"{'of peak':>9s}"
           + f"{'MiB':>8s}" * (device.type == "cuda")
           + f"{'compiled':>10s}{'ratio':>7s}" * bool(settings.get("compile")))
-    _, _, reference_step = make_variant(settings["reference"], settings, device)
+    reference, batch, reference_step = make_variant(settings["reference"], settings, device)
+    _, reference_gmac = count_gmac(reference, batch)
     rows = []
     for name in tqdm(names, leave=False, disable=device.type != "cuda"):
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
@@ -893,13 +897,14 @@ def speed(settings, machine):
             row |= {prefix + "images_per_s": round(settings["batch_size"] / mine, 2),
                     prefix + "ratio": round(other / mine, 3)}
             if not prefix:
+                row["rate"] = round(row["ratio"] * step_gmac / reference_gmac, 3)
                 row["of_peak"] = round(step_gmac * settings["batch_size"] / mine / peak, 3)
             if not prefix and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 step()
                 row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
         cells = [f"{name:12s}{row['parameters'] / 1e6:10.1f}M{gmac:8.2f}{row['images_per_s']:10.2f}{row['ratio']:7.2f}"
-                 f"{100 * row['of_peak']:8.1f}%"]
+                 f"{row['rate']:7.2f}{100 * row['of_peak']:8.1f}%"]
         cells += [f"{row['peak_mib']:8d}"] if "peak_mib" in row else []
         if settings.get("compile"):
             cells.append(f"{row['compiled_images_per_s']:10.2f}{row['compiled_ratio']:7.2f}")
@@ -967,33 +972,40 @@ def train_command(name, epochs, settings, output):
     return ["train.py", *words, *["--compile"] * bool(settings.get("compile")), "--output", str(output)]
 
 
-def eval_commands(checkpoint, settings, output, pool="mean", tasks=MEASURES):
+def eval_commands(checkpoint, settings, output):
     """eval.py's arguments for the measures of one encoder. All pool by the mean: some methods train no class token."""
     common = shared_flags(settings, "limit", "device", "precision", *(("model",) if checkpoint == "random" else ()))
-    probe = ["--cache-features", "--epochs", str(settings["probe_epochs"])]
-    special = dict(knn=["--pool", pool], linear=["--pool", pool, *probe],
-                   attentive=[*probe, "--output", str(output / "attentive.png")],
-                   finetune=["--epochs", str(settings["finetune_epochs"])])
-    return {task: ["eval.py", str(checkpoint), "--task", task, *special[task], *common] for task in tasks}
+    mean, probe = ["--pool", "mean"], ["--cache-features", "--epochs", str(settings["probe_epochs"])]
+    special = dict(knn=mean, linear=[*mean, *probe], attentive=[*probe, "--output", str(output / "attentive.png")],
+                   finetune=[*mean, "--epochs", str(settings["finetune_epochs"])])
+    return {task: ["eval.py", str(checkpoint), "--task", task, *special[task], *common] for task in MEASURES}
 
 
-def training_gmac(command):
+def method_of(command):
+    """The untrained method that a train.py command would train."""
+    given = parse_run(command[1:])
+    source = load_data(given["data"], "pretrain", limit=given.get("limit"))
+    settings = settle_recipe(given, len(source), source.image_size)
+    return build_method(settings)
+
+
+def plain_gmac(encoder):
+    """10^9 multiply-adds of an encoder's pass over all patches of an image: forward alone, forward and backward."""
+    return count_gmac(Plain(encoder), dict(images=torch.zeros(1, 3, *encoder.image_size)))
+
+
+def training_gmac(method, epochs):
     """10^9 multiply-adds that an image costs in pre-training: forward, backward and AMT's passes for its maps.
 
     Those of a tokenizer are left out, as BEiT's and CAE's papers do.
     """
-    given = parse_run(command[1:])
-    source = load_data(given["data"], "pretrain", limit=given.get("limit"))
-    run = settle_recipe(given, len(source), source.image_size)
-    method = build_method(run)
     tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
     if tokenizer is not None:
         method.head.tokenizer = RandomTokens(tokenizer.vocab_size)
     gmac = count_gmac(method, synthetic_batch(method, 1, torch.device("cpu")))[1]
     if hasattr(method, "maps_due"):
-        passes = sum(method.maps_due(epoch, run["epochs"]) for epoch in range(run["epochs"]))
-        gmac += count_gmac(Plain(method.encoder), dict(images=torch.zeros(1, 3, *method.encoder.image_size)))[0] \
-            * passes / run["epochs"]
+        due = sum(method.maps_due(epoch, epochs) for epoch in range(epochs))
+        gmac += plain_gmac(method.encoder)[0] * due / epochs
     return gmac
 
 
@@ -1026,23 +1038,29 @@ def compare_row(name, epochs, settings):
     threads = max(1, os.cpu_count() // settings["jobs"]) if settings["jobs"] > 1 else None
     row = dict(name=name, epochs=epochs)
     if name == "supervised":
-        command = eval_commands("random", settings | dict(finetune_epochs=epochs), output, tasks=("finetune",))
-        command["finetune"] += ["--layer-decay", "1"]
+        scratch = eval_commands("random", settings | dict(finetune_epochs=epochs), output)["finetune"]
+        commands = dict(finetune=[*scratch, "--layer-decay", "1"])
     elif name == "random":
-        command = eval_commands("random", settings, output)
+        commands = eval_commands("random", settings, output)
     else:
         carry_out(train_command(name, epochs, settings, output), output / "train.txt", threads)
         lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         row |= dict(seconds=round(sum(line["seconds"] for line in lines)), loss=round(lines[-1]["loss"], 4))
-        command = eval_commands(output / "encoder.pt", settings, output)
-    for task, words in command.items():
-        row[task] = json.loads(carry_out(words, output / f"{task}.txt", threads))["top1"]
+        commands = eval_commands(output / "encoder.pt", settings, output)
+    for task, command in commands.items():
+        row[task] = json.loads(carry_out(command, output / f"{task}.txt", threads))["top1"]
     return row
 
 
-def compare_line(cells):
-    """A line of the table, in Markdown."""
-    return "| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else "" if c is None else str(c) for c in cells) + " |"
+def compare_table(names, share, epochs, equal, done):
+    """The rows done -> Markdown, a line a method; share: its compute an image over MAE's."""
+    heads = ["k-NN", "linear", "attentive", "fine-tuned"]
+    accuracies = lambda row: [f"{row[task]:.1f}" if task in row else "" for task in MEASURES]  # noqa: E731
+    lines = [["", "compute", *heads, "epochs", *heads], ["---"] * (3 + 2 * len(heads))]
+    lines += [[name, "", *accuracies(row), *[""] * 5] for (name, _), row in done.items() if name not in share]
+    lines += [[name, f"{share[name]:.2f}", *accuracies(done[name, epochs]), str(equal[name]),
+               *accuracies(done[name, equal[name]])] for name in names]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def compare(settings, machine):
@@ -1050,42 +1068,29 @@ def compare(settings, machine):
 
     Every row is a sequence of train.py and eval.py commands, which its logs in --output show. What is there is not done
     again, so that the table goes on after an interrupt. `random` is the untrained encoder, its fine-tuning supervised
-    training from scratch; `supervised` is that for the epochs of the compute of MAE's pre-training and fine-tuning.
+    training from scratch; `supervised` is that for the compute of MAE's pre-training and fine-tuning together.
     """
-    names, epochs = settings["methods"] or list(COMPARED), settings["epochs"]
+    names, epochs, output = settings["methods"] or list(COMPARED), settings["epochs"], settings["output"]
     for name in names:
         check_choice("--methods", name, list(COMPARED))
     if any(COMPARED[name].endswith("--tokenizer") for name in names):
-        output = settings["output"] / "dvae"
-        carry_out(train_command("dvae", None, settings, output), output / "train.txt", None)
-    command = functools.partial(train_command, epochs=epochs, settings=settings, output="")
-    gmac = {name: training_gmac(command(name)) for name in dict.fromkeys(["mae", *names])}
+        carry_out(train_command("dvae", None, settings, output / "dvae"), output / "dvae" / "train.txt", None)
+    methods = {name: method_of(train_command(name, epochs, settings, output)) for name in ("mae", *names)}
+    gmac = {name: training_gmac(method, epochs) for name, method in methods.items()}
     share = {name: g / gmac["mae"] for name, g in gmac.items()}
-    given = parse_run(command("mae")[1:])
-    source = load_data(given["data"], "pretrain", limit=given.get("limit"))
-    encoder = build_method(settle_recipe(given, len(source), source.image_size)).encoder
-    plain = count_gmac(Plain(encoder), dict(images=torch.zeros(1, 3, *encoder.image_size)))[1]
-    rows = [("random", 0), ("supervised", settings["finetune_epochs"] + round(epochs * gmac["mae"] / plain))]
-    rows += [(name, epochs) for name in names]
-    rows += [(name, max(1, round(epochs / share[name]))) for name in names]
+    equal = {name: max(1, round(epochs / share[name])) for name in names}
+    scratch = settings["finetune_epochs"] + round(epochs * gmac["mae"] / plain_gmac(methods["mae"].encoder)[1])
+    rows = [("random", 0), ("supervised", scratch), *((name, epochs) for name in names), *equal.items()]
     rows = list(dict.fromkeys(rows))
-    print(f"{len(rows)} encoders; the commands and what they print are in {settings['output']}/", file=sys.stderr)
+    print(f"{len(rows)} encoders; the commands and what they print are in {output}/", file=sys.stderr)
     done = {}
-    with ThreadPoolExecutor(settings["jobs"]) as pool, tqdm(total=len(rows), desc="encoders") as progress:
-        for row in pool.map(lambda row: compare_row(*row, settings), rows):
+    with (ThreadPoolExecutor(settings["jobs"]) as pool, tqdm(total=len(rows), desc="encoders") as progress,
+          contextlib.closing(pool.map(lambda row: compare_row(*row, settings), rows)) as results):
+        for row in results:  # closing them, on an error or an interrupt, starts no more
             done[row["name"], row["epochs"]] = row
             progress.update()
             tqdm.write(json.dumps(row), file=sys.stderr)
-    accuracy = lambda row: [row.get(task) for task in MEASURES]  # noqa: E731
-    heads = ["k-NN", "linear", "attentive", "fine-tuned"]
-    print(compare_line(["", "compute", *heads, "epochs", *heads]))
-    print(compare_line(["---"] * (3 + 2 * len(heads))))
-    for name, count in rows[:2]:
-        print(compare_line([name, "", *accuracy(done[name, count]), *[None] * 5]))
-    for name in names:
-        equal = max(1, round(epochs / share[name]))
-        print(compare_line([name, f"{share[name]:.2f}", *accuracy(done[name, epochs]), equal,
-                            *accuracy(done[name, equal])]))
+    print(compare_table(names, share, epochs, equal, done))
     return dict(rows=list(done.values()), gmac={k: round(v, 4) for k, v in gmac.items()})
 
 
