@@ -78,7 +78,8 @@ def denormalize(images):
 # ---------------------------------------------------------------------------------------------------------
 # Sources: len(source), source.read(i) -> dict(image=uint8 [3, H, W], label=int, instances=optional [H, W]),
 # source.name(i) for messages, source.file(i) a relative path for what is kept of image i, source.classes,
-# source.image_size (its natural one), source.description; with can_shrink, read(i, shrink) as `decode`
+# source.image_size (its natural one), source.description; in_memory: read(i) costs nothing, and all images are of one
+# size; with can_shrink, read(i, shrink) as `decode`
 
 # The built-in scenes: a textured background with 3 to 5 textured objects that partly hide each other. The largest,
 # near the centre, is the main object, and its shape is the label; colours and textures say nothing about it.
@@ -223,6 +224,7 @@ def render_scene(seed: int, size: int = 64) -> tuple[np.ndarray, int, np.ndarray
 class Shapes:
     """The built-in scenes as a source; see `render_scene`. Scenes of the val split never appear in the others."""
 
+    in_memory = True
     classes = list(SHAPE_CLASSES)
 
     def __init__(self, split="pretrain", image_size=64, length=None):
@@ -254,6 +256,8 @@ class Shapes:
 
 class Arrays:
     """A torchvision dataset that holds its images as one array, [N, 32, 32, 3] (CIFAR) or [N, 3, 96, 96] (STL-10)."""
+
+    in_memory = True
 
     def __init__(self, dataset, name):
         data = torch.from_numpy(dataset.data)
@@ -312,7 +316,7 @@ def decode(path, shrink=None):
 class Files:
     """Image files below a folder with their labels. Paths are one byte array, which forked workers share."""
 
-    can_shrink = True
+    in_memory, can_shrink = False, True
 
     def __init__(self, root, paths, labels, classes, description):
         self.root, self.classes, self.description = root, classes, description
@@ -441,7 +445,7 @@ class Part:
 
     def __init__(self, source, count):
         self.source, self.classes, self.image_size = source, source.classes, source.image_size
-        self.can_shrink = getattr(source, "can_shrink", False)
+        self.can_shrink, self.in_memory = getattr(source, "can_shrink", False), source.in_memory
         self.places = np.linspace(0, len(source), count, endpoint=False).astype(int).tolist()
         self.description = f"{source.description}, {len(self)} of them"
 
@@ -1135,6 +1139,90 @@ def make_loader(dataset, workers=0, pin_memory=False, **options):
     """A DataLoader whose workers, if any, live as long as it does. options: batch_sampler=... or batch_size=..."""
     return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, collate_fn=collate,
                                        persistent_workers=workers > 0, **options)
+
+
+# Small data sets on the device: what `Images` does with an item, done with a batch of them at once
+
+
+def scramble(x):
+    """int64 -> int64, each bit of which depends on all of x: splitmix64's mixing (Steele, Lea, Flood, 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
+    return x
+
+
+def uniform(keys, count):
+    """Random numbers [n, count] in [0, 1), float32, that depend on each of the int64 keys [n] alone."""
+    counter = torch.arange(1, count + 1, device=keys.device) * (0x9E3779B97F4A7C15 - 2**64)
+    return (scramble(scramble(keys)[:, None] + counter) >> 40 & 2**24 - 1).float() / 2**24
+
+
+def random_boxes(numbers, H, W, scale, ratio=(3 / 4, 4 / 3)):
+    """RandomResizedCrop's boxes for images of H x W pixels: (top, left, height, width), int64 [n] each.
+
+    numbers: [n, 22] in [0, 1). The first of ten draws of area and of width / height that fits; if none does, the
+    largest centred box of a permitted shape.
+    """
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * numbers[:, :10])
+    aspect = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * numbers[:, 10:20]).exp()
+    width, height = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
+    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1)
+    height = height.gather(1, first)[:, 0].masked_fill(none, min(H, round(W / ratio[0])))
+    width = width.gather(1, first)[:, 0].masked_fill(none, min(W, round(H * ratio[1])))
+    top, left = ((room * x).long() for room, x in ((H - height + 1, numbers[:, 20]), (W - width + 1, numbers[:, 21])))
+    return top.where(~none, (H - height) // 2), left.where(~none, (W - width) // 2), height, width
+
+
+def resize_weights(start, length, sides, size):
+    """The matrices [n, size, sides] that resize lines of `sides` pixels, of which start .. start + length - 1 count.
+
+    Bicubic (a = -0.5) and antialiased, as Pillow and torchvision resize: the kernel is as wide as an output pixel.
+    """
+    scale = (length / size)[:, None, None]
+    pixel, out = torch.arange(sides, device=start.device), torch.arange(size, device=start.device)[:, None]
+    x = ((pixel + 0.5 - start[:, None, None] - (out + 0.5) * scale) / scale.clamp_min(1)).abs()
+    weights = torch.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, (-0.5 * x**3 + 2.5 * x**2 - 4 * x + 2) * (x < 2))
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    weights = weights * inside[:, None]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resized_crops(images, boxes, flip, size):
+    """Boxes of uint8 images [n, 3, H, W], resized to `size`, mirrored where `flip` [n] is true: two matrix products."""
+    top, left, height, width = boxes
+    rows = resize_weights(top, height, images.shape[2], size[0])
+    columns = resize_weights(left, width, images.shape[3], size[1])
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    out = rows[:, None] @ images.float() @ columns.mT[:, None]
+    return out.round().clamp(0, 255).to(torch.uint8)
+
+
+class DeviceLoader:
+    """The batches of an `Images` of random crops whose source is in memory, cropped and flipped on the device.
+
+    All images lie there. What is random of an item depends on (seed, epoch, index) alone, as with `Images`, though the
+    numbers differ. Batches have no labels.
+    """
+
+    def __init__(self, dataset, batches, device):
+        self.dataset, self.batches, self.device = dataset, batches, device
+        self.images = torch.stack([dataset.source.read(i)["image"] for i in range(len(dataset))]).to(device)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        (H, W), dataset = self.images.shape[2:], self.dataset
+        for keys in self.batches:
+            index = torch.tensor([i for _, i in keys]).to(self.device, non_blocking=True)
+            seed = seed_of(dataset.seed, keys[0][0])
+            numbers = uniform(index + (seed if seed < 2**63 else seed - 2**64), 23)
+            boxes = top, left, height, width = random_boxes(numbers, H, W, dataset.random_crop.scale)
+            flip = (numbers[:, 22] < 0.5) & dataset.flip
+            box = torch.stack([left / W, top / H, (left + width) / W, (top + height) / H], dim=1)
+            image = resized_crops(self.images[index], boxes, flip, dataset.size)
+            yield dict(image=image, index=index, box=box, flip=flip, broken=torch.empty(0))
 
 
 class BrokenFiles:

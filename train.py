@@ -29,8 +29,9 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (REGIONS, SMALL, BrokenFiles, EpochBatches, Images, UsageError, collate, default_regions,
-                      default_scales, denormalize, load_data, make_loader, normalize, open_regions, pair_max, seed_of)
+from datasets import (REGIONS, SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
+                      default_regions, default_scales, denormalize, load_data, make_loader, normalize, open_regions,
+                      pair_max, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
@@ -98,6 +99,8 @@ FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe'
     "weight_decay": (float, "of AdamW, on weight matrices only"),
     "lookahead": (int, "steps of AdamW between those of Lookahead's slow weights; 0: no Lookahead"),
     "clip_grad": (float, "largest gradient norm"),
+    "loader": (str, "who crops and flips: workers (processes on the CPU), or device for data sets that are in memory "
+                    "and methods without regions (default: device with CUDA where it can be, else workers)"),
     "workers": (int, "data loading processes (default: 8 with CUDA, else 0)"),
     "seed": (int, "of everything random"),
     "device": (str, "cuda, cuda:1, cpu, ... (default: cuda if there is one)"),
@@ -574,7 +577,7 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size()
 
 
-def settle_run(given, state, rank, world_size):
+def settle_run(given, state, rank, world_size, on_cuda):
     """The data of a run and all its settings; those of a run to resume come from its checkpoint."""
     if state:
         saved = state["args"] | state["args"]["method_options"]
@@ -611,7 +614,18 @@ def settle_run(given, state, rank, world_size):
             settings.setdefault("fh_scales", default_scales(source, settings["data"]))
             for scale in settings["fh_scales"]:
                 check_ranges(dict(fh_scales=scale), ("fh_scales",), ())
+    settings["loader"] = choose_loader(settings, source, on_cuda)
     return source, settings | dict(num_images=len(source), world_size=world_size)
+
+
+def choose_loader(settings, source, on_cuda):
+    """--loader, or its default; UsageError if it cannot be."""
+    possible = source.in_memory and "regions" not in settings
+    loader = settings.get("loader", "device" if on_cuda and possible else "workers")
+    check_choice("--loader", loader, ["workers", "device"])
+    if loader == "device" and not possible:
+        raise UsageError("--loader device is for shapes, cifar10, cifar100 and stl10, and for methods without regions")
+    return loader
 
 
 def update_maps(run):
@@ -709,7 +723,7 @@ def prepare(given):
         torch.cuda.set_device(run.device)
         torch.set_float32_matmul_precision("high")
     run.rank, run.world_size = join_processes(run.device)
-    run.source, run.settings = settle_run(given, state, run.rank, run.world_size)
+    run.source, run.settings = settle_run(given, state, run.rank, run.world_size, on_cuda)
     settings = run.settings = run.settings | dict(precision=precision)
     if run.rank == 0:
         shown = {k: v for k, v in settings.items() if k not in ("method_options", "num_images")}
@@ -741,7 +755,10 @@ def prepare(given):
     micro_batch = settings["batch_size"] // run.world_size // settings["accumulate"]
     run.batches = EpochBatches(len(dataset), settings["batch_size"], micro_batch, settings["seed"], run.rank,
                                run.world_size)
-    run.loader = make_loader(dataset, run.workers, pin_memory=on_cuda, batch_sampler=run.batches)
+    if settings["loader"] == "device":
+        run.loader = DeviceLoader(dataset, run.batches, run.device)
+    else:
+        run.loader = make_loader(dataset, run.workers, pin_memory=on_cuda, batch_sampler=run.batches)
     run.broken = BrokenFiles(run.source, tqdm.write)
     return run
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.io import write_png
+from torchvision.transforms import v2
 
 import datasets
 import mim
@@ -531,3 +532,83 @@ def test_tiny_images_count_as_broken_and_all_broken_stops(tmp_path):
         write_png(torch.zeros(3, 4, 30, dtype=torch.uint8), str(tmp_path / f"{i}.png"))
     with pytest.raises(UsageError, match="0.png and the images after it are broken; the last: 30x4 pixels, too small"):
         Images(load_data(str(tmp_path)), 32)[0]
+
+
+# Batches cropped on the device
+
+
+def test_random_numbers_depend_on_their_key_alone_and_are_uniform():
+    keys = torch.arange(4000) + 2**62
+    x = datasets.uniform(keys, 23)
+    assert torch.equal(datasets.uniform(keys[7:9], 23), x[7:9]) and x.min() >= 0 and x.max() < 1
+    assert (x.mean(0) - 0.5).abs().max() < 5 * (1 / 12 / 4000) ** 0.5 and (x.var(0) - 1 / 12).abs().max() < 0.006
+    correlation = torch.corrcoef(x.T) - torch.eye(23)
+    serial = torch.corrcoef(torch.cat([x[1:, :4], x[:-1, :4]], dim=1).T) - torch.eye(8)  # with the neighbour's
+    assert correlation.abs().max() < 0.08 and serial.abs().max() < 0.08
+    state, expected = 2**64 - 3, []  # splitmix64 by hand, in Python's integers
+    for number in (state, state + 0x9E3779B97F4A7C15):
+        z = number % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        expected.append(z ^ z >> 31)
+    out = datasets.scramble(torch.tensor([-3, -3 + 0x9E3779B97F4A7C15 - 2**64]))
+    assert [int(v) % 2**64 for v in out] == expected
+
+
+@pytest.mark.parametrize("H, W, scale", [(32, 32, (0.2, 1.0)), (40, 60, (0.5, 0.9)), (8, 64, (0.9, 1.0))])
+def test_boxes_are_distributed_as_torchvisions(H, W, scale):
+    torch.manual_seed(0)
+    ours = torch.stack(datasets.random_boxes(torch.rand(4000, 22), H, W, scale), dim=1).float()
+    image = torch.empty(0, H, W)
+    crop = v2.RandomResizedCrop((8, 8), scale=scale)
+    theirs = torch.tensor([crop.get_params(image, scale, crop.ratio) for _ in range(4000)]).float()
+    assert (ours[:, 0] + ours[:, 2]).max() <= H and (ours[:, 1] + ours[:, 3]).max() <= W and ours.min() >= 0
+    for i in range(4):
+        assert abs(ours[:, i].mean() - theirs[:, i].mean()) < 5 * theirs[:, i].std() / 2000**0.5 + 1e-6
+        assert abs(ours[:, i].std() - theirs[:, i].std()) < 0.07 * theirs[:, i].std() + 1e-6
+        assert abs(ours[:, i].quantile(0.1) - theirs[:, i].quantile(0.1)) <= 1
+
+
+@pytest.mark.parametrize("size", [[32, 32], [16, 24], [64, 48]])
+def test_crops_on_the_device_are_torchvisions(size):
+    images = torch.stack([torch.from_numpy(render_scene(i, 48)[0]) for i in range(12)])
+    boxes = torch.tensor([[0, 0, 48, 48], [5, 9, 20, 31], [47, 40, 1, 8], [0, 13, 48, 35]] * 3).T
+    flip = torch.arange(12) % 2 == 1
+    out = datasets.resized_crops(images, boxes, flip, size)
+    for i in range(12):
+        for image, most, mean in ((images[i].float(), 1, 0.01), (images[i], 255, 0.5)):  # uint8 is rounded in between, too
+            crop = datasets.resized_crop(image, boxes[:, i].tolist(), (48, 48), size)
+            difference = (out[i].float() - (crop.flip(-1) if flip[i] else crop).round().clamp(0, 255)).abs()
+            assert difference.max() <= most and difference.mean() < mean
+
+
+def test_the_device_loader_says_where_the_pixels_come_from_and_repeats_itself():
+    source = Source(*[coordinates(40, 60)] * 12)
+    dataset = Images(source, (16, 24), crop_scale=(0.3, 0.9), seed=5)
+    batches = EpochBatches(12, 4, 4, seed=5)
+    batches.epoch = 3
+    items = {}
+    for batch in datasets.DeviceLoader(dataset, batches, "cpu"):
+        assert batch["image"].shape == (4, 3, 16, 24) and batch["image"].dtype == torch.uint8
+        for image, index, (x1, y1, x2, y2), flip in zip(*(batch[k] for k in ("image", "index", "box", "flip"))):
+            x = x1 + (x2 - x1) * (torch.arange(24) + 0.5) / 24
+            y = y1 + (y2 - y1) * (torch.arange(16) + 0.5) / 16
+            assert (image[0, 3:-3, 3:-3] - 250 * (x.flip(0) if flip else x)[3:-3]).abs().max() < 2
+            assert (image[1, 3:-3, 3:-3] - 250 * y[3:-3, None]).abs().max() < 2
+            assert 0.25 < (x2 - x1) * (y2 - y1) < 0.95
+            items[int(index)] = image
+    assert len(items) == 12
+    halves = EpochBatches(12, 4, 2, seed=5, rank=1, world_size=2)  # another process, smaller batches: the same items
+    halves.epoch = 3
+    for batch in datasets.DeviceLoader(dataset, halves, "cpu"):
+        assert all(torch.equal(image, items[int(i)]) for image, i in zip(batch["image"], batch["index"]))
+
+    def loader_of(epoch):
+        batches.epoch = epoch
+        return datasets.DeviceLoader(dataset, batches, "cpu")
+
+    other = next(iter(loader_of(4)))
+    assert not torch.equal(other["image"][0], items[int(other["index"][0])])
+    assert 0.3 < torch.cat([b["flip"].float() for e in range(10) for b in loader_of(e)]).mean() < 0.7
+    dataset.flip = False
+    assert not any(batch["flip"].any() for batch in datasets.DeviceLoader(dataset, batches, "cpu"))

@@ -291,6 +291,24 @@ def test_workers_change_nothing(call):
     assert_same_run(*runs)
 
 
+def test_cropping_on_the_device_trains_as_well_and_resumes(call):
+    flags = ["amt", "--interval", 1, "--data", "shapes", "--limit", 24]
+    *_, workers = call(*flags, out="workers", data="shapes")
+    code, out, err, whole = call(*flags, "--loader", "device", out="whole", data="shapes")
+    assert code == 0 and re.search("loader +device", out), err
+    assert log(whole) != log(workers) and log(whole)[-1]["loss"] == pytest.approx(log(workers)[-1]["loss"], rel=0.1)
+    with interrupted_after(2):
+        *_, output = call(*flags, "--loader", "device", data="shapes")
+    assert call(*flags, "--resume", data="shapes")[0] == 0
+    assert_same_run(whole, output)
+    code, _, err, _ = call("mae", "--loader", "device", out="folder")
+    assert code == 2 and "--loader device is for shapes, cifar10" in err
+    code, _, err, _ = call("rmae", "--loader", "device", "--data", "shapes", out="regions")
+    assert code == 2 and "methods without regions" in err
+    code, _, err, _ = call("mae", "--loader", "divice", out="typo")
+    assert code == 2 and "--loader 'divice' is unknown: did you mean device" in err
+
+
 def test_bf16_on_the_cpu_trains_close_to_fp32(call):
     runs = [log(call("mae", "--precision", p, out=p)[-1]) for p in ("fp32", "bf16")]
     for a, b in zip(*runs):
