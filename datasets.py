@@ -11,6 +11,7 @@ and processes, and one resumed is the same as one never stopped.
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import io
@@ -78,8 +79,8 @@ def denormalize(images):
 # ---------------------------------------------------------------------------------------------------------
 # Sources: len(source), source.read(i) -> dict(image=uint8 [3, H, W], label=int, instances=optional [H, W]),
 # source.name(i) for messages, source.file(i) a relative path for what is kept of image i, source.classes,
-# source.image_size (its natural one), source.description; in_memory: read(i) costs nothing, and all images are of one
-# size; with can_shrink, read(i, shrink) as `decode`
+# source.image_size (its natural one), source.description; in_memory: it is small, and all images are of one size;
+# with can_shrink, read(i, shrink) as `decode`
 
 # The built-in scenes: a textured background with 3 to 5 textured objects that partly hide each other. The largest,
 # near the centre, is the main object, and its shape is the label; colours and textures say nothing about it.
@@ -224,14 +225,13 @@ def render_scene(seed: int, size: int = 64) -> tuple[np.ndarray, int, np.ndarray
 class Shapes:
     """The built-in scenes as a source; see `render_scene`. Scenes of the val split never appear in the others."""
 
-    in_memory = True
     classes = list(SHAPE_CLASSES)
 
     def __init__(self, split="pretrain", image_size=64, length=None):
         self.first, self.length = (10**9, 1024) if split == "val" else (0, 4096)
         self.length = length or self.length
         self.image_size = image_size
-        self.kept = {}  # scenes once rendered, if they are small: drawing one takes longer than cropping it
+        self.in_memory, self.kept = image_size <= 64, {}  # once rendered, as drawing takes longer than cropping
         self.description = (f"shapes: {len(self)} built-in scenes of {image_size}x{image_size}, "
                             f"{len(self.classes)} classes")
 
@@ -243,7 +243,7 @@ class Shapes:
             return dict(self.kept[index])
         image, label, instances = render_scene(self.first + index, self.image_size)
         item = dict(image=torch.from_numpy(image), label=label, instances=torch.from_numpy(instances))
-        if self.image_size <= 64:
+        if self.in_memory:
             self.kept[index] = item
         return dict(item)
 
@@ -297,7 +297,7 @@ def decode(path, shrink=None):
         data = file.read()
     is_jpeg = data[:2] == b"\xff\xd8"
     if is_jpeg and shrink is not None and len(data) > LARGE:
-        with Image.open(io.BytesIO(data)) as image:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # torchvision may read more
             turned = image.getexif().get(0x0112, 1) > 4
             times = shrink(*(image.size if turned else image.size[::-1]))
             if times >= 2:
@@ -1017,7 +1017,7 @@ class Images(torch.utils.data.Dataset):
 
     view: "crop" a random resized crop (training); "center" the largest centred crop, of 7/8 the side for large images,
         as the papers evaluate; "whole" the full image, resized. Large JPEGs are decoded at a reduced size as far as the
-        crop allows (`decode`), but for the second, whose pixels are to be everybody's.
+        crop allows (`decode`), but not for "center", so that accuracies compare with others', nor with regions.
     flip: whether every second random crop, by chance, is mirrored.
     crop_scale: area of the random crop, as fractions of the image's.
     augment: a transforms.v2 transform of the cropped uint8 image, such as RandAugment.
@@ -1048,9 +1048,11 @@ class Images(torch.utils.data.Dataset):
             at, size = (index + shift) % len(self), {}
 
             def shrink(H, W):
-                size["size"] = H, W
                 _, _, height, width = self.choose_box(epoch, at, H, W)
-                return min(height // self.size[0], width // self.size[1])
+                times = min(height // self.size[0], width // self.size[1])
+                if times >= 2:
+                    size["size"] = H, W
+                return times
 
             try:
                 item = self.source.read(at, *[shrink] * self.can_shrink) | size
@@ -1207,7 +1209,10 @@ class DeviceLoader:
 
     def __init__(self, dataset, batches, device):
         self.dataset, self.batches, self.device = dataset, batches, device
-        self.images = torch.stack([dataset.source.read(i)["image"] for i in range(len(dataset))]).to(device)
+        images = torch.empty(len(dataset), *dataset.source.read(0)["image"].shape, dtype=torch.uint8)
+        for index in range(len(dataset)):
+            images[index] = dataset.source.read(index)["image"]
+        self.images = images.to(device)
 
     def __len__(self):
         return len(self.batches)

@@ -6,15 +6,15 @@ what all methods give). CHECKPOINT is checkpoint.pt or encoder.pt of a run, a fi
 dict, or `random`: an untrained encoder.
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ SMALL_RECIPES = {
     "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
     "attentive": dict(epochs=90, batch_size=256, base_lr=0.05, warmup_epochs=10),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
-    "speed": dict(model="small", batch_size=4),  # on a CPU, as
+    "speed": dict(model="small", batch_size=4),  # this and the next: on a CPU
     "compare": dict(epochs=10, finetune_epochs=5, probe_epochs=30),
 }
 SETTINGS = {  # flag: (type, what it is)
@@ -228,11 +228,17 @@ def accuracies(logits, labels):
 # Tasks: each takes the model, the settings and the machine (device, autocast, workers); returns news for the JSON line
 
 
-def labelled(settings, split, size, view="center", **options):
-    """The labelled images of --data as items; raises UsageError if they have no labels."""
+def labelled_source(settings, split, size=None):
+    """The images of --data; raises UsageError if they have no labels."""
     source = load_data(settings["data"], split, size, limit=settings.get("limit"))
     if len(source.classes) < 2:
         raise UsageError(f"--task {settings['task']} needs labels: a folder per class; {source.description}")
+    return source
+
+
+def labelled(settings, split, size, view="center", **options):
+    """The labelled images of --data as items."""
+    source = labelled_source(settings, split, size)
     print(source.description, file=sys.stderr)
     return Images(source, size, view, seed=settings["seed"], **options)
 
@@ -918,15 +924,18 @@ def data(settings, machine):
     """Images/s of reading, decoding, cropping and flipping on one core: the usual pipeline of Pillow and transforms v1
     as MAE's code has it, and `Images`, whose normalisation is left to the device. They take turns."""
     source = load_data(settings["data"], "pretrain", limit=settings["limit"])
-    if not os.path.isfile(source.name(0)):
+    if source.in_memory or settings["data"] == "shapes":
         raise UsageError(f"--task data reads image files, and --data {settings['data']} is none: give a folder")
     transform = transforms.Compose([
         transforms.RandomResizedCrop(settings["image_size"], (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
     def usual(index):
-        with open(source.name(index), "rb") as file:
-            return transform(Image.open(file).convert("RGB"))
+        try:
+            with open(source.name(index), "rb") as file:
+                return transform(Image.open(file).convert("RGB"))
+        except Exception as error:
+            raise UsageError(f"{source.name(index)} cannot be decoded as an image ({error})") from None
 
     images = Images(source, settings["image_size"])
     torch.set_num_threads(1)
@@ -940,7 +949,8 @@ def data(settings, machine):
     speed = {name: len(source) / sorted(s[1:])[len(s) // 2 - 1] for name, s in seconds.items()}  # the first warms up
     print(f"{source.description}: {speed['usual']:.0f} images/s with Pillow and transforms v1, {speed['ours']:.0f} "
           f"here, {speed['ours'] / speed['usual']:.2f} times as many")
-    return {name: round(x, 1) for name, x in speed.items()} | dict(ratio=round(speed["ours"] / speed["usual"], 3))
+    return {name: round(x, 1) for name, x in speed.items()} | dict(ratio=round(speed["ours"] / speed["usual"], 3),
+                                                                   data=settings["data"])
 
 
 # Side by side: a table of what each method gives for the same epochs, and for the same compute
@@ -955,38 +965,30 @@ MEASURES = ("knn", "linear", "attentive", "finetune")
 
 
 def shared_flags(settings, *names):
-    """What the user gave of these flags, for the commands of --task compare."""
-    given = {k: settings[k] for k in ("data", "seed", *names) if settings.get(k) is not None}
+    """Those of these flags that are set, for the commands of --task compare."""
+    given = {k: settings[k] for k in ("data", "seed", "limit", "device", "precision", "workers", *names)
+             if settings.get(k) is not None}
     return [word for k, v in given.items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
-def train_command(name, epochs, settings, output):
-    """train.py's arguments for a row of the table."""
-    words = ["--method", "dvae"] if name == "dvae" else COMPARED[name].split()
-    if words[-1] == "--tokenizer":
-        words.append(str(settings["output"] / "dvae" / "checkpoint.pt"))
-    if words[1] == "objmae" and default_regions("objmae", settings["data"]) == "cam":
-        words += ["--regions", "fh"]  # small images are none for a ResNet-50 of ImageNet
-    words += [] if name == "dvae" else ["--epochs", str(epochs)]
-    words += shared_flags(settings, "limit", "device", "precision", *(() if name == "dvae" else ("model",)))
-    return ["train.py", *words, *["--compile"] * bool(settings.get("compile")), "--output", str(output)]
+def train_command(name, epochs, settings):
+    """train.py's arguments for a row of the table, but for --output."""
+    words = ["--method", "dvae"] if name == "dvae" else [*COMPARED[name].split(), "--epochs", str(epochs)]
+    if "--tokenizer" in words:
+        words.insert(words.index("--tokenizer") + 1, str(settings["output"] / "dvae" / "checkpoint.pt"))
+    if words[1] == "objmae" and settings.get("small") and default_regions("objmae", settings["data"]) == "cam":
+        words += ["--regions", "fh"]  # a ResNet-50 of ImageNet has no maps of so small images
+    words += shared_flags(settings, *() if name == "dvae" else ("model", "patch_size"))
+    return ["train.py", *words, *["--compile"] * bool(settings.get("compile"))]
 
 
 def eval_commands(checkpoint, settings, output):
     """eval.py's arguments for the measures of one encoder. All pool by the mean: some methods train no class token."""
-    common = shared_flags(settings, "limit", "device", "precision", *(("model",) if checkpoint == "random" else ()))
+    common = shared_flags(settings, *("model", "patch_size") if checkpoint == "random" else ())
     mean, probe = ["--pool", "mean"], ["--cache-features", "--epochs", str(settings["probe_epochs"])]
     special = dict(knn=mean, linear=[*mean, *probe], attentive=[*probe, "--output", str(output / "attentive.png")],
                    finetune=[*mean, "--epochs", str(settings["finetune_epochs"])])
     return {task: ["eval.py", str(checkpoint), "--task", task, *special[task], *common] for task in MEASURES}
-
-
-def method_of(command):
-    """The untrained method that a train.py command would train."""
-    given = parse_run(command[1:])
-    source = load_data(given["data"], "pretrain", limit=given.get("limit"))
-    settings = settle_recipe(given, len(source), source.image_size)
-    return build_method(settings)
 
 
 def plain_gmac(encoder):
@@ -1009,33 +1011,44 @@ def training_gmac(method, epochs):
     return gmac
 
 
-def carry_out(command, log, threads):
+def carry_out(command, log, settings):
     """Runs a command unless its log says that it has been; returns the log's last line.
 
-    The log is the command, what it printed, and last its result. UsageError if it fails.
+    The log is the command, what it printed, and last its result; beside it, as .err, what went to stderr. UsageError if
+    the command fails, if another row has, or if another command's run is there.
     """
-    text = "python " + " ".join(command)
+    text, errors = "python " + " ".join(command), log.with_suffix(".err")
     lines = log.read_text(errors="replace").split("\n") if log.exists() else [""]
     result = lines[-2] if len(lines) > 2 else ""
     if lines[0] == text and (result.startswith("{") or "epochs done" in result):
         return result
-    log.parent.mkdir(parents=True, exist_ok=True)
     resume = command[0] == "train.py" and (log.parent / "checkpoint.pt").exists()
-    here = Path(__file__).parent
-    with open(log, "w") as file:
-        print(text, file=file, flush=True)
-        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        words = [sys.executable, str(here / command[0]), *command[1:], *["--resume"] * resume]
-        failed = subprocess.run(words, stdout=file, stderr=subprocess.PIPE, text=True, env=environment)
-    if failed.returncode:
-        raise UsageError(f"{text}: {(failed.stderr.strip().splitlines() or ['it failed'])[-1]}")
-    return log.read_text().split("\n")[-2]
+    if resume and lines[0] != text:
+        raise UsageError(f"{log.parent} holds a run of another command, {lines[0] or 'without a log'}: choose another "
+                         "--output")
+    if settings["stopped"].is_set():
+        raise UsageError("another row of the table has failed")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // settings["jobs"]))} if settings["jobs"] > 1 else {}
+    words = [sys.executable, str(Path(__file__).parent / command[0]), *command[1:], *["--resume"] * resume]
+    with open(log, "w") as out, open(errors, "w") as err:
+        print(text, file=out, flush=True)
+        code = subprocess.run(words, stdout=out, stderr=err, env=os.environ | threads).returncode
+    if code:
+        said = errors.read_text(errors="replace").strip().splitlines()
+        why = f"killed by signal {-code}" if code < 0 else said[-1] if said else f"it ended with {code}"
+        raise UsageError(f"{text}: {why}")
+    return log.read_text(errors="replace").split("\n")[-2]
+
+
+def pretrain(name, epochs, settings, output):
+    """Carries out a row's pre-training in the folder `output`."""
+    carry_out([*train_command(name, epochs, settings), "--output", str(output)], output / "train.txt", settings)
 
 
 def compare_row(name, epochs, settings):
     """Pre-trains and measures one encoder -> dict(epochs, seconds of training, an accuracy for each of MEASURES)."""
     output = settings["output"] / (name if name in ("random", "supervised") else f"{name}-{epochs}")
-    threads = max(1, os.cpu_count() // settings["jobs"]) if settings["jobs"] > 1 else None
     row = dict(name=name, epochs=epochs)
     if name == "supervised":
         scratch = eval_commands("random", settings | dict(finetune_epochs=epochs), output)["finetune"]
@@ -1043,12 +1056,12 @@ def compare_row(name, epochs, settings):
     elif name == "random":
         commands = eval_commands("random", settings, output)
     else:
-        carry_out(train_command(name, epochs, settings, output), output / "train.txt", threads)
+        pretrain(name, epochs, settings, output)
         lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         row |= dict(seconds=round(sum(line["seconds"] for line in lines)), loss=round(lines[-1]["loss"], 4))
         commands = eval_commands(output / "encoder.pt", settings, output)
     for task, command in commands.items():
-        row[task] = json.loads(carry_out(command, output / f"{task}.txt", threads))["top1"]
+        row[task] = json.loads(carry_out(command, output / f"{task}.txt", settings))["top1"]
     return row
 
 
@@ -1073,25 +1086,41 @@ def compare(settings, machine):
     names, epochs, output = settings["methods"] or list(COMPARED), settings["epochs"], settings["output"]
     for name in names:
         check_choice("--methods", name, list(COMPARED))
-    if any(COMPARED[name].endswith("--tokenizer") for name in names):
-        carry_out(train_command("dvae", None, settings, output / "dvae"), output / "dvae" / "train.txt", None)
-    methods = {name: method_of(train_command(name, epochs, settings, output)) for name in ("mae", *names)}
+    train, _ = (labelled_source(settings, split) for split in ("train", "val"))
+    source = load_data(settings["data"], "pretrain", limit=settings.get("limit"))
+    settle = lambda name: settle_recipe(  # noqa: E731
+        parse_run(train_command(name, epochs, settings)[1:]), len(source), source.image_size)
+    mae = settle("mae")  # whose encoder all have
+    settings |= dict(model=mae["model"], patch_size=mae["patch_size"], small=pair_max(mae["image_size"]) <= SMALL)
+    settings["stopped"] = threading.Event()
+    if any("--tokenizer" in COMPARED[name] for name in names):
+        pretrain("dvae", None, settings, output / "dvae")
+    methods = {name: build_method(settle(name)) for name in dict.fromkeys(("mae", *names))}
     gmac = {name: training_gmac(method, epochs) for name, method in methods.items()}
     share = {name: g / gmac["mae"] for name, g in gmac.items()}
     equal = {name: max(1, round(epochs / share[name])) for name in names}
-    scratch = settings["finetune_epochs"] + round(epochs * gmac["mae"] / plain_gmac(methods["mae"].encoder)[1])
-    rows = [("random", 0), ("supervised", scratch), *((name, epochs) for name in names), *equal.items()]
-    rows = list(dict.fromkeys(rows))
+    scratch = epochs * gmac["mae"] * len(source) / (plain_gmac(methods["mae"].encoder)[1] * len(train))
+    rows = [("random", 0), ("supervised", settings["finetune_epochs"] + round(scratch))]
+    rows = list(dict.fromkeys([*rows, *((name, epochs) for name in names), *equal.items()]))
     print(f"{len(rows)} encoders; the commands and what they print are in {output}/", file=sys.stderr)
     done = {}
-    with (ThreadPoolExecutor(settings["jobs"]) as pool, tqdm(total=len(rows), desc="encoders") as progress,
-          contextlib.closing(pool.map(lambda row: compare_row(*row, settings), rows)) as results):
-        for row in results:  # closing them, on an error or an interrupt, starts no more
+    with ThreadPoolExecutor(settings["jobs"]) as pool, tqdm(total=len(rows), desc="encoders") as progress:
+        def work(row):
+            try:
+                return compare_row(*row, settings)
+            except BaseException:  # an interrupt ends the commands, and so comes here too
+                settings["stopped"].set()
+                raise
+
+        for result in as_completed([pool.submit(work, row) for row in rows]):
+            row = result.result()
             done[row["name"], row["epochs"]] = row
             progress.update()
             tqdm.write(json.dumps(row), file=sys.stderr)
+    done = {row: done[row] for row in rows}
     print(compare_table(names, share, epochs, equal, done))
-    return dict(rows=list(done.values()), gmac={k: round(v, 4) for k, v in gmac.items()})
+    chosen = {k: settings.get(k) for k in ("data", "limit", "model", "patch_size", "compile")}
+    return dict(rows=list(done.values()), gmac={k: round(v, 4) for k, v in gmac.items()}, **chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1102,13 +1131,15 @@ TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, rec
              compare=compare)
 OF_ALL = ("speed", "compare", "data")  # tasks without a checkpoint
 WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
+OF_ENCODER = ("knn", "linear", "attentive", "finetune", "attention")
 PICTURES = ("attentive", "reconstruct", "attention", "segment")
 ONLY_FOR = dict(  # the decoder of reconstruct and segment has its own image size
     image_size=("knn", "linear", "attentive", "finetune", "attention", "speed", "data"), images=PICTURES,
     output=(*PICTURES, "compare"), limit=("knn", "linear", "attentive", "finetune", "compare", "data"),
     cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
     regions=("reconstruct", "attention", "segment"), cam_weights=("reconstruct", "attention"), points=("segment",),
-    background=("segment",), hints=("segment",), methods=("speed", "compare"), reference=("speed",),
+    background=("segment",), hints=("segment",), model=(*OF_ENCODER, "speed", "compare"),
+    patch_size=(*OF_ENCODER, "speed"), relative_position=OF_ENCODER, methods=("speed", "compare"), reference=("speed",),
     compile=("speed", "compare"))
 
 

@@ -69,7 +69,7 @@ RECIPES["dvae"] = dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, 
                        min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4, lookahead=0, clip_grad=None,
                        crop_scale=(0.2, 1.0), flip=True)
 
-# What changes for images of up to 96 pixels, and for the built-in scenes or --model nano: ours, not the papers'.
+# What changes for images of up to 96 pixels: ours, not the papers'. NANO_RECIPE: the built-in scenes and --model nano.
 # patch_size is an eighth of the image; `options` are constructor arguments of the method, for those that have them.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
                     options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5))
@@ -228,6 +228,8 @@ def image_size_flag(value):
     """--image-size's one or two numbers -> an int or (height, width)."""
     if len(value) > 2:
         raise UsageError(f"--image-size takes one number, or height and width; got {len(value)} numbers")
+    if min(value) < 1:
+        raise UsageError(f"--image-size must be positive, got {min(value)}")
     return value[0] if len(value) == 1 else list(value)
 
 
@@ -589,7 +591,7 @@ def settle_run(given, state, rank, world_size, on_cuda):
             given["accumulate"] = micro_batches // world_size if micro_batches % world_size == 0 else None
         if world_size * (given["accumulate"] or 0) != micro_batches and rank == 0:
             print(f"--resume: a step no longer has {micro_batches} micro-batches, so its masks differ from now on")
-        given = {k: v for k, v in given.items() if v is not None}
+        given = {"loader": "workers"} | {k: v for k, v in given.items() if v is not None}
     if rank and world_size > 1:
         dist.barrier()  # one process downloads
     source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"), limit=given.get("limit"))
@@ -689,7 +691,7 @@ def train_epoch(run, epoch):
     seconds = time.perf_counter() - began
     totals = average_over_processes(totals, device, run.world_size)
     return dict(epoch=epoch + 1, step=(epoch + 1) * steps, **totals, lr=lr,
-                images_per_s=round(steps * settings["batch_size"] / seconds, 1), seconds=round(seconds, 3))
+                images_per_s=round(steps * settings["batch_size"] / seconds, 1))
 
 
 def prepare_regions(run, given):
@@ -782,9 +784,11 @@ def main(argv):
         write_log(output / "log.jsonl", run.log)
         examples = picture_items(Images(run.source, run.settings["image_size"], "center", regions=run.regions))
     while run.epoch < epochs:
+        began = time.perf_counter()
         if hasattr(run.method, "maps_due") and run.method.maps_due(run.epoch, epochs):
             update_maps(run)
         line = train_epoch(run, run.epoch)
+        line["seconds"] = round(time.perf_counter() - began, 3)
         if not all(p.isfinite().all() for p in run.method.parameters()):
             raise UsageError(f"the weights are no longer finite after epoch {run.epoch + 1}; {output}/checkpoint.pt is "
                              f"of epoch {run.epoch}: try a lower --lr, --clip-grad or --precision fp32")

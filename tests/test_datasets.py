@@ -278,6 +278,14 @@ def test_large_jpegs_are_decoded_smaller_where_the_crop_allows_it(tmp_path, monk
         assert (h, w) == (math.ceil(H / times), math.ceil(W / times)) and (H > W) == (orientation == 6)
 
 
+def test_a_large_jpeg_that_pillow_refuses_goes_through_torchvision(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((400, 300, 3), np.uint8)).save(tmp_path / "large.jpg")
+    monkeypatch.setattr(datasets, "LARGE", 0)
+    monkeypatch.setattr(Image.Exif, "get", lambda *_: "a string where a number should be")
+    assert decode(str(tmp_path / "large.jpg"), lambda H, W: 4).shape == (3, 400, 300)
+    assert Images(load_data(str(tmp_path)), 32)[0]["broken"] == -1
+
+
 def test_a_box_at_the_edge_stays_inside_of_a_smaller_image():
     white = torch.full((3, 101, 76), 255, dtype=torch.uint8)  # of 201 x 151 pixels
     for top, left in itertools.product(range(0, 40), range(0, 30)):
