@@ -1094,7 +1094,7 @@ def compare(settings, machine):
     settings |= dict(model=mae["model"], patch_size=mae["patch_size"], small=pair_max(mae["image_size"]) <= SMALL)
     settings["stopped"] = threading.Event()
     if any("--tokenizer" in COMPARED[name] for name in names):
-        pretrain("dvae", None, settings, output / "dvae")
+        pretrain("dvae", None, settings | dict(jobs=1), output / "dvae")  # alone, so on all cores
     methods = {name: build_method(settle(name)) for name in dict.fromkeys(("mae", *names))}
     gmac = {name: training_gmac(method, epochs) for name, method in methods.items()}
     share = {name: g / gmac["mae"] for name, g in gmac.items()}
