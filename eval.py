@@ -32,8 +32,8 @@ import mim
 from datasets import (MEAN, SMALL, STD, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode,
                       default_regions, default_scales, denormalize, load_data, make_loader, normalize, open_regions,
                       pair_max, read_labels, seed_of)
-from train import PRECISIONS, Parser, add_method_flags, build_method, check_choice, check_ranges, draw_reconstruction
-from train import exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups
+from train import PRECISIONS, Parser, add_method_flags, all_finite, build_method, check_choice, check_ranges
+from train import draw_reconstruction, exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups
 from train import parse as parse_run
 from train import picture_items, settle as settle_recipe, settle_machine, tile, tokenizer_id, write_atomically
 
@@ -354,7 +354,7 @@ def train_probe(encoder, features, make_head, make_optimizer, settings, machine)
             optimizer.zero_grad()
             progress.update()
     progress.close()
-    if not all(p.isfinite().all() for p in head.parameters()):
+    if not all_finite(head):
         raise UsageError(f"the probe's weights are no longer finite: try a lower --base-lr than {settings['base_lr']}")
     head.eval()
 
@@ -482,9 +482,10 @@ def finetune(encoder, settings, machine):
             scaler.update()
             optimizer.zero_grad()
             progress.update()
-            progress.set_postfix_str(f"loss {loss.item():.4f}")
-            if not math.isfinite(loss.item()):
-                raise UsageError(f"the loss is {loss.item()} at step {progress.n}, learning rate {lr:.3g}: try a lower "
+            value = loss.item()  # the step's one wait for the device
+            progress.set_postfix_str(f"loss {value:.4f}")
+            if not math.isfinite(value):
+                raise UsageError(f"the loss is {value} at step {progress.n}, learning rate {lr:.3g}: try a lower "
                                  "--base-lr")
     progress.close()
     model.eval()

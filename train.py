@@ -561,6 +561,11 @@ def open_output(given):
     return output, state
 
 
+def all_finite(module):
+    """Whether all parameters are finite numbers."""
+    return bool(torch.stack([p.isfinite().all() for p in module.parameters()]).all())
+
+
 def write_log(path, lines):
     """Replaces log.jsonl by these lines."""
     write_atomically(path, lambda to: to.write_text("".join(line + "\n" for line in lines)))
@@ -789,7 +794,7 @@ def main(argv):
             update_maps(run)
         line = train_epoch(run, run.epoch)
         line["seconds"] = round(time.perf_counter() - began, 3)
-        if not all(p.isfinite().all() for p in run.method.parameters()):
+        if not all_finite(run.method):
             raise UsageError(f"the weights are no longer finite after epoch {run.epoch + 1}; {output}/checkpoint.pt is "
                              f"of epoch {run.epoch}: try a lower --lr, --clip-grad or --precision fp32")
         run.epoch += 1
