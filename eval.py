@@ -33,8 +33,8 @@ from datasets import (MEAN, SMALL, STD, BrokenFiles, EpochBatches, FHRegions, Im
                       default_regions, default_scales, denormalize, load_data, make_loader, normalize, open_regions,
                       pair_max, read_labels, seed_of)
 from train import PRECISIONS, Parser, add_method_flags, all_finite, build_method, check_choice, check_ranges
-from train import draw_reconstruction, exit_with_one_line, image_size_flag, learning_rate, method_parameters, parameter_groups
-from train import parse as parse_run
+from train import draw_reconstruction, exit_with_one_line, image_size_flag, learning_rate, method_parameters
+from train import parameter_groups, parse as parse_run
 from train import picture_items, settle as settle_recipe, settle_machine, tile, tokenizer_id, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def finetune(encoder, settings, machine):
     encoder.requires_grad_(True)  # the position table too, as in MAE's fine-tuning
     model = Classifier(encoder, num_classes, settings["pool"]).to(device)
     batch_size, epochs, peak = fit_batch(settings, train)
-    # The layer decay is Table 9's for ViT-B, and for larger models MAE's fine-tuning code's.
+    # The layer decay is MAE's fine-tuning code's for ViT-B, and for larger models Table 9's.
     settings["layer_decay"] = settings["layer_decay"] or (0.75 if encoder.embed_dim >= 1024 else 0.65)
     optimizer = torch.optim.AdamW(layer_groups(model, settings["weight_decay"], settings["layer_decay"]), lr=peak,
                                   betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))

@@ -1109,7 +1109,8 @@ class LoMaR(nn.Module):
     with the image; one encoder sees visible and masked patches, and relative positions make all places alike.
 
     encoder: a ViT with relative_position=True.
-    tokenizer: see `TargetHead`; with one the target is its tokens, LoMaR on BEiT (§4.2).
+    tokenizer: see `TargetHead`; with one the target is its tokens, LoMaR on BEiT (§4.2; there
+        with BEiT's settings, for 300 epochs).
     num_windows: defaults to as many as hold the patches of a 14x14 grid (or of a smaller one, whole), which is Table 4:
         8 of 5x5, 4 of 7x7, 3 of 9x9; and for images of 384 and 448 pixels to §4.1's 6 and 9 of 7x7.
 
@@ -1167,14 +1168,16 @@ class ObjMAE(MAE):
     and all else of the image enters nothing, which leaves a fraction of the cost and no context but the object's own.
     MAE with mask_ratio=0.5 is the case alpha=0.5 with the whole image as the object.
 
-    alpha: length of source and of target, each, as a share of all patches (Table 9; 0.17 on COCO, 0.25 on ImageNet).
+    alpha: length of source and of target, each, as a share of all patches: 0.25 on ImageNet (Table 4), 0.17 on COCO
+        (Table 9; half of the 0.34 that §4.1 gives).
     alignment: how regions of different size get this length (§3.3): "throwout" cuts all to the batch's smallest,
         "zero" pads with tokens that take part in nothing, "replicate" repeats patches, "random" adds other patches.
     selection: "intra", or "inter" (§4.5): source from one object, target from another, or from the background.
     object_floor: smallest object, as a share of the image. patch_share: of a patch's pixels that make it the object's.
 
-    An image without a usable object is taken for one object. The class token, which the paper does not mention, stays
-    as in MAE.
+    Of a class activation map the patches above 0.3 (Appendix A) are the object, cut to the 2 * alpha * N of strongest
+    response (§4.3). An image without a usable object is taken for one object. The class token, which the paper does not
+    mention, stays as in MAE.
     """
 
     inputs = ("regions",)
@@ -1423,10 +1426,12 @@ class RMAE(MAE):
         """Interactive segmentation (Figure 6): hints, binary maps [B, k, H, W] -> probabilities [B, k, H, W].
 
         Of the hints only the patches ids_visible [B, n] are read, and returned as they are; of the images [B, 3, H, W]
-        the patches ids_image, which default to the same.
+        the patches ids_image, which default to the same, as in pre-training (Figure 6 gives the image whole).
         """
         ids_image, k = ids_visible if ids_image is None else ids_image, hints.shape[1]
         if self.region_branch.variant == "channel":  # made for num_regions channels, which the hints fill in turn
+            if k > self.num_regions:
+                raise ValueError(f"the channel variant was built for num_regions={self.num_regions} maps, got {k}")
             hints = hints[:, torch.arange(self.num_regions, device=hints.device) % k]
         visible = torch.zeros(len(images), self.encoder.num_patches, device=images.device).scatter(1, ids_visible, 1.0)
         ids_masked = visible.argsort(dim=1, stable=True)[:, : visible.shape[1] - ids_visible.shape[1]]
@@ -1486,12 +1491,14 @@ class CAE(nn.Module):
     an alignment loss holds them in the encoder's own space, and the decoder sees nothing but them; so the encoder has
     all of the representation learning, and the decoder can read what the encoder says of a whole image.
 
-    tokenizer: see `TargetHead`; without one the target is pixels (Table 9).
-    encoder: the paper's has drop path 0.1 and layer scale 0.1 (ViT-L: 1e-5); regressor and decoder take over both.
+    tokenizer: see `TargetHead`; without one the target is pixels (Table 9), which norm_pix normalises as MAE does.
+    encoder: the paper's has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5); regressor and
+        decoder take over both.
     alignment_weight: lambda of Eq. 1.
 
     As in the authors' code, the encoder has a class token, which goes no further, and the latents that are aligned are
     those behind its last norm. They keep a second encoder for the targets, of the same weights: here it is the one.
+    Sections, tables and figures are numbered as in the version under review.
     """
 
     inputs = ()

@@ -46,19 +46,22 @@ RECIPES = {
                    warmup_epochs=10, min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=None,
                    crop_scale=(0.67, 1.0), flip=True),
 }
-# AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1)
+# AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its baselines
+# are MAE with --epochs 400 --warmup-epochs 40, SimMIM with --epochs 200 --warmup-epochs 10.
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
 # LoMaR: "we follow the MAE settings", but crops alone, no flip; 40 epochs of warm-up for 1600 (its supplement, §6.1)
 RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, flip=False)
-# ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. Its learning rate goes with its batch of 128.
+# ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. The rate is that of a batch of 128 on COCO and ImageNet-100;
+# CLEVR has --epochs 300 --batch-size 256 --lr 1.5e-4 --warmup-epochs 40.
 RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128, min_lr=1e-5, betas=(0.9, 0.999),
                                           lookahead=5, flip=False)
 
 # R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4; 4000 epochs on COCO)
 RECIPES["rae"] = RECIPES["rmae"] = RECIPES["mae"] | dict(base_lr=1e-4)
 
-# CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. Crop and flip alone.
+# CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. Crop and flip alone. 300 and 1600
+# epochs have --warmup-epochs 10 and 40. Clipping, least rate and crop scale are BEiT's and CAE's code's.
 RECIPES["cae"] = dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
                       warmup_epochs=20, min_lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=3.0,
                       crop_scale=(0.08, 1.0), flip=True)
@@ -291,7 +294,7 @@ def check_ranges(settings, positive, not_negative):
 
 
 def settle_machine(given):
-    """(device, precision, workers) of this machine from what the user gave."""
+    """(device, precision, workers) of this machine from what the user gave; a CUDA device becomes the current one."""
     name = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

@@ -232,6 +232,8 @@ def test_errors_name_the_argument():
         method(images)
     with pytest.raises(ValueError, match="num_regions=4 maps, got 3"):
         method(images, region_maps=maps[:, :3], **ids)
+    with pytest.raises(ValueError, match="num_regions=4 maps, got 5"):
+        method.complete(images, maps[:, [0, 1, 2, 3, 0]], ids["ids_visible"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
