@@ -304,6 +304,9 @@ def settle_machine(given):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
+        torch.set_float32_matmul_precision("high")
     default = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
     precision = given.get("precision", default)
     check_choice("--precision", precision, list(PRECISIONS))
@@ -729,9 +732,6 @@ def prepare(given):
         given = dict(precision=state["args"]["precision"]) | given
     run.device, precision, run.workers = settle_machine(given)
     on_cuda = run.device.type == "cuda"
-    if on_cuda:  # before the processes meet: NCCL works on the current device
-        torch.cuda.set_device(run.device)
-        torch.set_float32_matmul_precision("high")
     run.rank, run.world_size = join_processes(run.device)
     run.source, run.settings = settle_run(given, state, run.rank, run.world_size, on_cuda)
     settings = run.settings = run.settings | dict(precision=precision)
