@@ -897,14 +897,16 @@ class CAMCache(RegionCache):
     """
 
     def __init__(self, source, folder, load, device="cpu", labelled=False):
-        whole = functools.partial(TF.resize, size=[224, 224], interpolation=v2.InterpolationMode.BICUBIC)
-        super().__init__(source, folder, lambda item: self.maps(whole(item["image"])[None],
-                                                                torch.tensor([item["label"]]))[0])
+        super().__init__(source, folder, self.map_of)
         self.load, self.device, self.labelled = load, device, labelled
 
     @functools.cached_property
     def network(self):
         return self.load().to(self.device).eval()
+
+    def map_of(self, item):
+        image = TF.resize(item["image"], [224, 224], interpolation=v2.InterpolationMode.BICUBIC)
+        return self.maps(image[None], torch.tensor([item["label"]]))[0]
 
     def maps(self, images, labels=None):
         """uint8 images [B, 3, 224, 224] -> uint8 responses [B, 1, h, w]."""
@@ -1137,8 +1139,10 @@ def collate(items):
     return torch.utils.data.default_collate(items)
 
 
-def make_loader(dataset, workers=0, pin_memory=False, **options):
-    """A DataLoader whose workers, if any, live as long as it does. options: batch_sampler=... or batch_size=..."""
+def make_loader(dataset, workers=0, device=None, **options):
+    """A DataLoader whose workers, if any, live as long as it does, and whose batches a CUDA device can copy unnoticed
+    (with non_blocking=True). options: batch_sampler=... or batch_size=..."""
+    pin_memory = device is not None and torch.device(device).type == "cuda"
     return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, collate_fn=collate,
                                        persistent_workers=workers > 0, **options)
 

@@ -104,7 +104,7 @@ FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe'
     "clip_grad": (float, "largest gradient norm"),
     "loader": (str, "who crops and flips: workers (processes on the CPU), or device for data sets that are in memory "
                     "and methods without regions (default: device with CUDA where it can be, else workers)"),
-    "workers": (int, "data loading processes (default: 8 with CUDA, else 0)"),
+    "workers": (int, "data loading processes (default: with CUDA as many as cores, at most 16; else 0)"),
     "seed": (int, "of everything random"),
     "device": (str, "cuda, cuda:1, cpu, ... (default: cuda if there is one)"),
     "precision": (str, "fp32, bf16 or fp16 autocast (default: bf16 or fp16 with CUDA, else fp32)"),
@@ -276,6 +276,10 @@ def settle(given, num_images, natural_size, world_size=1):
     if "accumulate" not in settings:
         fits = (a for a in range(1, batch + 1) if batch % (world_size * a) == 0 and batch // (world_size * a) <= 256)
         settings["accumulate"] = next(fits, 1)
+        share = batch // (world_size * settings["accumulate"])
+        if settings["accumulate"] > 1 and share < 64:
+            raise UsageError(f"--batch-size {batch} can only be split into micro-batches of {share} images: take a "
+                             "multiple of 256 for each process, or give --accumulate")
     if batch % (world_size * settings["accumulate"]):
         raise UsageError(f"--batch-size {batch} is not divisible by {world_size} processes x "
                          f"{settings['accumulate']} micro-batches")
@@ -293,9 +297,17 @@ def check_ranges(settings, positive, not_negative):
             raise UsageError(f"--{name.replace('_', '-')} must {must}, got {value}")
 
 
+def cores():
+    """The CPU cores of this process: those it may run on, shared with the other processes of the run."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def settle_machine(given):
     """(device, precision, workers) of this machine from what the user gave; a CUDA device becomes the current one."""
     name = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--device {name}: torchrun gives every process a GPU of its own; leave the flag out")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -310,7 +322,7 @@ def settle_machine(given):
     default = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
     precision = given.get("precision", default)
     check_choice("--precision", precision, list(PRECISIONS))
-    workers = given.get("workers", min(8, os.cpu_count()) if on_cuda else 0)
+    workers = given.get("workers", min(16, cores()) if on_cuda else 0)
     check_ranges(dict(workers=workers), (), ("workers",))
     return device, precision, workers
 
@@ -536,7 +548,8 @@ def load_run(path):
         state = mim.load_file(path)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if not isinstance(state, dict) or not {"model", "optimizer", "epoch", "args"} <= state.keys():
+    ours = isinstance(state, dict) and {"model", "optimizer", "epoch", "args"} <= state.keys()
+    if not ours or not isinstance(state["args"], dict) or "method_options" not in state["args"]:
         raise UsageError(f"{path} is not a checkpoint of train.py")
     return state
 
@@ -550,11 +563,14 @@ def open_output(given):
     output = Path(given.get("output", f"runs/{given['method']}"))
     path = output / "checkpoint.pt"
     if not given.get("resume"):
-        if path.exists() and not given.get("overwrite") and not given.get("prepare"):
-            done = load_run(path)["epoch"]
+        if not given.get("overwrite") and not given.get("prepare"):
+            done = load_run(path)["epoch"] if path.exists() else 0
             if done:
                 raise UsageError(f"{output} already holds a run of {done} epochs: --resume continues it, --overwrite "
                                  "starts anew, --output writes elsewhere")
+            if not path.exists() and (output / "encoder.pt").exists():
+                raise UsageError(f"{output} already holds the encoder.pt of a run: --overwrite starts anew, --output "
+                                 "writes elsewhere")
         return output, None
     if not path.exists():
         raise UsageError(f"--resume: there is no {path}")
@@ -608,6 +624,12 @@ def settle_run(given, state, rank, world_size, on_cuda):
     source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"), limit=given.get("limit"))
     if not rank and world_size > 1:
         dist.barrier()
+    if world_size > 1:
+        found = [None] * world_size
+        dist.all_gather_object(found, (len(source), *(os.path.basename(source.name(i)) for i in (0, len(source) - 1))))
+        if len(set(found)) > 1:
+            raise UsageError("--data: the processes do not see the same images: "
+                             + "; ".join("{} from {} to {}".format(*x) for x in sorted(set(found))))
     if state and saved["num_images"] != len(source):
         raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has "
                          f"{len(source)}")
@@ -645,8 +667,10 @@ def update_maps(run):
     """AMT: this process's share of the training images, whole and resized, through the encoder."""
     whole = Images(run.source, run.settings["image_size"], "whole")
     share = torch.utils.data.Subset(whole, range(run.rank, len(whole), run.world_size))
-    loader = tqdm(make_loader(share, run.workers, batch_size=256), "attention maps", leave=False, disable=run.rank > 0)
-    batches = ((normalize(b["image"].to(run.device)), b["index"].to(run.device)) for b in loader)
+    loader = make_loader(share, run.workers, run.device, batch_size=256)
+    loader = tqdm(loader, "attention maps", leave=False, disable=run.rank > 0)
+    put = lambda x: x.to(run.device, non_blocking=True)  # noqa: E731
+    batches = ((normalize(put(b["image"])), put(b["index"])) for b in loader)
     with run.amp():
         run.method.update_maps(batches, len(whole))
 
@@ -714,8 +738,7 @@ def prepare_regions(run, given):
     regions = open_regions(settings["regions"], run.source, settings["data"], "pretrain", settings.get("fh_scales"),
                            settings.get("region_cache", "data/regions"), device=run.device, **options)
     if hasattr(regions, "fill"):
-        workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        regions.fill(given.get("workers", workers), run.rank, run.world_size)
+        regions.fill(given.get("workers", cores()), run.rank, run.world_size)
     if hasattr(regions, "found") and regions.found < len(run.source) and run.rank == 0:
         print(f"regions: {len(run.source) - regions.found} of {len(run.source)} images have no masks in "
               f"{settings['regions']}")
@@ -768,7 +791,7 @@ def prepare(given):
     if settings["loader"] == "device":
         run.loader = DeviceLoader(dataset, run.batches, run.device)
     else:
-        run.loader = make_loader(dataset, run.workers, pin_memory=on_cuda, batch_sampler=run.batches)
+        run.loader = make_loader(dataset, run.workers, run.device, batch_sampler=run.batches)
     run.broken = BrokenFiles(run.source, tqdm.write)
     return run
 
@@ -837,13 +860,15 @@ def exit_with_one_line(program, main):
     except UsageError as error:  # one from a worker process brings its traceback; the last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
     except torch.OutOfMemoryError as error:
-        advice = "a smaller --batch-size" + (" or a larger --accumulate" if program == "train.py" else "")
+        advice = ("a smaller --batch-size or a larger --accumulate" if program == "train.py" else
+                  "a smaller --batch-size (256 images are held at a time, or fewer), or no --cache-features")
         message = f"out of memory: use {advice} ({str(error).splitlines()[0]})"
     except OSError as error:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        kept = "; the last epoch's checkpoint is kept, --resume continues from it" if program == "train.py" else ""
-        print(f"\n{program}: interrupted{kept}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        kept = "the last epoch's checkpoint is kept, --resume continues from it"
+        kept = kept if program == "train.py" else str(error)
+        print(f"\n{program}: interrupted{kept and '; ' + kept}", file=sys.stderr)
         return 130
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -440,6 +441,8 @@ def test_class_activation_maps_of_a_folder_through_a_small_network(folder, tmp_p
     read = regions.read(0, item)
     assert read.shape == (1, 32, 32) and read.dtype == torch.float32 and 0 <= read.min() < read.max() <= 1
     alone = regions.compute(item)  # on its own instead of in a batch
+    sent = pickle.loads(pickle.dumps(datasets.CAMCache(source, str(tmp_path), torch.nn.Identity)))  # to a worker
+    assert torch.equal(sent.read(0, item), read)
     with np.load(regions.path(0)) as file:
         assert np.abs(alone.astype(int) - file["arr_0"]).max() <= 1 and file["arr_0"].max() == 255
     item = Images(source, 16, regions=regions)[0]

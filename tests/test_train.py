@@ -1,5 +1,6 @@
 """The training program: settings, learning, exact resume, several processes, and what it says to a user's mistakes."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -371,6 +372,40 @@ def test_runs_are_not_overwritten_or_mixed_up(call):
         assert code == 2 and re.search(words, err) and err.count("\n") == 1
     assert (output / "checkpoint.pt").read_bytes() == before
     assert call("mae", "--overwrite", "--epochs", 1)[0] == 0 and len(log(output)) == 1
+    torch.save(dict(model={}, optimizer={}, epoch=3, args=argparse.Namespace(lr=1.0)), output / "checkpoint.pt")  # MAE's code
+    code, _, err, _ = call("mae", "--resume")
+    assert code == 2 and "is not a checkpoint of train.py" in err and err.count("\n") == 1
+    (output / "checkpoint.pt").unlink()
+    encoder = (output / "encoder.pt").read_bytes()
+    code, _, err, _ = call("mae")
+    assert code == 2 and "already holds the encoder.pt of a run" in err
+    assert (output / "encoder.pt").read_bytes() == encoder and len(log(output)) == 1
+
+
+def test_a_batch_that_splits_into_crumbs_is_refused():
+    with pytest.raises(train.UsageError, match="--batch-size 514 .* micro-batches of 2 images"):
+        train.settle(dict(method="mae", batch_size=514), 1000, 64)
+    assert train.settle(dict(method="mae", batch_size=514, accumulate=257), 1000, 64)["accumulate"] == 257
+    assert train.settle(dict(method="mae", batch_size=768), 1000, 64)["accumulate"] == 3
+    assert train.settle(dict(method="mae", batch_size=1000), 1000, 64)["accumulate"] == 4
+
+
+def test_processes_must_see_the_same_images(monkeypatch):
+    def gather(found, mine):
+        found[:] = [mine, (5, *mine[1:])]
+
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    with pytest.raises(train.UsageError, match="do not see the same images: 5 from scene 0 .*; 4096 from scene 0 to scene 4095"):
+        train.settle_run(dict(method="mae"), None, 0, 2, False)
+
+
+def test_torchrun_chooses_the_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(train.UsageError, match="--device cuda:0: torchrun gives every process a GPU"):
+        train.settle_machine(dict(device="cuda:0"))
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert train.cores() == 6
 
 
 MISTAKES = {
