@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -29,10 +30,10 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (MEAN, SMALL, STD, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode,
+from datasets import (MEAN, MIN_SIDE, SMALL, STD, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode,
                       default_regions, default_scales, denormalize, load_data, make_loader, normalize, open_regions,
                       pair_max, read_labels, seed_of)
-from train import PRECISIONS, Parser, add_method_flags, all_finite, build_method, check_choice, check_ranges
+from train import PRECISIONS, Parser, add_method_flags, all_finite, build_method, check_choice, check_ranges, cores
 from train import draw_reconstruction, exit_with_one_line, image_size_flag, learning_rate, method_parameters
 from train import parameter_groups, parse as parse_run
 from train import picture_items, settle as settle_recipe, settle_machine, tile, tokenizer_id, write_atomically
@@ -200,20 +201,34 @@ def open_method(settings):
         raise UsageError(message if str(path) in message else f"{path}: {message}") from None
 
 
+PIECE = 256  # images that go through an encoder at a time
+
+
+def to_device(batch, device):
+    """A loader's batch -> normalised images [b, 3, H, W] and labels [b] on the device."""
+    return normalize(batch["image"].to(device, non_blocking=True)), batch["label"].to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def extract(function, dataset, machine, label="features"):
     """All images of a dataset through function(images [b, 3, H, W]) -> outputs [n, ...], labels [n], on the device."""
     device, amp, workers = machine
     broken, outputs, labels = BrokenFiles(dataset.source, tqdm.write), None, []
-    for batch in tqdm(make_loader(dataset, workers, batch_size=256), desc=label, leave=False):
+    for batch in tqdm(make_loader(dataset, workers, device, batch_size=PIECE), desc=label, leave=False):
         broken.watch(batch["broken"])
+        images, some_labels = to_device(batch, device)
         with amp():
-            some = function(normalize(batch["image"].to(device)))
+            some = function(images)
         if outputs is None:  # all of it at once: patches of many images are too much to hold twice
-            outputs = some.new_empty(len(dataset), *some.shape[1:])
+            try:
+                outputs = some.new_empty(len(dataset), *some.shape[1:])
+            except RuntimeError:
+                size = len(dataset) * some[0].numel() * some.element_size() / 2**30
+                raise UsageError(f"there is no memory for the {label} of {len(dataset)} images, {size:.1f} GiB: leave "
+                                 "out --cache-features, or --limit the images") from None
         done = sum(map(len, labels))
         outputs[done : done + len(some)] = some
-        labels.append(batch["label"].to(device))
+        labels.append(some_labels)
     return outputs, torch.cat(labels)
 
 
@@ -311,15 +326,15 @@ def train_batches(train, batches, loader, features, machine, cached=None):
     broken = BrokenFiles(train.source, tqdm.write)
     if cached:
         for keys in batches:
-            ids = torch.tensor([index for _, index in keys], device=device)
+            ids = torch.tensor([index for _, index in keys]).to(device, non_blocking=True)
             yield cached[0][ids], cached[1][ids]
         return
     pieces = []
     for batch in loader:
         broken.watch(batch["broken"])
+        images, labels = to_device(batch, device)
         with torch.no_grad(), amp():
-            some = features(normalize(batch["image"].to(device)))
-        pieces.append((some, batch["label"].to(device)))
+            pieces.append((features(images), labels))
         if len(pieces) == batches.batch_size // batches.micro_batch:
             yield tuple(torch.cat(x) for x in zip(*pieces))
             pieces = []
@@ -341,8 +356,8 @@ def train_probe(encoder, features, make_head, make_optimizer, settings, machine)
     head = make_head(len(train.source.classes)).to(device)
     batch_size, epochs, lr = fit_batch(settings, train)
     optimizer = make_optimizer(head.parameters(), lr=lr)
-    batches = EpochBatches(len(train), batch_size, batch_size if cache else piece_of(batch_size), settings["seed"])
-    loader, steps = make_loader(train, machine[2], batch_sampler=batches), len(train) // batch_size
+    batches = EpochBatches(len(train), batch_size, batch_size if cache else min(PIECE, batch_size), settings["seed"])
+    loader, steps = make_loader(train, machine[2], device, batch_sampler=batches), len(train) // batch_size
     progress = tqdm(total=epochs * steps, desc=title)
     for epoch in range(epochs):
         batches.epoch = epoch
@@ -390,16 +405,13 @@ def attentive(encoder, settings, machine):
 
 
 def fit_batch(settings, train):
-    """(batch size, epochs, learning rate), after cutting settings["batch_size"] to the number of training images."""
+    """(batch size, epochs, learning rate), after cutting settings["batch_size"] to the number of training images, and
+    above PIECE to a multiple of it."""
     settings["batch_size"] = min(settings["batch_size"], len(train))
+    settings["batch_size"] -= settings["batch_size"] % PIECE if settings["batch_size"] > PIECE else 0
     if settings["batch_size"] < 2:
         raise UsageError(f"--batch-size must be at least 2, got {settings['batch_size']}")
     return settings["batch_size"], settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
-
-
-def piece_of(batch_size, largest=256):
-    """How many images of a batch go through the encoder at a time: its largest divisor up to `largest`."""
-    return max(n for n in range(1, min(largest, batch_size) + 1) if batch_size % n == 0)
 
 
 class Classifier(nn.Module):
@@ -438,6 +450,7 @@ def layer_groups(model, weight_decay, layer_decay):
 def finetune(encoder, settings, machine):
     """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, RandAugment, mixup and cutmix, random erasing.
 
+    After every epoch the model and all that an exact resume needs are in finetune.pt.
     torchvision's RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean, not noise.
     """
     device, amp, workers = machine
@@ -458,18 +471,25 @@ def finetune(encoder, settings, machine):
                                   betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)])
-    piece = piece_of(batch_size)  # mixed, and through the model, at a time
+    piece = min(PIECE, batch_size)  # mixed, and through the model, at a time
     batches = EpochBatches(len(train), batch_size, piece, settings["seed"])
-    loader, broken = make_loader(train, workers, batch_sampler=batches), BrokenFiles(train.source, tqdm.write)
-    steps = len(train) // batch_size
-    progress = tqdm(total=epochs * steps, desc="fine-tuning")
-    for epoch in range(epochs):
+    loader = make_loader(train, workers, device, batch_sampler=batches)
+    broken, steps, path = BrokenFiles(train.source, tqdm.write), len(train) // batch_size, settings["output"]
+    chosen = {k: settings.get(k) for k in (*RECIPES["finetune"], "checkpoint", "data", "seed")}
+    chosen, done = chosen | dict(images=len(train)), 0
+    if settings.get("resume"):
+        state = open_finetuned(path, chosen)
+        done = state["epoch"]
+        for part, name in ((model, "model"), (optimizer, "optimizer"), *[(scaler, "scaler")] * bool(state["scaler"])):
+            part.load_state_dict(state[name])
+    progress = tqdm(total=epochs * steps, initial=done * steps, desc="fine-tuning")
+    for epoch in range(done, epochs):
         batches.epoch = epoch
         model.train()
         for number, batch in enumerate(loader, start=1):
             broken.watch(batch["broken"])
             torch.manual_seed(seed_of(settings["seed"], epoch, number))
-            images, targets = mix(normalize(batch["image"].to(device)), batch["label"].to(device))
+            images, targets = mix(*to_device(batch, device))
             lr = learning_rate(progress.n, epochs * steps, settings["warmup_epochs"] * steps, peak, minimum=1e-6)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -487,9 +507,28 @@ def finetune(encoder, settings, machine):
             if not math.isfinite(value):
                 raise UsageError(f"the loss is {value} at step {progress.n}, learning rate {lr:.3g}: try a lower "
                                  "--base-lr")
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     epoch=epoch + 1, args=chosen)
+        write_atomically(path, functools.partial(torch.save, state))
     progress.close()
     model.eval()
-    return accuracies(*extract(lambda images: model(images).float(), val, machine, "val"))
+    return accuracies(*extract(lambda images: model(images).float(), val, machine, "val")) | dict(output=str(path))
+
+
+def open_finetuned(path, chosen):
+    """What `finetune` has written to a file; UsageError if it is something else or was made with other settings."""
+    if not path.exists():
+        raise UsageError(f"--resume: there is no {path}")
+    try:
+        state = mim.load_file(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if not isinstance(state, dict) or not isinstance(state.get("args"), dict) or "layer_decay" not in state["args"]:
+        raise UsageError(f"--resume: {path} is not of --task finetune")
+    for name, value in chosen.items():
+        if state["args"].get(name) != value:
+            raise UsageError(f"--resume: {path} was made with {name} {state['args'].get(name)}, not {value}")
+    return state
 
 
 def pictured(settings, size, device):
@@ -537,10 +576,13 @@ class FileList:
 
     def read(self, index):
         try:
-            return dict(image=decode(self.paths[index]), label=0)
-        except (OSError, RuntimeError, ValueError):
+            image = decode(self.paths[index])
+        except Exception:  # decoders raise anything
             reason = "cannot be decoded as an image" if Path(self.paths[index]).is_file() else "no such file"
             raise UsageError(f"{self.flag} {self.paths[index]}: {reason}") from None
+        if min(image.shape[1:]) < MIN_SIDE:
+            raise UsageError(f"{self.flag} {self.paths[index]}: {image.shape[2]}x{image.shape[1]} pixels, too small")
+        return dict(image=image, label=0)
 
     def name(self, index):
         return self.paths[index]
@@ -673,8 +715,8 @@ def segment(method, settings, machine):
     if hasattr(dataset.regions, "fill"):
         dataset.regions.fill(workers)
     rows, found = [], {r: [] for r in (80, 85, 90)}
-    for batch in tqdm(make_loader(dataset, workers, batch_size=64), desc="segment", leave=False):
-        images, regions = normalize(batch["image"].to(device)), batch["regions"].to(device)
+    for batch in tqdm(make_loader(dataset, workers, device, batch_size=64), desc="segment", leave=False):
+        images, regions = to_device(batch, device)[0], batch["regions"].to(device, non_blocking=True)
         maps, real = mim.select_objects(regions, 1)
         patches, tiles = mim.patchify(maps, p), [denormalize(images), maps.float().expand(-1, 3, -1, -1)]
         for ratio in found:
@@ -987,8 +1029,9 @@ def eval_commands(checkpoint, settings, output):
     """eval.py's arguments for the measures of one encoder. All pool by the mean: some methods train no class token."""
     common = shared_flags(settings, *("model", "patch_size") if checkpoint == "random" else ())
     mean, probe = ["--pool", "mean"], ["--cache-features", "--epochs", str(settings["probe_epochs"])]
-    special = dict(knn=mean, linear=[*mean, *probe], attentive=[*probe, "--output", str(output / "attentive.png")],
-                   finetune=[*mean, "--epochs", str(settings["finetune_epochs"])])
+    to = lambda name: ["--output", str(output / name)]  # noqa: E731
+    special = dict(knn=mean, linear=[*mean, *probe], attentive=[*probe, *to("attentive.png")],
+                   finetune=[*mean, "--epochs", str(settings["finetune_epochs"]), *to("finetune.pt")])
     return {task: ["eval.py", str(checkpoint), "--task", task, *special[task], *common] for task in MEASURES}
 
 
@@ -1023,14 +1066,15 @@ def carry_out(command, log, settings):
     result = lines[-2] if len(lines) > 2 else ""
     if lines[0] == text and (result.startswith("{") or "epochs done" in result):
         return result
-    resume = command[0] == "train.py" and (log.parent / "checkpoint.pt").exists()
+    kept = log.parent / {"train.txt": "checkpoint.pt", "finetune.txt": "finetune.pt"}.get(log.name, "no file")
+    resume = kept.exists() and (command[0] == "train.py" or lines[0] == text)
     if resume and lines[0] != text:
         raise UsageError(f"{log.parent} holds a run of another command, {lines[0] or 'without a log'}: choose another "
                          "--output")
     if settings["stopped"].is_set():
         raise UsageError("another row of the table has failed")
     log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // settings["jobs"]))} if settings["jobs"] > 1 else {}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // settings["jobs"]))} if settings["jobs"] > 1 else {}
     words = [sys.executable, str(Path(__file__).parent / command[0]), *command[1:], *["--resume"] * resume]
     with open(log, "w") as out, open(errors, "w") as err:
         print(text, file=out, flush=True)
@@ -1134,9 +1178,11 @@ OF_ALL = ("speed", "compare", "data")  # tasks without a checkpoint
 WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
 OF_ENCODER = ("knn", "linear", "attentive", "finetune", "attention")
 PICTURES = ("attentive", "reconstruct", "attention", "segment")
+WRITES = (*PICTURES, "finetune")
 ONLY_FOR = dict(  # the decoder of reconstruct and segment has its own image size
     image_size=("knn", "linear", "attentive", "finetune", "attention", "speed", "data"), images=PICTURES,
-    output=(*PICTURES, "compare"), limit=("knn", "linear", "attentive", "finetune", "compare", "data"),
+    output=(*WRITES, "compare"), resume=("finetune",),
+    limit=("knn", "linear", "attentive", "finetune", "compare", "data"),
     cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
     regions=("reconstruct", "attention", "segment"), cam_weights=("reconstruct", "attention"), points=("segment",),
     background=("segment",), hints=("segment",), model=(*OF_ENCODER, "speed", "compare"),
@@ -1170,7 +1216,9 @@ def parse(argv):
     parser.add_argument("--background", nargs="+", help="segment: x,y ... outside of it")
     parser.add_argument("--hints", help="segment: label PNG of the image's size, 0 unknown, 1 background, 2 region")
     parser.add_argument("--cache-features", action="store_true", help="linear, attentive: encode training images once")
-    parser.add_argument("--output", help="the picture's file (default: TASK.png beside the checkpoint)")
+    parser.add_argument("--output", help="the file of the picture, or of the fine-tuned model (default: TASK.png or "
+                                         "finetune.pt beside the checkpoint); compare: a folder")
+    parser.add_argument("--resume", action="store_true", default=None, help="finetune: go on from --output")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
@@ -1240,14 +1288,27 @@ def settle(given, model, precision, on_cuda):
     if task == "compare":
         settings["output"] = Path(given.get("output", f"runs/compare-{Path(given['data']).name}"))
         return settings | dict(precision=given.get("precision"))
-    beside = Path(".") if given.get("checkpoint", "random") == "random" else Path(given["checkpoint"]).parent
-    settings["output"] = Path(given.get("output", beside / f"{task}.png"))
+    beside = Path("runs/random") if given.get("checkpoint") == "random" else Path(given.get("checkpoint", "")).parent
+    settings["output"] = Path(given.get("output", beside / f"{task}.{'pt' if task == 'finetune' else 'png'}"))
     return settings
+
+
+def try_output(path):
+    """Says at once, and not after an hour, if a file cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"--output {path}: {error.strerror}") from None
+    if path.is_dir():
+        raise UsageError(f"--output {path}: it is a folder; give a file")
 
 
 def main(argv):
     """One evaluation, from the command line to its JSON line."""
     given = parse(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("eval.py runs in one process: start it with python, not with torchrun")
     task, began = given["task"], time.perf_counter()
     device, precision, workers = settle_machine(given)
     check(given)
@@ -1255,10 +1316,19 @@ def main(argv):
     settings = settle(given, model, precision, device.type == "cuda")
     amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
     machine = device, amp, workers
+    if task in WRITES:
+        try_output(settings["output"])
+    for i in range(len(settings.get("images", []))):
+        FileList(settings["images"]).read(i)  # says now what is wrong
     if task in OF_ALL:
         result = dict(task=task, **TASKS[task](settings, machine))
     else:
-        result = TASKS[task](model.to(device).eval(), settings, machine)
+        try:
+            result = TASKS[task](model.to(device).eval(), settings, machine)
+        except KeyboardInterrupt:
+            if task != "finetune":
+                raise
+            raise KeyboardInterrupt(f"what {settings['output']} has is kept, --resume continues from it") from None
         result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
         result |= dict(image_size=list(sized(model).image_size))
     result |= {k: settings[k] for k in RECIPES[task]}

@@ -102,7 +102,65 @@ def test_classifier_norms_after_the_mean():
     assert torch.allclose(model(x), model.head(F.layer_norm(tokens, (32,), eps=1e-6)), atol=1e-6)
 
 
+def test_a_batch_of_many_is_made_of_whole_pieces():
+    for given, images, batch in ((1024, 797, 768), (514, 9999, 512), (1024, 200, 200), (100, 797, 100)):
+        settings = dict(batch_size=given, epochs=3, base_lr=0.5)
+        assert evaluation.fit_batch(settings, range(images)) == (batch, 3, 0.5 * batch / 256) and settings["batch_size"] == batch
+
+
 # Tasks
+
+
+def test_finetuning_resumes_exactly(cli, runs, folder, tmp_path, monkeypatch):
+    def call(out, *more):
+        code, out, err = cli(evaluation, runs / "mae" / "encoder.pt", "--task", "finetune", "--data", folder, "--epochs", 3,
+                             "--batch-size", 8, "--output", tmp_path / out, *more)
+        return code, json.loads(out.splitlines()[-1]) if code == 0 else None, err
+
+    code, whole, _ = call("whole.pt")
+    assert code == 0 and whole["output"] == str(tmp_path / "whole.pt")
+    write, written = evaluation.write_atomically, []
+
+    def write_then_interrupt(path, content):
+        write(path, content)
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_atomically", write_then_interrupt)
+        code, _, err = call("part.pt")
+    assert code == 130 and "part.pt has is kept, --resume continues from it" in err
+    code, _, err = call("part.pt", "--resume", "--base-lr", 0.5)
+    assert code == 2 and "was made with base_lr 0.001, not 0.5" in err
+    code, part, _ = call("part.pt", "--resume")
+    assert code == 0 and {k: v for k, v in part.items() if k not in ("seconds", "output")} == {
+        k: v for k, v in whole.items() if k not in ("seconds", "output")}
+    states = [mim.load_file(tmp_path / name) for name in ("whole.pt", "part.pt")]
+    assert states[0]["epoch"] == states[1]["epoch"] == 3
+    assert all(torch.equal(states[0]["model"][k], v) for k, v in states[1]["model"].items())
+    code, out, _ = cli(evaluation, tmp_path / "part.pt", "--task", "knn", "--data", folder)  # it holds an encoder
+    assert code == 0
+
+
+def test_what_would_spoil_the_result_is_tried_first(cli, runs, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "train_probe", None)
+    (tmp_path / "text").write_text("no image")
+    for flags in (["--output", tmp_path / "text" / "a.png"], ["--images", tmp_path / "text"]):
+        code, _, err = cli(evaluation, runs / "mae" / "encoder.pt", "--task", "attentive", "--data", folder, *flags)
+        assert code == 2 and err.startswith(f"eval.py: error: {flags[0]} {flags[1]}")
+
+
+def test_features_beyond_the_memory(cli, runs, folder, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
+    code, _, err = cli(evaluation, runs / "mae" / "encoder.pt", "--task", "linear", "--cache-features", "--data", folder)
+    assert code == 2 and "no memory for the train features of" in err and "--cache-features" in err
+
+
+def test_one_process_evaluates(cli, runs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    code, _, err = cli(evaluation, runs / "mae" / "encoder.pt", "--task", "knn")
+    assert code == 2 and "eval.py runs in one process" in err
 
 
 @pytest.mark.parametrize("name, file", [("mae", "checkpoint.pt"), ("amt", "encoder.pt"), ("simmim", "checkpoint.pt")])
@@ -414,13 +472,16 @@ def test_compare_stops_at_the_first_failure_and_keeps_what_is_there(cli, folder,
     (tmp_path / "random" / "attentive.png").mkdir()  # where a picture is to be written
     code, _, err = cli(evaluation, *flags, "--output", tmp_path)
     last = err.strip().splitlines()[-1]
-    assert code == 2 and "python eval.py random --task attentive" in last and "cannot write" in last
-    assert len(in_process) == 3 and "cannot write" in (tmp_path / "random" / "attentive.err").read_text()
+    assert code == 2 and "python eval.py random --task attentive" in last and "it is a folder" in last
+    assert len(in_process) == 3 and "it is a folder" in (tmp_path / "random" / "attentive.err").read_text()
     (tmp_path / "random" / "attentive.png").rmdir()
     assert cli(evaluation, *flags, "--output", tmp_path)[0] == 0
     count = len(in_process)
     code, _, err = cli(evaluation, *flags, "--limit", 12, "--output", tmp_path)
     assert code == 2 and "mae-1 holds a run of another command, python train.py" in err and "--limit 8" in err
+    (tmp_path / "mae-1" / "finetune.txt").write_text((tmp_path / "mae-1" / "finetune.txt").read_text().split("\n")[0] + "\n")
+    assert cli(evaluation, *flags, "--output", tmp_path)[0] == 0
+    assert "finetune" in in_process[-1] and in_process[-1][-1] == "--resume"  # killed there, it goes on there
     assert not any("train.py" in c[0] for c in in_process[count:])
 
 
@@ -445,7 +506,12 @@ def test_compare_stops_at_the_first_failure_and_keeps_what_is_there(cli, folder,
     (["{mae}/encoder.pt", "--task", "attention", "--query", "65"], "--query 65: it may be 0 (class token) to 64"),
     (["{mae}/encoder.pt", "--task", "attention", "--images", "nowhere.png"], "--images nowhere.png"),
     (["{mae}/encoder.pt", "--task", "attention", "--images", "text"], "--images text: cannot be decoded"),
-    (["{mae}/encoder.pt", "--task", "attention", "--output", "no/such/folder/a.png"], "cannot write no/such/folder/a.png"),
+    (["{mae}/encoder.pt", "--task", "attention", "--output", "text/folder/a.png"], "--output text/folder/a.png: Not a directory"),
+    (["{mae}/encoder.pt", "--task", "attention", "--output", "folder"], "--output folder: it is a folder"),
+    (["{mae}/encoder.pt", "--task", "attention", "--images", "low.png", "{image}"], "--images low.png: 40x4 pixels, too small"),
+    (["{mae}/encoder.pt", "--task", "knn", "--resume"], "--resume is for --task finetune"),
+    (["{mae}/encoder.pt", "--task", "finetune", "--resume", "--output", "none.pt"], "--resume: there is no none.pt"),
+    (["{mae}/encoder.pt", "--task", "finetune", "--resume", "--output", "{mae}/checkpoint.pt"], "is not of --task finetune"),
     (["{mae}/encoder.pt", "--task", "knn", "--data", "{plain}"], "needs labels"),
     (["{mae}/encoder.pt", "--task", "knn", "--cache-features"], "--cache-features is for --task linear"),
     (["{mae}/checkpoint.pt", "--task", "reconstruct", "--image-size", "64"], "--image-size is for --task knn"),
@@ -474,6 +540,8 @@ def test_compare_stops_at_the_first_failure_and_keeps_what_is_there(cli, folder,
 def test_a_users_mistake_is_one_line(cli, runs, folder, arguments, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("neither a checkpoint nor an image")
+    (tmp_path / "folder").mkdir()
+    write_png(torch.zeros(3, 4, 40, dtype=torch.uint8), str(tmp_path / "low.png"))
     places = dict(mae=runs / "mae", rmae=runs / "rmae", image=folder / "val" / "a" / "0.png", plain=folder / "val" / "a", data=folder)
     code, _, err = cli(evaluation, *[a.format(**places) for a in arguments])
     last = err.strip().splitlines()[-1]
