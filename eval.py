@@ -447,19 +447,25 @@ def layer_groups(model, weight_decay, layer_decay):
     return [g for g in groups if g["params"]]
 
 
-def finetune(encoder, settings, machine):
-    """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, RandAugment, mixup and cutmix, random erasing.
+def augmented(settings, size):
+    """The training images of fine-tuning: crops, flips, RandAugment, random erasing (MAE, Table 9).
 
-    After every epoch the model and all that an exact resume needs are in finetune.pt.
     torchvision's RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean, not noise.
     """
-    device, amp, workers = machine
     mean = [round(255 * m) for m in MEAN]
     augment = v2.Compose([  # magnitude 9 of 10
         v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean),
         v2.RandomErasing(0.25, value=mean)])
-    train = labelled(settings, "train", encoder.image_size, "crop", crop_scale=(0.08, 1.0), augment=augment)
-    val = labelled(settings, "val", encoder.image_size)
+    return labelled(settings, "train", size, "crop", crop_scale=(0.08, 1.0), augment=augment)
+
+
+def finetune(encoder, settings, machine):
+    """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, mixup and cutmix of `augmented` images.
+
+    After every epoch the model and all that an exact resume needs are in finetune.pt.
+    """
+    device, amp, workers = machine
+    train, val = augmented(settings, encoder.image_size), labelled(settings, "val", encoder.image_size)
     num_classes = len(train.source.classes)
     torch.manual_seed(settings["seed"])
     encoder.requires_grad_(True)  # the position table too, as in MAE's fine-tuning
