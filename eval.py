@@ -481,13 +481,15 @@ def finetune(encoder, settings, machine):
     batches = EpochBatches(len(train), batch_size, piece, settings["seed"])
     loader = make_loader(train, workers, device, batch_sampler=batches)
     broken, steps, path = BrokenFiles(train.source, tqdm.write), len(train) // batch_size, settings["output"]
-    chosen = {k: settings.get(k) for k in (*RECIPES["finetune"], "checkpoint", "data", "seed")}
-    chosen, done = chosen | dict(images=len(train)), 0
+    chosen = dict({k: settings[k] for k in (*RECIPES["finetune"], "checkpoint", "data", "seed")}, images=len(train))
+    done = 0
     if settings.get("resume"):
         state = open_finetuned(path, chosen)
         done = state["epoch"]
-        for part, name in ((model, "model"), (optimizer, "optimizer"), *[(scaler, "scaler")] * bool(state["scaler"])):
-            part.load_state_dict(state[name])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
     progress = tqdm(total=epochs * steps, initial=done * steps, desc="fine-tuning")
     for epoch in range(done, epochs):
         batches.epoch = epoch

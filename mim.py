@@ -1109,8 +1109,8 @@ class LoMaR(nn.Module):
     with the image; one encoder sees visible and masked patches, and relative positions make all places alike.
 
     encoder: a ViT with relative_position=True.
-    tokenizer: see `TargetHead`; with one the target is its tokens, LoMaR on BEiT (§4.2; there
-        with BEiT's settings, for 300 epochs).
+    tokenizer: see `TargetHead`; with one the target is its tokens, LoMaR on BEiT (§4.2; there with BEiT's settings, for
+        300 epochs).
     num_windows: defaults to as many as hold the patches of a 14x14 grid (or of a smaller one, whole), which is Table 4:
         8 of 5x5, 4 of 7x7, 3 of 9x9; and for images of 384 and 448 pixels to §4.1's 6 and 9 of 7x7.
 
