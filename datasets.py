@@ -284,8 +284,8 @@ class Arrays:
 LARGE = 2**19  # bytes; of smaller files hardly a crop allows a reduction, and looking for one costs time
 
 
-def decode(path, shrink=None):
-    """An image file of any kind -> uint8 RGB [3, H, W]; the EXIF rotation is applied.
+def decode(path, shrink=None, turn=True):
+    """An image file of any kind -> uint8 RGB [3, H, W]; the EXIF rotation is applied unless turn=False.
 
     shrink: function (H, W) -> how many times smaller a large JPEG may come; libjpeg then decodes at a half, quarter or
         eighth of the size, in less time.
@@ -298,28 +298,31 @@ def decode(path, shrink=None):
     is_jpeg = data[:2] == b"\xff\xd8"
     if is_jpeg and shrink is not None and len(data) > LARGE:
         with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # torchvision may read more
-            turned = image.getexif().get(0x0112, 1) > 4
+            turned = turn and image.getexif().get(0x0112, 1) > 4
             times = shrink(*(image.size if turned else image.size[::-1]))
             if times >= 2:
                 image.draft("RGB", tuple(side // times for side in image.size))
-                image = ImageOps.exif_transpose(image).convert("RGB")
+                image = (ImageOps.exif_transpose(image) if turn else image).convert("RGB")
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if is_jpeg and decode_image is not None:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB", apply_exif_orientation=True)
+        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB", apply_exif_orientation=turn)
     with Image.open(io.BytesIO(data)) as image:
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if turn else image
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 class Files:
-    """Image files below a folder with their labels. Paths are one byte array, which forked workers share."""
+    """Image files below a folder with their labels. Paths are one byte array, which forked workers share.
+
+    turn: whether EXIF rotations are applied.
+    """
 
     in_memory, can_shrink = False, True
 
-    def __init__(self, root, paths, labels, classes, description):
-        self.root, self.classes, self.description = root, classes, description
+    def __init__(self, root, paths, labels, classes, description, turn=True):
+        self.root, self.classes, self.description, self.turn = root, classes, description, turn
         self.paths, self.labels = np.array([os.fsencode(p) for p in paths]), np.asarray(labels)
         side = np.median([max_side(self.name(i)) for i in np.linspace(0, len(paths) - 1, 9).astype(int)])
         self.image_size = int(side) if MIN_SIDE <= side <= SMALL else 224
@@ -328,7 +331,7 @@ class Files:
         return len(self.paths)
 
     def read(self, index, shrink=None):
-        return dict(image=decode(self.name(index), shrink), label=int(self.labels[index]))
+        return dict(image=decode(self.name(index), shrink, self.turn), label=int(self.labels[index]))
 
     def name(self, index):
         return os.path.join(self.root, os.fsdecode(self.paths[index].item()))
@@ -495,19 +498,23 @@ def coco_folder(root, split):
 
 
 def load_coco(root, split):
-    """A COCO root -> Files without labels, in the order of the names; UsageError if the split has no images."""
+    """A COCO root -> Files without labels, in the order of the names; UsageError if the split has no images.
+
+    Its annotations are of the pixels as they are stored, so EXIF rotations are not applied.
+    """
     folder = coco_folder(root, split)
     if folder is None:
         raise UsageError(f"--data {root}: no {'val' if split == 'val' else 'train'}* folder with .jpg images in it")
     paths = find_images(folder)
-    return Files(folder, paths, [0] * len(paths), [], f"{root}: COCO {folder.name}, {len(paths)} images")
+    return Files(folder, paths, [0] * len(paths), [], f"{root}: COCO {folder.name}, {len(paths)} images", turn=False)
 
 
 def fill_polygon(points, height, width):
     """[x1, y1, x2, y2, ...] in pixels -> bool [height, width]: the pixels with their centre inside, by even-odd rule.
 
-    Pillow would draw the outline too, half a pixel all around. Going down the columns, as COCO's own tools do, puts
-    centres right on an edge on the same side as theirs.
+    Pillow would draw the outline too, half a pixel all around. Where a vertex lies on whole pixels, centres right on
+    an edge fall on the same side as with COCO's own tools, which also go down the columns. They round the edges to
+    fifths of a pixel, so that with other vertices some pixels on the border differ.
     """
     start = np.reshape(points, (-1, 2)).T
     end = np.roll(start, -1, axis=1)
@@ -581,7 +588,7 @@ class CocoMaps:
         """
         stem = Path(path).stem
         if stem not in self.spans:
-            return np.zeros(decode(path).shape[1:], np.uint16)
+            return np.zeros(decode(path, turn=False).shape[1:], np.uint16)
         height, width, regions = pickle.loads(self.kept[slice(*self.spans[stem])])
         numbers = np.zeros((height, width), np.uint16)
         try:
@@ -636,6 +643,13 @@ class Instances:
         return item["instances"][None]
 
 
+def check_shape(name, image, maps, exact=False):
+    """Raises UsageError if region maps [L, h, w] have another size, or if not `exact` another shape, than their image."""
+    (H, W), (h, w) = image.shape[1:], maps.shape[1:]
+    if (h, w) != (H, W) if exact else abs(h * W - w * H) > max(H, W, h, w):
+        raise UsageError(f"--regions: {name} has {W}x{H} pixels, its regions have {w}x{h}")
+
+
 class CocoRegions:
     """COCO's instances or panoptic segments."""
 
@@ -643,7 +657,9 @@ class CocoRegions:
         self.source, self.maps = source, CocoMaps(root, split, kind)
 
     def read(self, index, item):
-        return torch.from_numpy(self.maps.read(self.source.name(index)).astype(np.int32))[None]
+        maps = torch.from_numpy(self.maps.read(self.source.name(index)).astype(np.int32))[None]
+        check_shape(self.source.name(index), item["image"], maps, exact=True)
+        return maps
 
 
 def read_labels(path):
@@ -693,10 +709,13 @@ class MaskFolder:
                     masks = file[file.files[0]]
                 if masks.ndim != 3:
                     raise ValueError(f"its first array is {list(masks.shape)}, not [M, H, W]")
-                return torch.from_numpy(masks != 0)
-            return read_labels(path)[None]
+                maps = torch.from_numpy(masks != 0)
+            else:
+                maps = read_labels(path)[None]
         except Exception as error:
             raise UsageError(f"--regions: {path} holds no masks ({error})") from None
+        check_shape(self.source.name(index), item["image"], maps)
+        return maps
 
 
 class RegionCache:
@@ -1017,8 +1036,8 @@ def resized_crop(image, box, full, size):
 class Images(torch.utils.data.Dataset):
     """Items of a source for one way of looking at its images.
 
-    view: "crop" a random resized crop (training); "center" the largest centred crop, of 7/8 the side for large images,
-        as the papers evaluate; "whole" the full image, resized. Large JPEGs are decoded at a reduced size as far as the
+    view: "crop" a random resized crop (training); "center" the largest centred crop as the papers evaluate, of 7/8
+        the side for images of 97 to 224 pixels, the whole square for smaller and for larger ones; "whole" the full image, resized. Large JPEGs are decoded at a reduced size as far as the
         crop allows (`decode`), but not for "center", so that accuracies compare with others', nor with regions.
     flip: whether every second random crop, by chance, is mirrored.
     crop_scale: area of the random crop, as fractions of the image's.
@@ -1101,7 +1120,7 @@ class Images(torch.utils.data.Dataset):
             return self.random_crop.get_params(torch.empty(0, H, W), self.random_crop.scale, self.random_crop.ratio)
         if self.view == "whole":
             return 0, 0, H, W
-        share = 1.0 if max(self.size) <= SMALL else 224 / 256
+        share = 224 / 256 if SMALL < max(self.size) <= 224 else 1.0
         scale = share * min(H / self.size[0], W / self.size[1])
         height, width = max(1, round(scale * self.size[0])), max(1, round(scale * self.size[1]))
         return (H - height) // 2, (W - width) // 2, height, width

@@ -45,8 +45,8 @@ RECIPES = {
     "knn": dict(k=20, temperature=0.07, pool="cls"),  # Wu et al., 2018, arXiv:1805.01978
     "linear": dict(epochs=90, batch_size=16384, base_lr=0.1, warmup_epochs=10, pool="cls"),  # MAE, Table 10
     "attentive": dict(epochs=90, batch_size=8192, base_lr=0.0125, warmup_epochs=10, count=4),  # CAE: 0.4 in all
-    "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=None,
-                     drop_path=0.1, label_smoothing=0.1, pool="mean"),  # MAE, Table 9; base_lr its code's for ViT-B
+    "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
+                     drop_path=0.1, label_smoothing=0.1, pool="mean"),  # MAE, Table 9, and its code for ViT-B
     "reconstruct": dict(count=8),
     "attention": dict(count=4, query=None),
     "segment": dict(count=6, image_visible=0.25),
@@ -55,6 +55,7 @@ RECIPES = {
     "data": dict(image_size=224, limit=200, repeats=3),
     "compare": dict(epochs=200, finetune_epochs=30, probe_epochs=90, jobs=1, methods=None),
 }
+LARGE_FINETUNE = dict(base_lr=1e-3, epochs=50, drop_path=0.2, layer_decay=0.75)  # MAE's code for ViT-L; ViT-H: 0.3
 SMALL_RECIPES = {
     "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
     "attentive": dict(epochs=90, batch_size=256, base_lr=0.05, warmup_epochs=10),
@@ -68,10 +69,11 @@ SETTINGS = {  # flag: (type, what it is)
     "base_lr": (float, "learning rate per 256 images of the batch"),
     "warmup_epochs": (float, "linear warm-up"),
     "weight_decay": (float, "of AdamW"),
-    "layer_decay": (float, "learning rate of a block over that of the one above (default: 0.65, from ViT-L on 0.75)"),
+    "layer_decay": (float, "learning rate of a block over that of the one above"),
     "drop_path": (float, "stochastic depth of the last block"),
     "label_smoothing": (float, "of the cross-entropy"),
-    "pool": (str, "an image's feature: cls (class token) or mean (of the patches)"),
+    "pool": (str, "an image's feature: cls (class token) or mean (of the patches, each after the encoder's norm; in "
+                  "finetune a new norm comes behind the mean)"),
     "k": (int, "neighbours"),
     "temperature": (float, "of the neighbours' votes"),
     "count": (int, "images in the picture"),
@@ -123,7 +125,6 @@ def report(path, missing, left_over):
 def open_encoder(settings):
     """The ViT to evaluate, from settings["checkpoint"] or untrained; raises UsageError if it cannot be had."""
     path, size = settings["checkpoint"], settings.get("image_size")
-    drop_path = settings.get("drop_path", RECIPES["finetune"]["drop_path"]) if settings["task"] == "finetune" else 0.0
     try:
         if path == "random":
             torch.manual_seed(settings["seed"])
@@ -132,8 +133,7 @@ def open_encoder(settings):
             model = settings.get("model", "nano" if shapes else "tiny" if small else "base")
             check_choice("--model", model, list(mim.SIZES))
             patch_size = settings.get("patch_size", max(1, pair_max(size) // 8) if small else 16)
-            return mim.ViT(size, patch_size, **mim.SIZES[model], drop_path=drop_path,
-                           relative_position="relative_position" in settings)
+            return mim.ViT(size, patch_size, **mim.SIZES[model], relative_position="relative_position" in settings)
         for flag in ("model", "patch_size", "relative_position"):
             if flag in settings:
                 raise UsageError(f"--{flag.replace('_', '-')} is for an untrained encoder; {path} brings its own")
@@ -145,7 +145,7 @@ def open_encoder(settings):
                 raise UsageError(f"--image-size is needed: {path} has relative positions, which fit any")
             size = load_data(settings["data"], "val").image_size
             print(f"{path} has relative positions, which fit any size: taking the data's, {size}", file=sys.stderr)
-        encoder, names = mim.vit_from_checkpoint(content, size, drop_path=drop_path)
+        encoder, names = mim.vit_from_checkpoint(content, size)
     except UsageError:
         raise
     except ValueError as error:
@@ -191,6 +191,10 @@ def open_method(settings):
         encoder, _ = mim.vit_from_checkpoint(state)
         decoder_dim = state["decoder_embed.weight"].shape[0]
         depth = len({k.split(".")[1] for k in state if k.startswith("decoder_blocks.")})
+        args = content.get("args")  # MAE's files hold the options of their training
+        norm_pix = getattr(args, "norm_pix_loss", None) if not isinstance(args, dict) else args.get("norm_pix_loss")
+        if norm_pix is not None:
+            overrides = dict(norm_pix=bool(norm_pix)) | overrides
         method = mim.MAE(encoder, decoder_dim=decoder_dim, decoder_depth=depth, decoder_heads=16, **overrides)
         report(path, *mim.load_mae(method, state))
         return method
@@ -245,7 +249,8 @@ def accuracies(logits, labels):
 
 def labelled_source(settings, split, size=None):
     """The images of --data; raises UsageError if they have no labels."""
-    source = load_data(settings["data"], split, size, limit=settings.get("limit"))
+    limit = settings.get("limit") if split == "train" else None
+    source = load_data(settings["data"], split, size, limit=limit)
     if len(source.classes) < 2:
         raise UsageError(f"--task {settings['task']} needs labels: a folder per class; {source.description}")
     return source
@@ -450,12 +455,13 @@ def layer_groups(model, weight_decay, layer_decay):
 def augmented(settings, size):
     """The training images of fine-tuning: crops, flips, RandAugment, random erasing (MAE, Table 9).
 
-    torchvision's RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean, not noise.
+    Each of the two operations is applied with probability 0.5, as in timm, which MAE's code uses. torchvision's
+    RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean, not noise.
     """
     mean = [round(255 * m) for m in MEAN]
-    augment = v2.Compose([  # magnitude 9 of 10
-        v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean),
-        v2.RandomErasing(0.25, value=mean)])
+    operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)
+    once = v2.RandomApply([operation], p=0.5)  # magnitude 9 of 10
+    augment = v2.Compose([once, once, v2.RandomErasing(0.25, value=mean)])
     return labelled(settings, "train", size, "crop", crop_scale=(0.08, 1.0), augment=augment)
 
 
@@ -469,10 +475,9 @@ def finetune(encoder, settings, machine):
     num_classes = len(train.source.classes)
     torch.manual_seed(settings["seed"])
     encoder.requires_grad_(True)  # the position table too, as in MAE's fine-tuning
+    mim.set_drop_path(encoder.blocks, settings["drop_path"])
     model = Classifier(encoder, num_classes, settings["pool"]).to(device)
     batch_size, epochs, peak = fit_batch(settings, train)
-    # The layer decay is MAE's fine-tuning code's for ViT-B, and for larger models Table 9's.
-    settings["layer_decay"] = settings["layer_decay"] or (0.75 if encoder.embed_dim >= 1024 else 0.65)
     optimizer = torch.optim.AdamW(layer_groups(model, settings["weight_decay"], settings["layer_decay"]), lr=peak,
                                   betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
@@ -1102,7 +1107,7 @@ def pretrain(name, epochs, settings, output):
 def compare_row(name, epochs, settings):
     """Pre-trains and measures one encoder -> dict(epochs, seconds of training, an accuracy for each of MEASURES)."""
     output = settings["output"] / (name if name in ("random", "supervised") else f"{name}-{epochs}")
-    row = dict(name=name, epochs=epochs)
+    row = dict(name=name, epochs=epochs, seconds=0.0)
     if name == "supervised":
         scratch = eval_commands("random", settings | dict(finetune_epochs=epochs), output)["finetune"]
         commands = dict(finetune=[*scratch, "--layer-decay", "1"])
@@ -1111,26 +1116,27 @@ def compare_row(name, epochs, settings):
     else:
         pretrain(name, epochs, settings, output)
         lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-        row |= dict(seconds=round(sum(line["seconds"] for line in lines)), loss=round(lines[-1]["loss"], 4))
+        row |= dict(seconds=sum(line["seconds"] for line in lines), loss=round(lines[-1]["loss"], 4))
         commands = eval_commands(output / "encoder.pt", settings, output)
     for task, command in commands.items():
-        row[task] = json.loads(carry_out(command, output / f"{task}.txt", settings))["top1"]
-    return row
+        result = json.loads(carry_out(command, output / f"{task}.txt", settings))
+        row[task] = result["top1"]
+        row["seconds"] += result["seconds"]
+    return row | dict(seconds=round(row["seconds"]))
 
 
-def compare_table(names, share, epochs, equal, done):
+def compare_table(share, done):
     """The rows done -> Markdown, a line a method; share: its compute an image over MAE's."""
-    heads = ["k-NN", "linear", "attentive", "fine-tuned"]
-    accuracies = lambda row: [f"{row[task]:.1f}" if task in row else "" for task in MEASURES]  # noqa: E731
-    lines = [["", "compute", *heads, "epochs", *heads], ["---"] * (3 + 2 * len(heads))]
-    lines += [[name, "", *accuracies(row), *[""] * 5] for (name, _), row in done.items() if name not in share]
-    lines += [[name, f"{share[name]:.2f}", *accuracies(done[name, epochs]), str(equal[name]),
-               *accuracies(done[name, equal[name]])] for name in names]
+    lines = [["", "compute", "k-NN", "linear", "attentive", "fine-tuned", "minutes"], ["---"] * 7]
+    for row in done:
+        accuracies = [f"{row[task]:.1f}" if task in row else "" for task in MEASURES]
+        compute = f"{share[row['name']]:.2f}" if row["name"] in share else ""
+        lines.append([row["name"], compute, *accuracies, f"{row['seconds'] / 60:.0f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def compare(settings, machine):
-    """The methods under one budget: pre-trained for the same epochs, and for MAE's compute; four accuracies each.
+    """The methods under one budget: pre-trained for the same epochs, four accuracies each, minutes of all a row took.
 
     Every row is a sequence of train.py and eval.py commands, which its logs in --output show. What is there is not done
     again, so that the table goes on after an interrupt. `random` is the untrained encoder, its fine-tuning supervised
@@ -1151,10 +1157,9 @@ def compare(settings, machine):
     methods = {name: build_method(settle(name)) for name in dict.fromkeys(("mae", *names))}
     gmac = {name: training_gmac(method, epochs) for name, method in methods.items()}
     share = {name: g / gmac["mae"] for name, g in gmac.items()}
-    equal = {name: max(1, round(epochs / share[name])) for name in names}
     scratch = epochs * gmac["mae"] * len(source) / (plain_gmac(methods["mae"].encoder)[1] * len(train))
     rows = [("random", 0), ("supervised", settings["finetune_epochs"] + round(scratch))]
-    rows = list(dict.fromkeys([*rows, *((name, epochs) for name in names), *equal.items()]))
+    rows = list(dict.fromkeys([*rows, *((name, epochs) for name in names)]))
     print(f"{len(rows)} encoders; the commands and what they print are in {output}/", file=sys.stderr)
     done = {}
     with ThreadPoolExecutor(settings["jobs"]) as pool, tqdm(total=len(rows), desc="encoders") as progress:
@@ -1170,10 +1175,10 @@ def compare(settings, machine):
             done[row["name"], row["epochs"]] = row
             progress.update()
             tqdm.write(json.dumps(row), file=sys.stderr)
-    done = {row: done[row] for row in rows}
-    print(compare_table(names, share, epochs, equal, done))
+    done = [done[row] for row in rows]
+    print(compare_table(share, done))
     chosen = {k: settings.get(k) for k in ("data", "limit", "model", "patch_size", "compile")}
-    return dict(rows=list(done.values()), gmac={k: round(v, 4) for k, v in gmac.items()}, **chosen)
+    return dict(rows=done, gmac={k: round(v, 4) for k, v in gmac.items()}, **chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1204,7 +1209,7 @@ def parse(argv):
     parser.add_argument("checkpoint", nargs="?", help="a file, or `random`; speed, data and compare need none")
     parser.add_argument("--task", help=", ".join(TASKS))
     parser.add_argument("--data", default="shapes", help="as in train.py")
-    parser.add_argument("--limit", type=int, help="use so many images of each split, evenly spread (default: all)")
+    parser.add_argument("--limit", type=int, help="use so many of the training images, evenly spread (default: all)")
     parser.add_argument("--images", nargs="+", help="image files for a picture, instead of --data")
     parser.add_argument("--model", help="size of an untrained encoder")
     parser.add_argument("--image-size", type=int, nargs="+", help="pixels (default: the checkpoint's)")
@@ -1286,6 +1291,8 @@ def settle(given, model, precision, on_cuda):
     small = task in SMALL_RECIPES and encoder is not None and max(encoder.image_size) <= SMALL
     if small or task in ("speed", "compare") and not on_cuda:
         recipe |= SMALL_RECIPES[task]
+    if task == "finetune" and not small and encoder.embed_dim >= mim.SIZES["large"]["embed_dim"]:
+        recipe |= LARGE_FINETUNE | (dict(drop_path=0.3) if encoder.embed_dim >= mim.SIZES["huge"]["embed_dim"] else {})
     if "epochs" in given and "warmup_epochs" in recipe:  # a shorter run warms up for the same share of it
         recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
     settings = recipe | dict(precision=precision) | given

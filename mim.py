@@ -74,7 +74,7 @@ def sincos_position_embedding(dim, grid):
     row, column = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing="ij")
     angles = [torch.outer(x.flatten(), omega) for x in (column, row)]
     table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
-    return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)
+    return F.pad(table.float(), (0, 0, 1, 0)).unsqueeze(0)
 
 
 NUM_BUCKETS = 50  # 7 x 7 classes of offsets, and one for every pair with the class token
@@ -85,6 +85,7 @@ def relative_buckets(grid):
 
     iRPE's product method: the row and the column offset each fall into -3..3 by a piecewise index that is exact for
     near and logarithmic for far patches (alpha 1.9, beta 3.8, gamma 15.2), so one table serves grids of any size.
+    Offsets are key minus query, j - i; LoMaR's authors have i - j, which reads the same table mirrored.
     """
     alpha, beta, gamma = 1.9, 3.8, 15.2
 
@@ -180,7 +181,10 @@ class LayerScale(nn.Module):
 
 
 def rescale_projections(blocks):
-    """Divides the output projections of block i = 1, 2, ... by sqrt(2 i), as BEiT's and CAE's code initialises them."""
+    """Divides the output projections of block i = 1, 2, ... by sqrt(2 i), as BEiT's code initialises them.
+
+    In CAE's released ViT-B run a later initialisation undoes it, in ViT-L's it stays.
+    """
     for i, block in enumerate(blocks, start=1):
         block.attn.proj.weight.data /= math.sqrt(2 * i)
         block.mlp.fc2.weight.data /= math.sqrt(2 * i)
@@ -189,6 +193,12 @@ def rescale_projections(blocks):
 def drop_path_rates(drop_path, depth):
     """The rates of stochastic depth of `depth` blocks, linearly from 0 to drop_path."""
     return [drop_path * i / max(1, depth - 1) for i in range(depth)]
+
+
+def set_drop_path(blocks, drop_path):
+    """Gives a list of blocks stochastic depth, linearly from 0 for the first to `drop_path` for the last."""
+    for block, rate in zip(blocks, drop_path_rates(drop_path, len(blocks))):
+        block.drop_path = StochasticDepth(rate, "row") if rate else nn.Identity()
 
 
 class Block(nn.Module):
@@ -209,14 +219,18 @@ class Block(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of q [B, m, D] to k, v [B, n, D] -> [B, m, D], each normed by a norm of its own."""
+    """Multi-head attention of q [B, m, D] to k, v [B, n, D] -> [B, m, D], each normed by a norm of its own.
 
-    def __init__(self, dim, num_heads):
+    norm_context: False for keys and values that have been normed already.
+    """
+
+    def __init__(self, dim, num_heads, norm_context=True):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"a width of {dim} cannot be split into {num_heads} heads")
         self.num_heads = num_heads
-        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.norm_q = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=1e-6) if norm_context else nn.Identity() for _ in range(2))
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def split_heads(self, x):
@@ -321,7 +335,8 @@ class ViT(nn.Module):
         return self.encode(self.embed(images), ids, keep=keep)
 
     def features(self, images, pool: Literal["cls", "mean"] = "cls"):
-        """One vector an image, [B, D]: the class token or the mean of the patches."""
+        """One vector an image, [B, D], after the last norm: the class token, or the mean of the normed patches (MAE's
+        and BEiT's global pooling norms after the mean)."""
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool must be cls or mean, got {pool!r}")
         x = self(images)
@@ -554,16 +569,20 @@ def unit_masking(batch, grid, unit_size, mask_ratio, device=None, generator=None
 
 
 def window_masking(batch, grid, window_size, num_windows, mask_ratio, device=None, generator=None):
-    """Windows of K*K patches at uniform places, int(K*K * mask_ratio) masked in each (LoMaR, §3.2).
+    """Windows of K*K patches at different uniform places, int(K*K * mask_ratio) masked in each (LoMaR, §3.2).
 
     Returns ids_visible [B, num_windows * n], ids_masked [B, num_windows * m], window after window; windows may overlap.
     """
     (gh, gw), K = grid, window_size
-    if not 0 < K <= min(gh, gw) or num_windows < 1:
-        raise ValueError(f"num_windows={num_windows} windows of window_size={K} do not fit into {gh}x{gw} patches")
+    if not 0 < K <= min(gh, gw):
+        raise ValueError(f"a window of window_size={K} does not fit into {gh}x{gw} patches")
+    places = (gh - K + 1) * (gw - K + 1)
+    if not 0 < num_windows <= places:
+        raise ValueError(f"num_windows={num_windows} must be in 1..{places}, the different places of a window of "
+                         f"{K}x{K} in {gh}x{gw} patches")
     masked = K * K - count_visible(K * K, mask_ratio, masked_first=True)
-    row = torch.randint(gh - K + 1, (batch, num_windows, 1), device=device, generator=generator)
-    column = torch.randint(gw - K + 1, (batch, num_windows, 1), device=device, generator=generator)
+    place = torch.rand(batch, places, device=device, generator=generator).argsort(1)[:, :num_windows, None]
+    row, column = place // (gw - K + 1), place % (gw - K + 1)
     order = torch.rand(batch, num_windows, K * K, device=device, generator=generator).argsort(2)
     ids = (row + order // K) * gw + column + order % K
     return ids[..., masked:].flatten(1), ids[..., :masked].flatten(1)
@@ -591,7 +610,8 @@ def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=
 
     Blocks of at least min_block patches, or of what remains to be masked if that is less, may overlap. 30 are proposed
     to each image, of which those are placed that mask something new and no more than remains; what is still missing
-    then (about 0.3 patches an image on average in a grid of 24x24) is drawn at random, next to blocks first.
+    then (about 0.3 patches an image on average in a grid of 24x24) is drawn at random, next to blocks first. A block
+    may be as high or as wide as the grid, which BEiT's code excludes.
     Returns ids_visible [B, N - num_masked], ids_masked [B, num_masked].
     """
     num_patches = grid[0] * grid[1]
@@ -909,11 +929,14 @@ class SimMIM(nn.Module):
     larger than a patch, and one linear layer predicts raw pixels under an l1 loss.
 
     unit_size: side of a masking unit in patches; 2 is the paper's 32 pixels at patch size 16.
-    Departs from the paper's ViT in its position embedding, which is the sine-cosine table here.
+    encoder: the released ViT-B has drop path 0.1 and layer scale 0.1.
+    Departs from the released run in its position embedding, which is the sine-cosine table here (there relative
+    positions that the blocks share), and in a cosine schedule (there the rate falls tenfold at epoch 700). Both
+    start from smaller output projections: see `rescale_projections`.
     """
 
     inputs = ()
-    encoder_options = {}
+    encoder_options = dict(drop_path=0.1, layer_scale=0.1)
     picture = ("image", "masked", "filled")
     norm_pix = False
 
@@ -993,13 +1016,17 @@ class AMT(nn.Module):
     mask_ratio, throw_ratio: default to §4.1: 0.45 / 0.40 on MAE, 0.44 / 0.26 on SimMIM. With throw_ratio=0
         alone, mask_ratio is the base's own: attention-driven masking without throwing (Table 1).
     throw: "middle", "low" or "random" (Table 4): see `attention_masking`. "random" needs no maps at all.
-    interval: epochs between updates of the maps; default 40, or in shorter runs 10% (MAE) and 20% (SimMIM) of them.
+    interval: epochs between updates of the maps; default 40, or in shorter runs 10% (MAE) and 20% (SimMIM) of them, at
+        least 2, as an update costs up to an epoch's time.
 
     Training: masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image
     for each training image; forward(images, index, box, flip) cuts from them what the augmentation cut from the
     image. Without `index` the maps are computed from the images on the spot, at the cost of one more forward.
     Departs from the paper as its authors' code does: every head is scaled to [0, 1] before the mean (§3.2 scales
-    the mean once).
+    the mean once). Departs from that code as the paper says: it crops its maps at the wrong place (always near one
+    corner, by 2x2 to 3x3 cells, which has nothing to do with the image's crop), so the published figures come from
+    other masks than the paper's; it renews the maps one epoch later; and on MAE it throws int(0.85 N) - int(0.45 N)
+    patches, here int(0.40 N).
     """
 
     inputs = ("index", "box", "flip")
@@ -1051,7 +1078,7 @@ class AMT(nn.Module):
         """Whether the maps are to be (re)computed before this epoch (0-based): every interval, not at the first."""
         if self.throw == "random":
             return False
-        interval = self.interval or min(40, max(1, round(self.interval_fraction * epochs)))  # §4.1
+        interval = self.interval or min(40, max(2, round(self.interval_fraction * epochs)))  # §4.1
         return epoch > 0 and epoch % interval == 0
 
     @torch.no_grad()
@@ -1114,7 +1141,8 @@ class LoMaR(nn.Module):
     num_windows: defaults to as many as hold the patches of a 14x14 grid (or of a smaller one, whole), which is Table 4:
         8 of 5x5, 4 of 7x7, 3 of 9x9; and for images of 384 and 448 pixels to §4.1's 6 and 9 of 7x7.
 
-    Departs from the authors' code, and follows the paper, in that each image has windows at places of its own. "Zero
+    Departs from the authors' code, and follows the paper, in that each image has windows at different places of its
+    own (there the places are shared by the batch, and may repeat) and that crops are not mirrored. "Zero
     out" (§3.2) is a learned mask token, and the "MLP head" one linear layer, as in that code.
     """
 
@@ -1257,13 +1285,16 @@ class ObjMAE(MAE):
 
 
 class CrossBlock(nn.Module):
-    """Self-attention, cross-attention to a context [B, n, D], MLP: [B, m, D] -> [B, m, D], pre-norm as `Block`; the
-    cross-attention brings its own norms."""
+    """Self-attention, cross-attention to a context [B, n, D], MLP: [B, m, D] -> [B, m, D], pre-norm as `Block`.
+
+    The context is taken as it is: R-MAE's neck has normed it already.
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
-        self.attn, self.cross_attn = Attention(dim, num_heads), CrossAttention(dim, num_heads)
+        self.attn = Attention(dim, num_heads)
+        self.cross_attn = CrossAttention(dim, num_heads, norm_context=False)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, x, context):
@@ -1307,7 +1338,8 @@ class RegionBranch(nn.Module):
         self.apply(init_weights)
 
     def encode(self, region_maps, ids_visible):
-        """Maps [B, k, H, W] -> embeddings of their visible patches [B, R, n, dim], not yet pooled (Eq. 1, 4, 7)."""
+        """Maps [B, k, H, W] -> embeddings of their visible patches [B, R, n, dim], not yet pooled or normed (Eq. 1, 4,
+        7)."""
         k = region_maps.shape[1]
         patches = take(patchify(region_maps, self.patch_size), ids_visible)
         if self.variant == "channel" and k != self.num_regions:
@@ -1315,7 +1347,7 @@ class RegionBranch(nn.Module):
         patches = patches.unsqueeze(1) if self.variant == "channel" else split_regions(patches, k)
         x = self.embed(patches.to(self.embed.weight.dtype) - 0.5)
         x = x + F.embedding(ids_visible + 1, self.pos_embed[0]).unsqueeze(1)
-        return self.block_norm(self.block(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        return self.block(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def context(self, latents, ids_image):
         """The pixel encoder's output [B, 1 + n, D] -> v'_penc [B, 1 + N, dim]: mask tokens filled in, positions."""
@@ -1332,7 +1364,8 @@ class RegionBranch(nn.Module):
         R, context = embeddings.shape[1], self.context(latents, ids_image)
         if self.variant == "length":
             context = self.neck_norm(self.neck_block(context))  # Eq. 9
-            queries = self.proj(embeddings.mean(2))  # Eq. 7, 8
+            # Eq. 7, 8; the authors' code norms the mean, not each patch.
+            queries = self.proj(self.block_norm(embeddings.mean(2)))
             for block in self.blocks:
                 queries = block(queries, context)  # Eq. 10
             queries = queries + self.last_attn(self.last_norm(queries))
@@ -1340,7 +1373,7 @@ class RegionBranch(nn.Module):
             x = self.expand(take(context[:, 1:], ids_masked)).unsqueeze(1) + queries.unsqueeze(2)
         else:
             ids_visible, ids_masked, context = (x.repeat_interleave(R, 0) for x in (ids_visible, ids_masked, context))
-            x = put(self.mask_token.expand_as(context), ids_visible + 1, self.proj(embeddings).flatten(0, 1))
+            x = put(self.mask_token.expand_as(context), ids_visible + 1, self.proj(self.block_norm(embeddings)).flatten(0, 1))
             x = x + context  # v'_renc of Eq. 2, 5 and v'_penc
             for block in self.blocks:  # Eq. 3, 6
                 x = block(x)
@@ -1360,12 +1393,13 @@ class RMAE(MAE):
     variant: "length"; "batch", each region a sequence of its own; or "channel", the regions one image of k channels.
     cross_feed: whether the pixels help to complete the regions, the regions the pixels (Eq. 12-14), or "both".
 
-    Where the paper is silent: maps enter as -0.5 and 0.5; a norm ends the region encoder and the neck, as it ends the
-    ViT; the class token goes along through neck and decoder, as in MAE's; the last block of the length variant has no
+    Where the paper is silent: maps enter as -0.5 and 0.5; a norm ends the region encoder (in the length variant behind
+    the mean, as in the authors' code) and the neck; the class token goes along through neck and decoder, as in MAE's; the last block of the length variant has no
     MLP but the predictor, whose layers have GELU between; neither the batch nor the channel variant has a block in the
     neck; with region_to_pixel the neck gets mask tokens alone. Departs from it in that p_E = p_D = region_dim, and in
     that h (Eq. 12) is added before MAE's linear decoder_embed, not after, and without a second [mask] token, which
-    comes to the same function.
+    comes to the same function. The authors' released configuration has 8 blocks in the neck, draws regions without
+    replacement where an image has eight, and warms up for 8% of the epochs on COCO; here as in the paper.
     """
 
     inputs = ("regions",)
@@ -1390,6 +1424,7 @@ class RMAE(MAE):
     def pixel_part(self, images, latents, embeddings, ids_visible, ids_masked):
         """The pixel branch: latents [B, 1 + n, D], region embeddings [B, R, n, dim] -> dict(loss_pixel, pred)."""
         if self.region_feed is not None:
+            embeddings = self.region_branch.block_norm(embeddings)
             latents = latents + F.pad(self.region_feed(embeddings.mean(1)), (0, 0, 1, 0))  # Eq. 12-14
         pred = self.decode(latents, ids_visible, ids_masked)
         target = take(patchify(images, self.encoder.patch_size), ids_masked)

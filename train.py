@@ -41,9 +41,9 @@ RECIPES = {
     "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
                 warmup_epochs=40, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, lookahead=0, clip_grad=None,
                 crop_scale=(0.2, 1.0), flip=True),
-    # SimMIM: §4.1; the learning rate is per 512 images
+    # SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's.
     "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512,
-                   warmup_epochs=10, min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=None,
+                   warmup_epochs=10, min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=5.0,
                    crop_scale=(0.67, 1.0), flip=True),
 }
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its baselines
@@ -77,8 +77,7 @@ RECIPES["dvae"] = dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, 
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
                     options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5))
 NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
-                   options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64,
-                                interval=2))  # an update of the maps costs as much as an epoch here
+                   options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64))
 DVAE_SMALL_RECIPE = dict(base_lr=3e-3, lr_batch=32, batch_size=32, epochs=5, warmup_epochs=0.0,
                          options=dict(hidden_dim=32, groups=3, vocab_size=512))
 
@@ -369,7 +368,7 @@ def build_method(settings):
     try:
         if method is mim.DVAE:
             return method(settings["image_size"], **options)
-        encoder_options = dict(method.encoder_options)
+        encoder_options = dict((mim.AMT_BASES[options["base"]] if method is mim.AMT else method).encoder_options)
         if "layer_scale" in encoder_options and settings["model"] in ("large", "huge"):
             encoder_options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
         encoder = mim.ViT(settings["image_size"], settings["patch_size"], **mim.SIZES[settings["model"]],
@@ -380,12 +379,11 @@ def build_method(settings):
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW's two groups: weight decay on weight matrices; none on biases, norms, tokens and position tables."""
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    plain = [p for n, p in named if p.ndim <= 1 or n.endswith(("_token", "pos_embed", "relative_table"))]
-    kept = {id(p) for p in plain}
-    return [dict(params=[p for _, p in named if id(p) not in kept], weight_decay=weight_decay),
-            dict(params=plain, weight_decay=0.0)]
+    """AdamW's two groups: no weight decay on what has one dimension (biases, norms, layer scale), as in the authors'
+    code of MAE, LoMaR and CAE; on all else, class and mask tokens and LoMaR's table included."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
+            dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
 
 
 class Lookahead(torch.optim.Optimizer):

@@ -8,6 +8,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torchvision.io import write_png  # noqa: E402
 
+torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it gives
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import CocoMaps, UsageError, coco_folder, coco_mask, fill_polygon, load_coco, rle_counts
+from datasets import (CocoMaps, CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, fill_polygon, load_coco,
+                      rle_counts)
 
 H, W = 8, 10
 
@@ -157,6 +158,39 @@ def test_images_and_detection(tmp_path):
     Image.new("RGB", (W, H)).save(tmp_path / "folders" / "train" / "cat" / "1.jpg")
     (tmp_path / "folders" / "annotations").mkdir()
     assert coco_folder(tmp_path / "folders", "train") is None and coco_folder(tmp_path / "none", "train") is None
+
+
+def test_regions_of_another_size_than_their_image_are_refused(tmp_path):
+    root = write(tmp_path)
+    source = load_coco(root, "train")
+    path = root / "annotations" / "instances_train2017.json"
+    data = json.loads(path.read_text())
+    for image in data["images"]:
+        image["height"], image["width"] = W, H  # swapped
+    path.write_text(json.dumps(data))
+    told = message(CocoRegions(source, root, "train", "instances").read, 0, source.read(0))
+    assert told == f"--regions: {source.name(0)} has {W}x{H} pixels, its regions have {H}x{W}"
+    Image.new("RGB", (W + 1, H)).save(root / "annotations" / "panoptic_train2017" / "000000000007.png")
+    told = message(CocoRegions(source, root, "train", "panoptic").read, 0, source.read(0))
+    assert told.endswith(f"its regions have {W + 1}x{H}")
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (H, W)).save(tmp_path / "masks" / "000000000007.png")
+    told = message(MaskFolder(source, str(tmp_path / "masks")).read, 0, source.read(0))
+    assert told.endswith(f"its regions have {H}x{W}")
+    Image.new("L", (3 * W, 3 * H), 1).save(tmp_path / "masks" / "000000000007.png")  # another resolution is welcome
+    assert MaskFolder(source, str(tmp_path / "masks")).read(0, source.read(0)).shape == (1, 3 * H, 3 * W)
+
+
+def test_coco_images_are_not_turned_by_exif(tmp_path):
+    """COCO's annotations are of the pixels as they are stored."""
+    root = write(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (W, H), (90, 120, 30)).save(root / "train2017" / "000000000007.jpg", exif=exif)
+    source = load_coco(root, "train")
+    item = source.read(0)
+    assert item["image"].shape == (3, H, W)
+    assert CocoRegions(source, root, "train", "instances").read(0, item).shape == (1, H, W)
 
 
 def message(call, *arguments):

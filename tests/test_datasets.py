@@ -234,6 +234,14 @@ def coordinates(height=40, width=60):
     return torch.stack([250 * column / width, 250 * row / height, torch.zeros(height, width)]).round().to(torch.uint8)
 
 
+@pytest.mark.parametrize("size, share", [(96, 1.0), (97, 7 / 8), (224, 7 / 8), (225, 1.0), (448, 1.0)])
+def test_evaluation_crops_as_the_authors_do(size, share):
+    item = Images(Source(torch.zeros(3, 1000, 2000, dtype=torch.uint8)), size, "center")[0]
+    x1, y1, x2, y2 = item["box"].tolist()
+    assert y2 - y1 == pytest.approx(share, abs=1e-3) and x2 - x1 == pytest.approx(share / 2, abs=1e-3)
+    assert x1 + x2 == pytest.approx(1, abs=2e-3) and y1 + y2 == pytest.approx(1, abs=2e-3)
+
+
 @pytest.mark.parametrize("view, size", [("crop", 16), ("crop", (16, 32)), ("center", 16), ("whole", (24, 16))])
 def test_box_and_flip_say_where_the_pixels_come_from(view, size):
     dataset = Images(Source(coordinates()), size, view)

@@ -341,7 +341,7 @@ def test_simmim_loss_is_mean_absolute_error_of_raw_pixels():
     (lambda: AMT(ViT(**SMALL), interval=0, **DECODER), "interval must be at least 1"),
     (lambda: ViT(embed_dim=30, num_heads=4), "divisible by 4"),
     (lambda: LoMaR(ViT(**SMALL)), "needs an encoder with relative positions"),
-    (lambda: LoMaR(ViT(**SMALL, relative_position=True), window_size=9), "window_size=9 do not fit into 8x8 patches"),
+    (lambda: LoMaR(ViT(**SMALL, relative_position=True), window_size=9), "window_size=9 does not fit into 8x8 patches"),
     (lambda: LoMaR(ViT(**SMALL, relative_position=True), num_windows=0), "num_windows=0"),
 ])
 def test_bad_arguments_are_named(make, words):
@@ -481,10 +481,12 @@ def test_windows_are_uniform_over_places_and_drawn_for_each_image():
     ids_visible, ids_masked = mim.window_masking(draws, (5, 6), 3, 2, 0.8)
     ids = torch.cat([ids_visible.view(draws, 2, -1), ids_masked.view(draws, 2, -1)], dim=2)
     first = ids.min(2).values  # the upper left patch: 3 x 4 places
+    assert (first[:, 0] != first[:, 1]).all()  # "at different spatial locations"
     counts = torch.bincount(first.flatten(), minlength=30)[[r * 6 + c for r in range(3) for c in range(4)]]
     assert counts.sum() == first.numel()
     assert (counts / first.numel() - 1 / 12).abs().max() < 5 * math.sqrt(1 / 12 / first.numel())
-    assert ((first[:, 0] == first[:, 1]).float().mean() - 1 / 12).abs() < 0.01  # windows of an image, too, are independent
+    pairs = torch.bincount(first[:, 0] * 30 + first[:, 1])
+    assert (pairs[pairs > 0] / draws - 1 / 132).abs().max() < 5 * math.sqrt(1 / 132 / draws)  # and each pair is as likely
     inside = (ids_masked.view(draws, 2, 7) - first[..., None])
     chance = torch.bincount(inside.flatten(), minlength=18).float() / inside.shape[:2].numel()
     assert (chance[[0, 1, 2, 6, 7, 8, 12, 13, 14]] - 7 / 9).abs().max() < 0.02  # uniform inside the window
@@ -503,6 +505,36 @@ def test_a_moved_window_predicts_the_same():
              for x, dy, dx in ((patches, 0, 0), (moved, 2, 1))]
     assert torch.allclose(*preds, atol=1e-10) and preds[0].std() > 0.1
     assert "encoder.pos_embed" not in lomar.state_dict()
+
+
+def test_a_window_of_the_whole_grid_is_what_the_encoder_gives():
+    """One window of 8x8 patches with one of them masked: prediction = head(encoder(image with the mask token))."""
+    encoder = mim.ViT(32, 4, 32, 3, 4, relative_position=True).double()
+    lomar = mim.LoMaR(encoder, window_size=8, num_windows=1, mask_ratio=1.5 / 64).double()
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.attn.relative_table)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    out = lomar(x)
+    tokens = mim.put(encoder.embed(x), out["ids_masked"], lomar.mask_token)
+    expected = lomar.head(mim.take(encoder.encode(tokens)[:, 1:], out["ids_masked"]))
+    assert torch.allclose(out["pred"], expected, atol=1e-12) and expected.std() > 0.1
+
+
+def test_more_windows_than_places_are_refused():
+    with pytest.raises(ValueError, match=r"num_windows=5 must be in 1..4, the different places of a window of 7x7 in 8x8"):
+        mim.window_masking(1, (8, 8), 7, 5, 0.8)
+
+
+def test_checkpoints_load_whatever_the_default_dtype(tmp_path):
+    vit = mim.ViT(32, 8, 16, 1, 2)
+    torch.save(vit.state_dict(), tmp_path / "encoder.pt")
+    torch.set_default_dtype(torch.float64)
+    try:
+        again, names = mim.vit_from_checkpoint(tmp_path / "encoder.pt")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert names == ([], []) and torch.equal(again.pos_embed.float(), vit.pos_embed)
+    assert torch.equal(again.blocks[0].mlp.fc1.weight.float(), vit.blocks[0].mlp.fc1.weight)
 
 
 def test_relative_positions_matter_and_learn():

@@ -77,13 +77,21 @@ def test_learning_rate_by_hand():
     assert at(35) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4)))
 
 
-def test_weight_decay_spares_biases_norms_tokens_and_positions():
-    method = mim.MAE(mim.ViT(32, 8, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+@pytest.mark.parametrize("method", [
+    mim.MAE(mim.ViT(32, 8, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2),
+    mim.LoMaR(mim.ViT(32, 8, 32, 1, 2, relative_position=True), window_size=3),
+    mim.CAE(mim.ViT(32, 8, 32, 1, 2, layer_scale=0.1)),
+], ids=["mae", "lomar", "cae"])
+def test_weight_decay_spares_what_has_one_dimension(method):
+    """As the authors' code of all three: biases, norms and layer scale; not tokens, nor LoMaR's table."""
     decayed, spared = train.parameter_groups(method, 0.05)
     names = {id(p): n for n, p in method.named_parameters()}
-    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"weight"} and decayed["weight_decay"] == 0.05
-    assert {"mask_token", "encoder.cls_token", "encoder.norm.weight", "encoder.patch_embed.proj.bias"} <= {names[id(p)] for p in spared["params"]}
-    assert spared["weight_decay"] == 0 and all(p.ndim > 1 for p in decayed["params"])
+    ends = {names[id(p)].split(".")[-1] for p in decayed["params"]}
+    assert ends == {"weight", "cls_token", "mask_token"} | ({"relative_table"} if isinstance(method, mim.LoMaR) else set())
+    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
+    assert {names[id(p)].split(".")[-1] for p in spared["params"]} <= {"bias", "weight", "gamma"}
+    assert all("norm" in names[id(p)] or not names[id(p)].endswith("weight") for p in spared["params"])
+    assert not any(names[id(p)].endswith("pos_embed") for p in decayed["params"] + spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == sum(p.requires_grad for p in method.parameters())
 
 
@@ -91,8 +99,8 @@ def test_weight_decay_spares_biases_norms_tokens_and_positions():
     (["--method", "mae"], dict(epochs=800, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, betas=(0.9, 0.95), model="base", patch_size=16)),
     (["--method", "amt"], dict(epochs=400, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, crop_scale=(0.2, 1.0))),
     (["--method", "lomar"], dict(epochs=1600, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, betas=(0.9, 0.95), flip=False)),
-    (["--method", "simmim"], dict(epochs=800, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10, betas=(0.9, 0.999), crop_scale=(0.67, 1.0))),
-    (["--method", "amt", "--base", "simmim"], dict(epochs=200, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10)),
+    (["--method", "simmim"], dict(epochs=800, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10, betas=(0.9, 0.999), crop_scale=(0.67, 1.0), clip_grad=5.0)),
+    (["--method", "amt", "--base", "simmim"], dict(epochs=200, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10, clip_grad=5.0)),
     (["--method", "mae", "--epochs", "80", "--batch-size", "1024", "--accumulate", "8"], dict(warmup_epochs=4.0, lr=6e-4, accumulate=8)),
     (["--method", "mae", "--lr", "0.1"], dict(lr=0.1, accumulate=16)),
 ])
