@@ -73,17 +73,10 @@ def photo(n):
     return np.clip(np.floor(values), 0, 255).astype(np.uint8)
 
 
-class FormulaTokens:
-    """In place of a tokenizer: patch i of image b has the token (5 i^2 + 7 i + 11 b) mod 64."""
-
-    vocab_size = 64
-
-    def to(self, device):
-        return self
-
-    def tokenize(self, images, grid):
-        i, b = torch.arange(grid[0] * grid[1]), torch.arange(len(images))[:, None]
-        return (5 * i**2 + 7 * i + 11 * b) % self.vocab_size
+def formula_tokens():
+    """[2, 64]: patch i of image b has the token (5 i^2 + 7 i + 11 b) mod 64."""
+    i, b = torch.arange(64), torch.arange(2)[:, None]
+    return (5 * i**2 + 7 * i + 11 * b) % 64
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -119,10 +112,18 @@ def build(case):
     """The module of a case, filled, and what its forward takes besides the images."""
     encoder = mim.ViT(**GOLDEN["encoder"], **case.get("encoder", {}))
     inputs = {k: torch.tensor(v) for k, v in GOLDEN["index"][case["index"]].items()}
-    tokenizer = [FormulaTokens()] if "tokens" in case else []
+    options = dict(case["options"])
+    if "tokens" in case:
+        options["vocab_size"], inputs["tokens"] = 64, formula_tokens()
     if "regions" in case:
         inputs["region_maps"] = region_maps()
-    module = getattr(mim, case["class"])(encoder, *tokenizer, **case["options"]).train()
+    if case["class"] == "AMT":
+        base = {"mae": mim.MAE, "simmim": mim.SimMIM}[options.pop("base", "mae")]
+        masking = {k: options.pop(k) for k in ("mask_ratio", "throw_ratio", "throw", "interval") if k in options}
+        module = mim.AMT(base(encoder, **options), **masking)
+    else:
+        module = getattr(mim, case["class"])(encoder, **options)
+    module.train()
     fill(module, GOLDEN["amplitude"])
     return module, inputs
 
@@ -130,11 +131,12 @@ def build(case):
 def quantity(name, module, inputs, out):
     """An array of a case, by its name in golden.json."""
     if name == "attention_map":
-        return module.attention_map(images())
+        return mim.attention_map(module.encoder, images())
     if name == "features":
         return module.encoder.features(images(), "cls")
     if name == "predicted_latents":
-        return module.regress(module.encoder(images(), inputs["ids_visible"])[:, 1:], **inputs)
+        latents = module.encoder(images(), inputs["ids_visible"])[:, 1:]
+        return module.regress(latents, inputs["ids_visible"], inputs["ids_masked"])
     return out[name]
 
 

@@ -1,7 +1,9 @@
 """The ViT, the masks, the losses and the methods, against numbers worked out another way."""
 
+import inspect
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -137,7 +139,7 @@ def test_forward_cost_is_the_papers():
     """GMAC at ViT-B/16, 224 pixels: MAE 9.78, AMT 5.94, SimMIM 17.6; AMT on SimMIM within its 0.76 of the cost."""
     with torch.device("meta"):
         vit, x = ViT(), images(1, 224, 224)
-        amt, amt_simmim = AMT(vit), AMT(vit, base="simmim")
+        amt, amt_simmim = AMT(MAE(vit)), AMT(SimMIM(vit))
 
         @torch.no_grad()
         def gmac(method, weights=None):
@@ -254,7 +256,7 @@ def test_zero_weights_come_last_in_random_order():
 def test_pixel_loss_by_hand():
     pred, target = torch.tensor([[[0.0, 1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 1.0, 5.0, 5.0]]])
     assert mim.pixel_loss(pred, target).item() == pytest.approx((1 + 0 + 9 + 4) / 4)
-    assert mim.pixel_loss(pred, target, kind="l1").item() == pytest.approx((1 + 0 + 3 + 2) / 4)
+    assert mim.pixel_loss(pred, target, distance=torch.nn.functional.l1_loss).item() == pytest.approx((1 + 0 + 3 + 2) / 4)
     s = math.sqrt(16 / 3 + 1e-6)  # unbiased: squares of (-2, -2, 2, 2) over n - 1
     expected = sum((p - t) ** 2 for p, t in zip([0, 1, 2, 3], [-2 / s, -2 / s, 2 / s, 2 / s])) / 4
     assert mim.pixel_loss(pred, target, norm_pix=True).item() == pytest.approx(expected, rel=1e-5)
@@ -274,11 +276,22 @@ def test_a_perfect_prediction_reconstructs_the_image(norm_pix):
 # MAE and SimMIM
 
 
+def amt_mae(**options):
+    return AMT(MAE(ViT(**SMALL), **DECODER), **options)
+
+
+def vit(**options):
+    return ViT(**SMALL | options)
+
+
+def lomar(**options):
+    return LoMaR(vit(relative_position=True), **options)
+
+
 def methods():
     mae, simmim = MAE(ViT(**SMALL), **DECODER), SimMIM(ViT(**SMALL))
-    lomar = LoMaR(ViT(**SMALL, relative_position=True), window_size=5, num_windows=2)
-    objmae = ObjMAE(ViT(**SMALL), **DECODER)
-    return [mae, simmim, AMT(ViT(**SMALL), **DECODER), AMT(ViT(**SMALL), base="simmim"), lomar, objmae]
+    windows = lomar(window_size=5, num_windows=2)
+    return [mae, simmim, amt_mae(), AMT(SimMIM(ViT(**SMALL))), windows, ObjMAE(ViT(**SMALL), **DECODER)]
 
 
 @pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
@@ -332,34 +345,63 @@ def test_simmim_loss_is_mean_absolute_error_of_raw_pixels():
     assert out["ids_masked"].shape[1] == 10 * 4  # ceil(16 units * 0.6) = 10
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: MAE(ViT(**SMALL), mask_ratio=1.0), "mask_ratio=1.0 leaves 0 of 64"),
-    (lambda: SimMIM(ViT(**SMALL), unit_size=3), "unit_size=3 must divide the grid of 8x8"),
-    (lambda: SimMIM(ViT(**SMALL), mask_ratio=0), "mask_ratio=0 masks 0 of 16 units"),
-    (lambda: AMT(ViT(**SMALL), mask_ratio=0.7, throw_ratio=0.32, **DECODER), "mask_ratio=0.7 and throw_ratio=0.32"),
-    (lambda: AMT(ViT(**SMALL), base="beit"), "base must be mae or simmim"),
-    (lambda: AMT(ViT(**SMALL), interval=0, **DECODER), "interval must be at least 1"),
-    (lambda: ViT(embed_dim=30, num_heads=4), "divisible by 4"),
-    (lambda: LoMaR(ViT(**SMALL)), "needs an encoder with relative positions"),
-    (lambda: LoMaR(ViT(**SMALL, relative_position=True), window_size=9), "window_size=9 does not fit into 8x8 patches"),
-    (lambda: LoMaR(ViT(**SMALL, relative_position=True), num_windows=0), "num_windows=0"),
-])
-def test_bad_arguments_are_named(make, words):
-    with pytest.raises(ValueError, match=words):
-        make()
+BAD = [
+    (MAE, dict(mask_ratio=1.0), "mask_ratio=1.0 masks 64 of 64; at least one must be masked and one visible"),
+    (MAE, dict(mask_ratio=math.nan), "mask_ratio must be in 0..1, got nan"),
+    (MAE, dict(mask_ratio=math.inf), "mask_ratio must be in 0..1, got inf"),
+    (MAE, dict(mask_ratio=-0.5), "mask_ratio must be in 0..1, got -0.5"),
+    (MAE, dict(decoder_dim=0), "decoder_dim must be at least 1, got 0"),
+    (MAE, dict(decoder_dim=30), "decoder_dim must be divisible by 4 and by decoder_heads=16, got 30"),
+    (MAE, dict(decoder_heads=0), "decoder_heads must be at least 1, got 0"),
+    (MAE, dict(decoder_heads=7), "decoder_dim must be divisible by 4 and by decoder_heads=7, got 512"),
+    (MAE, dict(decoder_depth=-1), "decoder_depth must be at least 1, got -1"),
+    (SimMIM, dict(unit_size=3), "unit_size=3 must divide both sides of the grid, (8, 8)"),
+    (SimMIM, dict(unit_size=0), "unit_size=0 must divide"),
+    (SimMIM, dict(mask_ratio=0), "mask_ratio=0 masks 0 of 16"),
+    (SimMIM, dict(mask_ratio=math.nan), "mask_ratio must be in 0..1, got nan"),
+    (amt_mae, dict(mask_ratio=0.7, throw_ratio=0.32), "mask_ratio=0.7 and throw_ratio=0.32 leave nothing visible: 44 masked "
+                                                      "and 20 thrown of 64"),
+    (amt_mae, dict(throw_ratio=math.nan), "throw_ratio must be in 0..1, got nan"),
+    (amt_mae, dict(throw_ratio=-0.1), "throw_ratio must be in 0..1, got -0.1"),
+    (amt_mae, dict(mask_ratio=math.inf), "mask_ratio must be in 0..1, got inf"),
+    (amt_mae, dict(throw="top"), "throw must be middle or low or random, got 'top'"),
+    (amt_mae, dict(interval=0), "interval must be at least 1, got 0"),
+    (LoMaR, dict(), "needs an encoder with relative positions"),
+    (lomar, dict(window_size=9), "window_size must be in 1..8, got 9"),
+    (lomar, dict(window_size=0), "window_size must be in 1..8, got 0"),
+    (lomar, dict(num_windows=0), "num_windows must be in 1..4, got 0"),
+    (lomar, dict(num_windows=5), "num_windows must be in 1..4, got 5"),
+    (lomar, dict(mask_ratio=1), "mask_ratio=1 masks 49 of 49"),
+    (vit, dict(embed_dim=30), "embed_dim must be divisible by 4 and by num_heads=4, got 30"),
+    (vit, dict(embed_dim=0), "embed_dim must be at least 1, got 0"),
+    (vit, dict(num_heads=0), "num_heads must be at least 1, got 0"),
+    (vit, dict(depth=-2), "depth must be at least 1, got -2"),
+    (vit, dict(patch_size=0), "patch_size must be at least 1, got 0"),
+    (vit, dict(drop_path=1.5), "drop_path must be in 0..1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize("build, options, words", BAD, ids=[f"{b.__name__}-{o}" for b, o, _ in BAD])
+def test_bad_arguments_are_named(build, options, words):
+    encoder = () if build in (amt_mae, lomar, vit) else (ViT(**SMALL),)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build(*encoder, **options)
 
 
 # AMT
 
 
 def test_amt_counts_are_the_papers():
-    vit = ViT(embed_dim=16, depth=1, num_heads=2)
-    for options, counts in [(dict(), (30, 88, 78)), (dict(throw_ratio=0), (49, 147, 0)),
-                            (dict(mask_ratio=0.75, throw_ratio=0.1), (30, 147, 19)),
-                            (dict(base="simmim"), (14 * 4, 22 * 4, 13 * 4)),
-                            (dict(base="simmim", throw_ratio=0), (19 * 4, 30 * 4, 0)),
-                            (dict(base="simmim", mask_ratio=0.33, throw_ratio=0.5), (7 * 4, 17 * 4, 25 * 4))]:
-        amt = AMT(vit, **options, **(DECODER if "base" not in options else {}))
+    encoder = ViT(embed_dim=16, depth=1, num_heads=2)
+    mae, simmim = MAE(encoder, **DECODER), SimMIM(encoder)
+    for base, options, ratios, counts in [
+            (mae, dict(), (0.45, 0.4), (30, 88, 78)), (mae, dict(throw_ratio=0), (0.75, 0), (49, 147, 0)),
+            (mae, dict(mask_ratio=0.75, throw_ratio=0.1), (0.75, 0.1), (30, 147, 19)),
+            (simmim, dict(), (0.44, 0.26), (14 * 4, 22 * 4, 13 * 4)),
+            (simmim, dict(throw_ratio=0), (0.6, 0), (19 * 4, 30 * 4, 0)),
+            (simmim, dict(mask_ratio=0.33, throw_ratio=0.5), (0.33, 0.5), (7 * 4, 17 * 4, 25 * 4))]:
+        amt = AMT(base, **options)
+        assert (amt.mask_ratio, amt.throw_ratio) == ratios  # what None came to
         ids = amt.draw(torch.rand(2, *amt.unit_grid))
         assert tuple(i.shape[1] for i in ids) == counts
         assert_partition(*ids, n=196)
@@ -376,15 +418,15 @@ def test_thrown_patches_change_nothing():
 
 
 def test_attention_map_is_the_mean_of_heads_scaled_each():
-    amt, x = AMT(ViT(**SMALL), **DECODER), images()
+    amt, x = amt_mae(), images()
     heads = amt.encoder.last_attention(x)
     expected = sum((h - h.min(1, keepdim=True).values) / (h.max(1).values - h.min(1).values)[:, None] for h in heads.unbind(1)) / 4
-    assert torch.allclose(amt.attention_map(x).flatten(1), expected, atol=1e-5)
+    assert torch.allclose(mim.attention_map(amt.encoder, x).flatten(1), expected, atol=1e-5)
     assert amt.training and amt.encoder.training
 
 
 def test_masks_are_random_until_there_are_maps_and_follow_them_then():
-    amt, x = AMT(ViT(**SMALL), **DECODER), images(64)
+    amt, x = amt_mae(), images(64)
     index, box, flip = torch.arange(64), torch.tensor([[0.0, 0, 1, 1]]).expand(64, -1), torch.zeros(64, dtype=torch.bool)
     first = amt(x, index, box, flip)
     assert first["ids_masked"].shape[1] == 48 and first["ids_thrown"].shape[1] == 0  # MAE's 0.75 of 64
@@ -402,16 +444,18 @@ def test_masks_are_random_until_there_are_maps_and_follow_them_then():
 
 
 def test_maps_are_updated_at_the_papers_epochs():
-    def due(epochs, **options):
-        amt = AMT(ViT(**SMALL), **options)
+    def due(amt, epochs):
         return [epoch for epoch in range(epochs) if amt.maps_due(epoch, epochs)]
 
-    assert due(400) == list(range(40, 400, 40)) and due(200, base="simmim") == [40, 80, 120, 160]
-    assert due(20) == list(range(2, 20, 2)) and due(10, base="simmim") == [2, 4, 6, 8] and due(9, interval=4) == [4, 8]
+    mae, simmim = amt_mae(), AMT(SimMIM(ViT(**SMALL)))
+    assert due(mae, 400) == list(range(40, 400, 40)) and due(simmim, 200) == [40, 80, 120, 160]
+    assert due(mae, 20) == list(range(2, 20, 2)) and due(simmim, 10) == [2, 4, 6, 8]
+    assert due(amt_mae(interval=4), 9) == [4, 8]
+    assert [mae.interval_for(e) for e in (1, 30, 400, 1600)] == [2, 3, 40, 40] and simmim.interval_for(100) == 20
 
 
 def test_random_throwing_needs_no_maps():
-    amt = AMT(ViT(**SMALL), throw="random", **DECODER)
+    amt = amt_mae(throw="random")
     out = amt(images(), torch.arange(4), torch.zeros(4, 4), torch.zeros(4, dtype=torch.bool))
     assert out["ids_thrown"].shape[1] == 25 and not any(amt.maps_due(e, 40) for e in range(40))
     with pytest.raises(ValueError, match="index needs box and flip"):
@@ -419,10 +463,10 @@ def test_random_throwing_needs_no_maps():
 
 
 def test_update_maps_places_each_map_at_its_index():
-    amt, x = AMT(ViT(**SMALL), **DECODER), images(6)
+    amt, x = amt_mae(), images(6)
     amt.update_maps([(x[[4, 0, 2]], torch.tensor([4, 0, 2])), (x[[5, 1]], torch.tensor([5, 1]))], 6)
     assert amt.maps.dtype == torch.float16 and amt.maps.shape == (6, 8, 8)
-    assert torch.allclose(amt.maps[[0, 1, 2, 4, 5]].float(), amt.attention_map(x[[0, 1, 2, 4, 5]]), atol=1e-3)
+    assert torch.allclose(amt.maps[[0, 1, 2, 4, 5]].float(), mim.attention_map(amt.encoder, x[[0, 1, 2, 4, 5]]), atol=1e-3)
     assert not amt.maps[3].any()
 
 
@@ -501,8 +545,10 @@ def test_a_moved_window_predicts_the_same():
     moved = patches.roll((2, 1), (1, 2))
     ids_visible, ids_masked = mim.window_masking(1, (6, 7), 5, 2, 0.8)  # on the part that stays inside
     place = lambda ids, dy, dx: (ids // 7 + dy) * 8 + ids % 7 + dx  # noqa: E731
-    preds = [lomar(mim.unpatchify(x.flatten(1, 2), 4, (8, 8)), place(ids_visible, dy, dx), place(ids_masked, dy, dx))["pred"]
-             for x, dy, dx in ((patches, 0, 0), (moved, 2, 1))]
+    preds = []
+    for x, dy, dx in ((patches, 0, 0), (moved, 2, 1)):
+        ids = dict(ids_visible=place(ids_visible, dy, dx), ids_masked=place(ids_masked, dy, dx))
+        preds.append(lomar(mim.unpatchify(x.flatten(1, 2), 4, (8, 8)), **ids)["pred"])
     assert torch.allclose(*preds, atol=1e-10) and preds[0].std() > 0.1
     assert "encoder.pos_embed" not in lomar.state_dict()
 
@@ -521,7 +567,7 @@ def test_a_window_of_the_whole_grid_is_what_the_encoder_gives():
 
 
 def test_more_windows_than_places_are_refused():
-    with pytest.raises(ValueError, match=r"num_windows=5 must be in 1..4, the different places of a window of 7x7 in 8x8"):
+    with pytest.raises(ValueError, match=r"num_windows must be in 1..4, got 5"):
         mim.window_masking(1, (8, 8), 7, 5, 0.8)
 
 
@@ -550,8 +596,8 @@ def test_relative_positions_matter_and_learn():
 def test_windows_are_sequences_of_their_own():
     lomar, x = methods()[4], images(2)
     out = lomar(x)
-    one = [k[:, : k.shape[1] // 2] for k in (out["ids_visible"], out["ids_masked"])]
-    assert torch.allclose(lomar(x, *one)["pred"], out["pred"][:, : one[1].shape[1]], atol=1e-5)
+    one = {k: out[k][:, : out[k].shape[1] // 2] for k in ("ids_visible", "ids_masked")}
+    assert torch.allclose(lomar(x, **one)["pred"], out["pred"][:, : one["ids_masked"].shape[1]], atol=1e-5)
 
 
 def test_lomar_defaults_and_cost_are_the_papers():
@@ -576,7 +622,7 @@ def test_lomar_defaults_and_cost_are_the_papers():
 
 
 def test_the_plain_vit_pays_nothing():
-    assert not any("relative" in k or "bucket" in k for k in ViT(**SMALL).state_dict()) and not hasattr(ViT(**SMALL), "buckets")
+    assert not any("relative" in k or "bucket" in k for k in ViT(**SMALL).state_dict()) and ViT(**SMALL).buckets is None
 
 
 def test_a_relative_encoder_loads_at_any_size():
@@ -699,6 +745,11 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=f"cannot read .*{name}") as caught:
             mim.read_checkpoint(tmp_path / name)
         assert "\n" not in str(caught.value)
+    torch.save([torch.zeros(3)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="no state dict of tensors in .*list.pt"):
+        mim.read_checkpoint(tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="no state dict of tensors in <class 'list'>"):
+        mim.read_checkpoint([torch.zeros(3)])
     with pytest.raises(ValueError, match="No such file"):
         mim.read_checkpoint(tmp_path / "none.pt")
 
@@ -850,9 +901,11 @@ def test_attention_rollout_against_float64():
 
 
 @pytest.mark.parametrize("options, says", [
-    (dict(alpha=0.6), "alpha=0.6 makes source and target 38 patches each; it may be 1 to 32 of 64"),
-    (dict(alpha=0.001), "alpha=0.001"), (dict(alignment="cut"), "'cut'"), (dict(selection="both"), "'both'"),
-    (dict(patch_share=0.0), "patch_share=0.0")])
+    (dict(alpha=0.6), "alpha must be in 0.015625..0.5, got 0.6"), (dict(alpha=math.nan), "alpha must be in .*, got nan"),
+    (dict(alpha=0.001), "alpha must be in .*, got 0.001"), (dict(alignment="cut"), "alignment must be .*, got 'cut'"),
+    (dict(selection="both"), "selection must be intra or inter, got 'both'"),
+    (dict(object_floor=-1), "object_floor must be in 0..1, got -1"),
+    (dict(patch_share=0.0), "patch_share must be in 0.0625..1, got 0.0")])
 def test_objmae_says_what_is_wrong(options, says):
     with pytest.raises(ValueError, match=says):
         objmae(**options)
@@ -880,22 +933,64 @@ def test_a_tiny_model_learns_in_seconds(number):
     assert sum(losses[-5:]) < 0.35 * sum(losses[:5])
 
 
-def test_a_class_lifts_out_with_the_pieces_it_names():
-    """AMT with only the names that its own source and theirs mention, taken from the file, runs alone."""
-    import ast
-    import inspect
+SOURCE = inspect.getsource(mim)
+SECTIONS = {1: "", **{int(n): used for n, used in re.findall(r"^ +(\d+)\. .*  (\d[-\d, ]*)$", mim.__doc__, re.M)}}
 
-    tree = ast.parse(inspect.getsource(mim))
-    imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    pieces = {n.name: n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
-    pieces |= {n.targets[0].id: n for n in tree.body if isinstance(n, ast.Assign)}
-    wanted, todo = set(), ["AMT"]
-    while todo:
-        name = todo.pop()
-        wanted.add(name)
-        todo += [n.id for n in ast.walk(pieces[name]) if isinstance(n, ast.Name) and n.id in pieces and n.id not in wanted]
-    assert "load_encoder" not in wanted and "METHODS" not in wanted
-    lifted = ast.Module([n for n in tree.body if n in imports or any(n is pieces[w] for w in wanted)], type_ignores=[])
+
+def numbers(text):
+    """The sections that a line of the contents list uses: "1-3, 10" -> {1, 2, 3, 10}."""
+    spans = [[int(n) for n in part.split("-")] for part in text.split(",") if part.strip()]
+    return {n for span in spans for n in range(span[0], span[-1] + 1)}
+
+
+def lift(*sections):
+    """What mim.py's imports and these sections alone define."""
+    parts = re.split(r"^# -{100,}\n(?=# \d+\. )", SOURCE, flags=re.M)
     space = {}
-    exec(compile(lifted, "lifted", "exec"), space)
-    assert space["AMT"](space["ViT"](**SMALL), **DECODER)(images())["loss"].isfinite()
+    exec(parts[0], space)
+    for part in parts[1:]:
+        if int(re.match(r"# (\d+)", part)[1]) in sections:
+            exec(part, space)
+    return space
+
+
+@pytest.mark.parametrize("section, build", [
+    (6, lambda m: m["MAE"](m["ViT"](**SMALL), **DECODER)), (7, lambda m: m["SimMIM"](m["ViT"](**SMALL))),
+    (9, lambda m: m["LoMaR"](m["ViT"](**SMALL, relative_position=True), window_size=5)),
+    (11, lambda m: m["ObjMAE"](m["ViT"](**SMALL), **DECODER)),
+    (12, lambda m: m["RMAE"](m["ViT"](**SMALL), **DECODER)), (16, lambda m: m["CAE"](m["ViT"](**SMALL))),
+])
+def test_a_paper_lifts_out_with_the_sections_that_the_contents_list_names(section, build):
+    method = build(lift(section, *numbers(SECTIONS[section])))
+    inputs = dict(regions=torch.ones(4, 1, 32, 32, dtype=torch.uint8)) if "regions" in method.inputs else {}
+    assert method(images(), **inputs)["loss"].isfinite()
+
+
+def test_amt_lifts_out():
+    """With its own section and the two that it names, AMT masks for a method that has nothing of this file."""
+
+    class Encoder(torch.nn.Module):
+        grid, cls_token = (8, 8), torch.zeros(1, 1, 16)
+
+        def last_attention(self, images):
+            return images.mean(1).unflatten(1, (8, 4)).mean(2).unflatten(2, (8, 4)).mean(3).flatten(1).abs()[:, None]
+
+    class Method(torch.nn.Module):
+        mask_ratio, encoder = 0.75, Encoder()
+
+        def forward(self, images, ids_visible=None, ids_masked=None):
+            return dict(loss=images.mean(), ids_visible=ids_visible, ids_masked=ids_masked)
+
+    assert SECTIONS[8].strip() == "1, 5"
+    amt = lift(8, *numbers(SECTIONS[8]))["AMT"](Method())
+    out = amt(images())
+    assert [out[k].shape[1] for k in ("ids_masked", "ids_thrown", "ids_visible")] == [28, 25, 11]
+    assert_partition(out["ids_masked"], out["ids_thrown"], out["ids_visible"], n=64)
+
+
+def test_every_argument_of_a_method_is_explained():
+    """`name: meaning` in the docstring of its class or of a class above: that line is the flag's help."""
+    for cls in {ViT, *mim.METHODS.values()}:
+        text = "\n".join(inspect.getdoc(c) or "" for c in cls.__mro__[:-2])
+        names = [p.name for p in inspect.signature(cls).parameters.values() if p.name not in ("encoder", "base")]
+        assert [n for n in names if not re.search(rf"^{n}: \w", text, re.M)] == []

@@ -223,10 +223,21 @@ def test_forward_draws_a_mask_then_regions_that_it_shows():
 
 def test_errors_name_the_argument():
     vit = ViT(32, 8, 32, 2, 2)
-    for options, message in [(dict(variant="width"), "variant"), (dict(cross_feed="no"), "cross_feed"),
-                             (dict(num_regions=0), "num_regions"), (dict(region_decoder_depth=0), "depth")]:
+    for options, message in [
+            (dict(variant="width"), "variant must be length or channel or batch, got 'width'"),
+            (dict(cross_feed="no"), "cross_feed must be pixel_to_region or region_to_pixel or both, got 'no'"),
+            (dict(num_regions=0), "num_regions must be at least 1, got 0"),
+            (dict(region_decoder_depth=0), "region_decoder_depth must be at least 1, got 0"),
+            (dict(region_dim=0), "region_dim must be at least 1, got 0"),
+            (dict(region_heads=0), "region_heads must be at least 1, got 0"),
+            (dict(region_heads=7), "region_dim must be divisible by 4 and by region_heads=7, got 128"),
+            (dict(mask_ratio=float("nan")), "mask_ratio must be in 0..1, got nan"),
+            (dict(mask_ratio=1), "mask_ratio=1 masks 16 of 16;")]:
         with pytest.raises(ValueError, match=message):
             RMAE(vit, decoder_dim=32, decoder_depth=1, **options)
+        if "cross_feed" not in options:
+            with pytest.raises(ValueError, match=message):
+                RAE(vit, **options)
     method, images, maps, ids = small(variant="channel")
     with pytest.raises(ValueError, match="needs regions.*got None"):
         method(images)
@@ -277,7 +288,7 @@ def test_learns_to_complete_regions(cls, variant):
     method = cls(ViT(32, 8, 64, 2, 2), variant=variant, region_dim=32, region_heads=4, **decoder)
     optimizer = torch.optim.AdamW(method.parameters(), lr=2e-3, betas=(0.9, 0.95))
     losses, constants = [], []
-    for _ in range(80):
+    for _ in range(160):
         chosen = torch.randint(64, (16,))
         out = method(images[chosen], regions[chosen])
         optimizer.zero_grad()

@@ -289,8 +289,16 @@ def test_temperature_falls_along_a_half_cosine(monkeypatch):
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="image_size must be a positive multiple of 8"):
         DVAE(image_size=100, hidden_dim=8, vocab_size=8)
-    with pytest.raises(ValueError, match="hidden_dim"):
-        DVAE(hidden_dim=30, vocab_size=8)
+    for options, words in [(dict(hidden_dim=30), "hidden_dim must be a multiple of 4, got 30"),
+                           (dict(hidden_dim=0), "hidden_dim must be at least 1, got 0"),
+                           (dict(vocab_size=0), "vocab_size must be at least 1, got 0"),
+                           (dict(groups=0), "groups must be at least 1, got 0"),
+                           (dict(blocks_per_group=-1), "blocks_per_group must be at least 1, got -1"),
+                           (dict(kl_weight=math.nan), "kl_weight must be at least 0, got nan"),
+                           (dict(tau_start=math.inf), "tau_start must be at least 0, got inf"),
+                           (dict(tau_end=2.0), "tau_end must be in 0.001..1.0, got 2.0")]:
+        with pytest.raises(ValueError, match=words):
+            tiny(**options)
     with pytest.raises(ValueError, match="divisible by 4, got 30x32"):
         tiny().tokens(torch.zeros(1, 3, 30, 32))
 
