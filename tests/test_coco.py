@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import (CocoMaps, CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, fill_polygon, load_coco,
-                      rle_counts)
+from datasets import (CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, fill_polygon, load_coco,
+                      read_ids, rle_counts)
 
 H, W = 8, 10
 
@@ -52,14 +52,15 @@ def write(root, year=2017, split="train"):
     rle = np.zeros((H, W), bool)
     rle[6:8, 0:9] = True
     segmentations = [  # in no order of area
-        dict(area=4, iscrowd=0, image_id=7, segmentation=[[2, 1, 4, 1, 4, 3, 2, 3]]),
+        dict(area=4, iscrowd=0, image_id=7, category_id=3, bbox=[2, 1, 2, 2],
+             segmentation=[[2, 1, 4, 1, 4, 3, 2, 3]]),
         dict(area=80, iscrowd=1, image_id=7, segmentation=dict(size=[H, W], counts=[0, 80])),
         dict(area=18, iscrowd=0, image_id=7, segmentation=dict(size=[H, W], counts=run_lengths(rle))),
         dict(area=30, iscrowd=0, image_id=7, segmentation=[[1, 0, 7, 0, 7, 5, 1, 5]]),
         dict(area=1, iscrowd=0, image_id=7, segmentation=dict(size=[H, W], counts=compress([79, 1]))),
     ]
     images = [dict(id=n, file_name=f"{n:012d}.jpg", height=H, width=W) for n in (9, 8, 7)]
-    instances = dict(images=images, annotations=segmentations)
+    instances = dict(images=images, annotations=segmentations, categories=[dict(id=3, name="cat")])
     (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(instances))
     ids = [70000, 5, 300]  # beyond two bytes, in one, in two
     colours = np.zeros((H, W, 3), np.uint8)
@@ -116,9 +117,7 @@ def test_run_lengths():
 
 @pytest.mark.parametrize("year", [2014, 2017])
 def test_instances(tmp_path, year):
-    maps = CocoMaps(write(tmp_path, year), "pretrain", "instances")
-    found = maps.read(f"{tmp_path}/train{year}/000000000007.jpg")
-    assert found.dtype == np.uint16
+    found = read(write(tmp_path, year), "pretrain", "instances")
     np.testing.assert_array_equal(found, picture(  # the small square lies on the large one, the crowd nowhere
         ".111111...",
         ".133111...",
@@ -128,21 +127,38 @@ def test_instances(tmp_path, year):
         "..........",
         "222222222.",
         "2222222224"))
-    np.testing.assert_array_equal(maps.read("000000000007"), found)
 
 
 def test_panoptic(tmp_path):
-    found = CocoMaps(write(tmp_path, split="val"), "val", "panoptic").read("000000000007")
-    assert found.dtype == np.uint16
+    found = read(write(tmp_path, split="val"), "val", "panoptic")
     np.testing.assert_array_equal(found, picture(*4 * ["1111122222"], *2 * ["3333333333"], *2 * [".........."]))
 
 
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
 def test_images_without_annotations(tmp_path, kind):
-    maps = CocoMaps(write(tmp_path), "train", kind)
-    for name in ("000000000008.jpg", "000000000010.jpg"):  # listed in the JSON, and not
-        found = maps.read(tmp_path / "train2017" / name)
-        assert found.shape == (H, W) and found.dtype == np.uint16 and not found.any()
+    root = write(tmp_path)
+    for index in (1, 3):  # 8 is listed in the JSON, 10 is not
+        found = read(root, "train", kind, index)
+        assert found.shape == (H, W) and not found.any()
+
+
+def test_annotations_of_an_image_for_detection(tmp_path):
+    root = write(tmp_path)
+    source = load_coco(root, "train")
+    regions = CocoRegions(source, root, "train", "instances")
+    assert regions.categories == [dict(id=3, name="cat")]
+    height, width, annotations = regions.annotations(0)
+    assert (height, width) == (H, W) and [a["area"] for a in annotations] == [80, 30, 18, 4, 1]
+    assert [a["iscrowd"] for a in annotations] == [1, 0, 0, 0, 0]
+    square = annotations[3]
+    assert (square["category_id"], square["bbox"]) == (3, [2, 1, 2, 2])
+    mask = coco_mask(square["segmentation"], height, width)
+    assert mask.sum() == 4 and mask[1:3, 2:4].all()
+    assert regions.annotations(1) == (H, W, []) and regions.annotations(3) is None
+    panoptic = CocoRegions(source, root, "train", "panoptic")
+    _, _, [annotation] = panoptic.annotations(0)
+    ids = read_ids(panoptic.pngs / annotation["file_name"])
+    assert {s["id"] for s in annotation["segments_info"]} == {70000, 5, 300} == set(ids[ids > 0].tolist())
 
 
 def test_images_and_detection(tmp_path):
@@ -150,7 +166,7 @@ def test_images_and_detection(tmp_path):
     source = load_coco(root, "pretrain")
     assert [os.path.basename(source.name(i)) for i in range(4)] == [f"{n:012d}.jpg" for n in (7, 8, 9, 10)]
     assert source.description == f"{root}: COCO train2017, 4 images" and source.classes == []
-    assert source.read(0)["image"].shape == (3, H, W) and source.read(0)["label"] == 0
+    assert source[0]["image"].shape == (3, H, W) and source[0]["label"] == 0
     assert coco_folder(root, "train").name == "train2017" and coco_folder(root, "val") is None
     with pytest.raises(UsageError, match=r"coco: no val\* folder with .jpg images"):
         load_coco(root, "val")
@@ -168,17 +184,17 @@ def test_regions_of_another_size_than_their_image_are_refused(tmp_path):
     for image in data["images"]:
         image["height"], image["width"] = W, H  # swapped
     path.write_text(json.dumps(data))
-    told = message(CocoRegions(source, root, "train", "instances").read, 0, source.read(0))
-    assert told == f"--regions: {source.name(0)} has {W}x{H} pixels, its regions have {H}x{W}"
+    told = message(CocoRegions(source, root, "train", "instances").read, 0, source[0])
+    assert told == f"{source.name(0)} has {W}x{H} pixels, its annotations have {H}x{W}"
     Image.new("RGB", (W + 1, H)).save(root / "annotations" / "panoptic_train2017" / "000000000007.png")
-    told = message(CocoRegions(source, root, "train", "panoptic").read, 0, source.read(0))
-    assert told.endswith(f"its regions have {W + 1}x{H}")
+    told = message(CocoRegions(source, root, "train", "panoptic").read, 0, source[0])
+    assert told.endswith(f"its annotations have {W + 1}x{H}")
     (tmp_path / "masks").mkdir()
     Image.new("L", (H, W)).save(tmp_path / "masks" / "000000000007.png")
-    told = message(MaskFolder(source, str(tmp_path / "masks")).read, 0, source.read(0))
-    assert told.endswith(f"its regions have {H}x{W}")
+    told = message(MaskFolder(source, str(tmp_path / "masks")).read, 0, source[0])
+    assert told.endswith(f"its annotations have {H}x{W}")
     Image.new("L", (3 * W, 3 * H), 1).save(tmp_path / "masks" / "000000000007.png")  # another resolution is welcome
-    assert MaskFolder(source, str(tmp_path / "masks")).read(0, source.read(0)).shape == (1, 3 * H, 3 * W)
+    assert MaskFolder(source, str(tmp_path / "masks")).read(0, source[0]).shape == (1, 3 * H, 3 * W)
 
 
 def test_coco_images_are_not_turned_by_exif(tmp_path):
@@ -188,9 +204,17 @@ def test_coco_images_are_not_turned_by_exif(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (W, H), (90, 120, 30)).save(root / "train2017" / "000000000007.jpg", exif=exif)
     source = load_coco(root, "train")
-    item = source.read(0)
+    item = source[0]
     assert item["image"].shape == (3, H, W)
     assert CocoRegions(source, root, "train", "instances").read(0, item).shape == (1, H, W)
+
+
+def read(root, split, kind, index=0):
+    """The label map of an image, by default of the image 7: [H, W]."""
+    source = load_coco(root, split)
+    maps = CocoRegions(source, root, split, kind).read(index, source[index])
+    assert len(maps) == 1 and not maps.is_floating_point()
+    return maps[0].numpy()
 
 
 def message(call, *arguments):
@@ -206,11 +230,11 @@ def test_broken_segmentations(tmp_path):
     for segmentation in ([[1, 2, 3]], dict(counts=[3, 4]), dict(counts="\u20ac"), [["a", "b"]], None):
         data["annotations"][0]["segmentation"] = segmentation
         path.write_text(json.dumps(data))
-        told = message(CocoMaps(tmp_path, "train", "instances").read, "000000000007")
+        told = message(read, tmp_path, "train", "instances")
         assert told.startswith("--regions instances: broken annotations of 000000000007 (")
     data["annotations"] = [dict(image_id=7, area=0, segmentation=[])]  # no part, and no word about crowds
     path.write_text(json.dumps(data))
-    assert not CocoMaps(tmp_path, "train", "instances").read("000000000007").any()
+    assert not read(tmp_path, "train", "instances").any()
 
 
 def test_errors(tmp_path):
@@ -218,19 +242,19 @@ def test_errors(tmp_path):
     annotations = root / "annotations"
     png = annotations / "panoptic_train2017" / "000000000007.png"
     png.write_bytes(png.read_bytes()[:60])
-    told = message(CocoMaps(root, "train", "panoptic").read, "000000000007")
+    told = message(read, root, "train", "panoptic")
     assert told.startswith("--regions panoptic: broken annotations of 000000000007 (")
     png.unlink()
-    told = message(CocoMaps(root, "train", "panoptic").read, "000000000007")
+    told = message(read, root, "train", "panoptic")
     assert told == f"--regions panoptic: there is no {annotations}/panoptic_train2017/000000000007.png"
     (annotations / "panoptic_train2017").rmdir()  # the folder is a zip inside COCO's zip, easily left packed
-    told = message(CocoMaps, root, "train", "panoptic")
+    told = message(read, root, "train", "panoptic")
     assert told == f"--regions panoptic: there is no {annotations}/panoptic_train2017"
     for kind in ("instances", "panoptic"):
         path = annotations / f"{kind}_train2017.json"
         for broken in ('{"images": [', "[]", "{}", '{"images": [], "annotations": [3]}', "\udcff"):
             path.write_bytes(broken.encode(errors="surrogateescape"))
             (annotations / "panoptic_train2017").mkdir(exist_ok=True)
-            assert message(CocoMaps, root, "train", kind).startswith(f"--regions {kind}: {path} is not a file of COCO")
+            assert message(read, root, "train", kind).startswith(f"--regions {kind}: {path} is not a file of COCO")
         path.unlink()
-        assert message(CocoMaps, root, "train", kind) == f"--regions {kind}: there is no {path}"
+        assert message(read, root, "train", kind) == f"--regions {kind}: there is no {path}"
