@@ -1,9 +1,12 @@
 """Pre-training, from a folder of images to a checkpoint: `python train.py --method amt --data /imagenet`.
 
-Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every flag does: `--help`, with --method
-also the method's own. All randomness of a step is a function of (seed, step, micro-batch) and that of an image of
-(seed, epoch, index), so a run continued with --resume ends where it would have ended without the stop: bit for bit on
-a CPU, on CUDA but for the order in which its kernels sum.
+Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every flag means: `--method amt
+--help`.
+
+This file reads from the top: the papers' settings, one epoch, one run (`pretrain`), the command line
+(`main`); then what these use. All random numbers of a step follow from (seed, step, micro-batch), those of an
+image from (seed, epoch, index). So a run that is stopped and continued with --resume ends where it would have
+ended without the stop: bit for bit on a CPU, on CUDA but for the order in which its kernels sum.
 """
 
 import argparse
@@ -15,23 +18,26 @@ import inspect
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
 import typing
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import ImageDraw
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import mim
-from datasets import (REGIONS, SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
-                      default_regions, default_scales, denormalize, load_data, make_loader, normalize, open_regions,
-                      pair_max, seed_of)
+from datasets import (SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
+                      default_regions, denormalize, load_data, make_loader, normalize, open_regions, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
@@ -39,261 +45,379 @@ from datasets import (REGIONS, SMALL, BrokenFiles, DeviceLoader, EpochBatches, I
 RECIPES = {
     # MAE: Table 8 (pre-training setting)
     "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
-                warmup_epochs=40, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, lookahead=0, clip_grad=None,
-                crop_scale=(0.2, 1.0), flip=True),
+                warmup_epochs=40.0, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, lookahead=0,
+                clip_grad=None, crop_scale=(0.2, 1.0), flip=True),
     # SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's.
     "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512,
-                   warmup_epochs=10, min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=5.0,
-                   crop_scale=(0.67, 1.0), flip=True),
+                   warmup_epochs=10.0, min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0,
+                   clip_grad=5.0, crop_scale=(0.67, 1.0), flip=True),
+    # CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. Crop and flip alone.
+    # 300 and 1600 epochs have --warmup-epochs 10 and 40. Clipping, least rate, crop scale: BEiT's and CAE's
+    # code.
+    "cae": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
+                warmup_epochs=20.0, min_lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0,
+                clip_grad=3.0, crop_scale=(0.08, 1.0), flip=True),
+    # The tokenizer: DALL-E's Appendix A.2, but for its 3 million steps
+    "dvae": dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, lr_batch=512, warmup_epochs=0.0,
+                 min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4, lookahead=0, clip_grad=None,
+                 crop_scale=(0.2, 1.0), flip=True),
 }
-# AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its baselines
-# are MAE with --epochs 400 --warmup-epochs 40, SimMIM with --epochs 200 --warmup-epochs 10.
+# AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its
+# baselines are MAE with --epochs 400 --warmup-epochs 40, SimMIM with --epochs 200 --warmup-epochs 10.
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
-# LoMaR: "we follow the MAE settings", but crops alone, no flip; 40 epochs of warm-up for 1600 (its supplement, §6.1)
+# LoMaR: "we follow the MAE settings", but crops alone, no flip; 40 epochs of warm-up for 1600 (its
+# supplement, §6.1)
 RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, flip=False)
-# ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. The rate is that of a batch of 128 on COCO and ImageNet-100;
-# CLEVR has --epochs 300 --batch-size 256 --lr 1.5e-4 --warmup-epochs 40.
-RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128, min_lr=1e-5, betas=(0.9, 0.999),
-                                          lookahead=5, flip=False)
-
-# R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4; 4000 epochs on COCO)
+# ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. The rate is that of a batch of 128 on COCO and
+# ImageNet-100; CLEVR has --epochs 300 --batch-size 256 --lr 1.5e-4 --warmup-epochs 40.
+RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128, min_lr=1e-5,
+                                          betas=(0.9, 0.999), lookahead=5, flip=False)
+# R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4; 4000 epochs
+# on COCO)
 RECIPES["rae"] = RECIPES["rmae"] = RECIPES["mae"] | dict(base_lr=1e-4)
-
-# CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. Crop and flip alone. 300 and 1600
-# epochs have --warmup-epochs 10 and 40. Clipping, least rate and crop scale are BEiT's and CAE's code's.
-RECIPES["cae"] = dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
-                      warmup_epochs=20, min_lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0, clip_grad=3.0,
-                      crop_scale=(0.08, 1.0), flip=True)
 # BEiT: its Table 6, but without colour jitter, as CAE trains it
-RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs=10)
-# The tokenizer: DALL-E's Appendix A.2 but for its 3 million steps
-RECIPES["dvae"] = dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, lr_batch=512, warmup_epochs=0.0,
-                       min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4, lookahead=0, clip_grad=None,
-                       crop_scale=(0.2, 1.0), flip=True)
+RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs=10.0)
 
-# What changes for images of up to 96 pixels: ours, not the papers'. NANO_RECIPE: the built-in scenes and --model nano.
-# patch_size is an eighth of the image; `options` are constructor arguments of the method, for those that have them.
-SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10,
-                    options=dict(decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5))
+# What changes for images of up to 96 pixels, patch_size being an eighth of the image: ours, not the papers'.
+# The second is for the built-in scenes and for --model nano. A method takes what its constructor knows.
+SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10.0,
+                    decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5)
 NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
-                   options=dict(decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64))
-DVAE_SMALL_RECIPE = dict(base_lr=3e-3, lr_batch=32, batch_size=32, epochs=5, warmup_epochs=0.0,
-                         options=dict(hidden_dim=32, groups=3, vocab_size=512))
+                   decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64)
+SMALL_DVAE_RECIPE = dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0,
+                         hidden_dim=32, groups=3, vocab_size=512)
+
+# Types of flags: see `Parser`
+Range = typing.NamedTuple("Range", [("low", float), ("high", float)])
+TINY = sys.float_info.min
+PositiveInt = Annotated[int, Range(1, 2**63 - 1)]
+NonNegativeInt = Annotated[int, Range(0, 2**63 - 1)]
+PositiveFloat = Annotated[float, Range(TINY, sys.float_info.max)]
+NonNegativeFloat = Annotated[float, Range(0, sys.float_info.max)]
+Fraction = Annotated[float, Range(0, 1)]
+
+LOGGED = ("accuracy", "perplexity", "codes_used")  # of tokens; logged beside the losses
+
 
 # ---------------------------------------------------------------------------------------------------------
-# Flags
-
-NOT_OF_DVAE = ("model", "patch_size")
-FLAGS = {  # name: (type, what it is); None as a default stands for "the recipe's"
-    "data": (str, "shapes (built in), cifar10, cifar100, stl10, or a folder of images"),
-    "limit": (int, "use so many of the images, evenly spread (default: all)"),
-    "model": (str, f"encoder size: {', '.join(mim.SIZES)}"),
-    "image_size": (int, "pixels, one number or height and width"),
-    "patch_size": (int, "pixels"),
-    "epochs": (int, "passes over the data"),
-    "batch_size": (int, "images per optimizer step, over all processes"),
-    "accumulate": (int, "micro-batches per step and process (default: as many as keep them at 256 images or fewer)"),
-    "lr": (float, "absolute learning rate, instead of --base-lr"),
-    "base_lr": (float, "learning rate per 256 images of the batch (the recipe's lr_batch says if per more or fewer)"),
-    "warmup_epochs": (float, "linear warm-up"),
-    "min_lr": (float, "absolute learning rate at the end of the cosine"),
-    "weight_decay": (float, "of AdamW, on weight matrices only"),
-    "lookahead": (int, "steps of AdamW between those of Lookahead's slow weights; 0: no Lookahead"),
-    "clip_grad": (float, "largest gradient norm"),
-    "loader": (str, "who crops and flips: workers (processes on the CPU), or device for data sets that are in memory "
-                    "and methods without regions (default: device with CUDA where it can be, else workers)"),
-    "workers": (int, "data loading processes (default: with CUDA as many as cores, at most 16; else 0)"),
-    "seed": (int, "of everything random"),
-    "device": (str, "cuda, cuda:1, cpu, ... (default: cuda if there is one)"),
-    "precision": (str, "fp32, bf16 or fp16 autocast (default: bf16 or fp16 with CUDA, else fp32)"),
-    "output": (str, "folder of the run (default: runs/METHOD)"),
-}
-TOKENIZER_FLAG = {  # of methods that can predict tokens
-    "tokenizer": (str, "file of the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state "
-                       "dict of DALL-E's encoder (default: pixels are the target)"),
-}
-REGION_FLAGS = {  # of methods that take regions
-    "regions": (str, f"{', '.join(REGIONS)}, or a folder of label PNGs or .npz stacks of masks, matched by file name "
-                     "(default: instances if the data have them, else cam for objmae and fh for rae, rmae)"),
-    "fh_scales": (float, "Felzenszwalb-Huttenlocher: scales, which are minimum sizes in pixels too (default: 500 1000 "
-                         "1500 for COCO, 1000 for other large images)"),
-    "region_cache": (str, "folder for computed regions (default: data/regions)"),
-    "cam_weights": (str, "file with torchvision's ResNet-50 weights (default: downloaded)"),
-}
-REGION_SWITCHES = {
-    "cam_labels": "cam of the labels, ImageNet's 1000 classes, instead of the predicted classes",
-    "prepare": "compute the regions of all images, and stop",
-}
-SWITCHES = {
-    "compile": "torch.compile the model",
-    "resume": "continue the run in --output",
-    "overwrite": "start anew where --output already holds a run",
-}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The loop
 
 
-def method_parameters(method, base="mae"):
-    """The constructor arguments of a method (and of the base that AMT wraps): name -> inspect.Parameter."""
-    parameters = dict(inspect.signature(mim.METHODS[method].__init__).parameters)
-    not_flags = ("self", "encoder", "tokenizer", "image_size")
-    own = {k: p for k, p in parameters.items() if k not in not_flags and p.kind != p.VAR_KEYWORD}
-    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        own = method_parameters(base) | own
-    return own
+def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, steps, lr, batch_size,
+                scaler=None, accumulate=1, clip_grad=None, seed=0, device="cpu", precision="fp32",
+                title="epoch"):
+    """One pass over the data -> the means of the losses, the last learning rate, images_per_s. Pre-training,
+    probes, fine-tuning and dense tasks all train by it.
 
-
-def takes_tokenizer(method):
-    """Whether the method can predict tokens."""
-    return "tokenizer" in inspect.signature(mim.METHODS[method].__init__).parameters
-
-
-def add_method_flags(parser, parameters):
-    """One flag for every constructor argument, of the type that its annotation gives."""
-    for name, parameter in parameters.items():
-        kind, options = parameter.annotation, {}
-        if typing.get_origin(kind) is typing.Literal:
-            options = dict(choices=typing.get_args(kind))
-        elif kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        else:  # `float | None` takes a float
-            options = dict(type=next((t for t in typing.get_args(kind) if t is not type(None)), kind))
-        default = "by the paper, see the class" if parameter.default is None else parameter.default
-        parser.add_argument("--" + name.replace("_", "-"), default=None, help=f"(default: {default})", **options)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors name the nearest flag, and reach the caller as UsageError."""
-
-    def error(self, message):
-        raise UsageError(message)
-
-    def parse_all(self, argv):
-        arguments, rest = self.parse_known_args(argv)
-        if rest:
-            flag = rest[0].split("=")[0]
-            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
-            near = difflib.get_close_matches(flag, known, 1, cutoff=0.5)
-            hint = f": did you mean {near[0]}?" if near else "; --help lists them"
-            raise UsageError(f"unknown argument {flag}{hint}")
-        return arguments
-
-
-def check_choice(flag, value, choices):
-    """Raises UsageError, with the nearest choice, if value is none of them."""
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f": did you mean {near[0]}?" if near else f"; it may be {', '.join(choices)}"
-        raise UsageError(f"{flag} {value!r} is unknown{hint}")
-
-
-def parse(argv):
-    """Command line -> dict of what the user gave, nothing else; method arguments under their own names."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method")
-    first.add_argument("--base", default="mae")
-    known, _ = first.parse_known_args(argv)
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    epilog="" if known.method else "With --method, --help also lists the method's own flags.")
-    parser.add_argument("--method", help=", ".join(mim.METHODS))
-    recipe = {}
-    if known.method is not None:
-        check_choice("--method", known.method, list(mim.METHODS))
-        if known.method == "amt":
-            check_choice("--base", known.base, list(mim.AMT_BASES))
-        recipe = RECIPES[f"amt-{known.base}" if known.method == "amt" else known.method]
-    with_regions = known.method is not None and "regions" in mim.METHODS[known.method].inputs
-    flags = FLAGS | (REGION_FLAGS if with_regions else {})
-    if known.method is not None and takes_tokenizer(known.method):
-        flags = flags | TOKENIZER_FLAG
-    if known.method == "dvae":
-        flags = {k: v for k, v in flags.items() if k not in NOT_OF_DVAE}
-    for name, (kind, text) in flags.items():
-        nargs = "+" if name in ("image_size", "fh_scales") else None
-        whose = "the recipe's" if known.method == "dvae" else "the paper's"
-        text += f" ({whose}: {recipe[name]})" if recipe.get(name) is not None else ""
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=nargs, help=text)
-    for name, text in (SWITCHES | (REGION_SWITCHES if with_regions else {})).items():
-        parser.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
-    if known.method is not None:
-        group = parser.add_argument_group(f"{known.method}'s own")
-        add_method_flags(group, method_parameters(known.method, known.base))
-    given = {k: v for k, v in vars(parser.parse_all(argv)).items() if v is not None}
-    if "method" not in given:
-        raise UsageError(f"--method is missing; it may be {', '.join(mim.METHODS)}")
-    if "image_size" in given:
-        given["image_size"] = image_size_flag(given["image_size"])
-    return given
-
-
-def image_size_flag(value):
-    """--image-size's one or two numbers -> an int or (height, width)."""
-    if len(value) > 2:
-        raise UsageError(f"--image-size takes one number, or height and width; got {len(value)} numbers")
-    if min(value) < 1:
-        raise UsageError(f"--image-size must be positive, got {min(value)}")
-    return value[0] if len(value) == 1 else list(value)
-
-
-def settle(given, num_images, natural_size, world_size=1):
-    """What the user gave, the recipe for the rest -> every setting of the run, in plain types.
-
-    num_images, natural_size: of the data, which batch and image size follow. UsageError for values out of range.
+    model: what is trained, perhaps wrapped in DistributedDataParallel. loader: gives steps * accumulate
+        micro-batches.
+    compute_losses: function (micro-batch, step) -> dict of scalars: `loss`, which is minimised, and others to
+        log.
+    lr: function step -> learning rate; a parameter group with `lr_scale` gets that much of it.
+    batch_size: images of a step over all processes, for the display.
     """
-    method, base = given["method"], given.get("base", "mae")
-    recipe = dict(RECIPES[f"amt-{base}" if method == "amt" else method])
-    natural_size = natural_size if natural_size <= SMALL else recipe.pop("image_size", natural_size)
-    recipe.pop("image_size", None)
-    image_size = given.get("image_size", natural_size)
-    if pair_max(image_size) <= SMALL:
-        nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
-        small = NANO_RECIPE if nano else SMALL_RECIPE
-        recipe |= small | (DVAE_SMALL_RECIPE if method == "dvae" else {})
-        sides = [image_size] if isinstance(image_size, int) else image_size
-        common = math.gcd(*sides)  # an eighth of the image, or the nearest below that divides it
-        recipe["patch_size"] = max([p for p in range(1, max(sides) // 8 + 1) if common % p == 0], default=1)
-    recipe["batch_size"] = min(recipe["batch_size"], max(world_size, 2 ** int(math.log2(num_images))))
-    # A shorter run warms up for the same share of it.
-    recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
-    options = recipe.pop("options", {})
-    options = {k: options.get(k, p.default) for k, p in method_parameters(method, base).items()}
-    settings = dict(data="shapes", image_size=image_size, seed=0, output=f"runs/{method}", compile=False, lr=None)
-    settings |= recipe | given
-    if method == "dvae":
-        settings = {k: v for k, v in settings.items() if k not in NOT_OF_DVAE}
-    settings["method_options"] = {k: settings.pop(k, default) for k, default in options.items()}
-    check_choice("--model", settings.get("model", "base"), list(mim.SIZES))
-    check_ranges(settings, ("epochs", "batch_size", "patch_size", "lr", "base_lr", "clip_grad", "accumulate"),
-                 ("warmup_epochs", "min_lr", "weight_decay", "lookahead", "seed"))
-    if settings["seed"] >= 2**63:
-        raise UsageError(f"--seed must be below 2**63, got {settings['seed']}")
-    if "lr" in given and "base_lr" in given:
-        raise UsageError("--lr and --base-lr exclude each other")
-    batch = settings["batch_size"]
-    if batch > num_images:
-        raise UsageError(f"--batch-size {batch} is more than the {num_images} images that there are")
-    if "accumulate" not in settings:
-        fits = (a for a in range(1, batch + 1) if batch % (world_size * a) == 0 and batch // (world_size * a) <= 256)
-        settings["accumulate"] = next(fits, 1)
-        share = batch // (world_size * settings["accumulate"])
-        if settings["accumulate"] > 1 and share < 64:
-            raise UsageError(f"--batch-size {batch} can only be split into micro-batches of {share} images: take a "
-                             "multiple of 256 for each process, or give --accumulate")
-    if batch % (world_size * settings["accumulate"]):
-        raise UsageError(f"--batch-size {batch} is not divisible by {world_size} processes x "
-                         f"{settings['accumulate']} micro-batches")
-    settings["lr"] = settings["lr"] or settings["base_lr"] * batch / recipe["lr_batch"]
-    return settings
+    model.train()
+    scaler = scaler or torch.amp.GradScaler(torch.device(device).type, enabled=False)
+    micro_batches, totals, began = iter(loader), {}, time.perf_counter()
+    progress = tqdm(range(steps), f"{title} {epoch + 1}/{epochs}", disable=rank() > 0 or None, leave=False)
+    for i in progress:
+        step, sums = epoch * steps + i, 0
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step) * group.get("lr_scale", 1.0)
+        for micro in range(accumulate):
+            batch = next(micro_batches)
+            # Masks follow from the step and the micro-batch alone: no stop and no number of processes changes
+            # them.
+            torch.manual_seed(seed_of(seed, step, micro * world_size() + rank()))
+            last = micro == accumulate - 1
+            with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
+                with autocast(device, precision):
+                    losses = compute_losses(batch, step)
+                scaler.scale(losses["loss"] / accumulate).backward()
+            sums = sums + torch.stack([value.detach() for value in losses.values()]) / accumulate
+        if clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        means = dict(zip(losses, sums.tolist()))  # the step's one wait for the device
+        if not math.isfinite(means["loss"]):
+            raise UsageError(f"the loss is {means['loss']} at step {step + 1} (epoch {epoch + 1}), learning "
+                             f"rate {lr(step):.3g}; the files of the epochs before are kept. Try a lower "
+                             "learning rate or --precision fp32")
+        totals = {name: totals.get(name, 0.0) + mean / steps for name, mean in means.items()}
+        speed = (i + 1) * batch_size / (time.perf_counter() - began)
+        progress.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
+    return average_over_processes(totals, device) | dict(lr=lr(step), images_per_s=round(speed, 1))
 
 
-def check_ranges(settings, positive, not_negative):
-    """Raises UsageError for a setting that is out of range; those that are absent or None pass."""
-    for name in (*positive, *not_negative):
-        value = settings.get(name)
-        good = value is None or value >= 0 and math.isfinite(value) and (value > 0 or name in not_negative)
-        if not good:
-            must = "be positive" if name in positive else "not be negative"
-            raise UsageError(f"--{name.replace('_', '-')} must {must}, got {value}")
+def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: PositiveInt = 800,
+             batch_size: PositiveInt = 4096, accumulate: PositiveInt | None = None,
+             lr: PositiveFloat | None = None, base_lr: PositiveFloat = 1.5e-4, lr_batch=256,
+             warmup_epochs: NonNegativeFloat = 40.0, min_lr: NonNegativeFloat = 0.0, betas=(0.9, 0.95),
+             weight_decay: NonNegativeFloat = 0.05, lookahead: NonNegativeInt = 0,
+             clip_grad: PositiveFloat | None = None, crop_scale=(0.2, 1.0), flip=True,
+             loader: Literal["workers", "device"] | None = None, compile: bool = False,
+             seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0, args=None, state=None):
+    """One run: trains a method of mim.py and leaves checkpoint.pt, encoder.pt, log.jsonl, reconstruction.png
+    in `output`.
+
+    source: see datasets.py. regions: maps of the images' regions, for methods that take them. tokenizer: for
+    methods whose targets are tokens. args: dict kept in the checkpoint. state: a checkpoint to continue
+    (`load_run`).
+
+    epochs: passes over the data
+    batch_size: images per optimizer step, over all processes
+    accumulate: micro-batches per step and process; default: as many as keep them at 256 images or fewer
+    lr: absolute learning rate at the end of the warm-up, instead of --base-lr
+    base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048)
+    warmup_epochs: epochs in which the learning rate rises from 0; a shorter run than the recipe's has fewer
+    min_lr: absolute learning rate at the end of the cosine
+    weight_decay: AdamW's, on parameters of two or more dimensions
+    lookahead: steps of AdamW between two of Lookahead's slow weights; 0: no Lookahead
+    clip_grad: largest norm of the gradient; default: no limit
+    loader: who crops and flips: workers (processes on the CPU), or device, for data in memory and methods
+        without regions; default: device on CUDA where that is possible
+    compile: torch.compile the method
+    seed: of everything random
+    """
+    # Data: random crops, in an order that follows from (seed, epoch)
+    image_size = sized(method).image_size
+    dataset = Images(source, image_size, "crop", crop_scale, flip, seed, regions=regions)
+    examples = picture_items(Images(source, image_size, "center", regions=regions))
+    accumulate = accumulate or split_batch(batch_size)
+    micro_batch, steps = batch_size // world_size() // accumulate, len(dataset) // batch_size
+    batches = EpochBatches(len(dataset), batch_size, micro_batch, seed, rank(), world_size())
+    device, output = torch.device(device), Path(output)
+    if loader is None and device.type == "cuda" and source.in_memory and regions is None:
+        loader = "device"
+    if loader == "device" and (regions is not None or not source.in_memory):
+        raise UsageError("--loader device is for shapes, cifar10, cifar100 and stl10, and for methods without"
+                         " regions")
+    if loader == "device":
+        loader = DeviceLoader(dataset, batches, device)
+    else:
+        loader = make_loader(dataset, workers, device, batch_sampler=batches)
+    broken = BrokenFiles(source, tqdm.write)
+
+    # Optimizer
+    peak = lr or base_lr * batch_size / lr_batch
+    optimizer = torch.optim.AdamW(parameter_groups(method, weight_decay), lr=peak, betas=betas, fused=True)
+    if lookahead:
+        add_lookahead(optimizer, lookahead)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    # Resume
+    epoch, log = 0, []
+    if state is not None:
+        epoch, log = state["epoch"], read_log(output / "log.jsonl", state["epoch"])
+        restore(state, method, optimizer, scaler, device)
+
+    model = method
+    if compile:
+        method.compile(dynamic=False)
+    if world_size() > 1:
+        model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def compute_losses(batch, step):
+        broken.watch(batch["broken"])
+        images = normalize(batch["image"].to(device, non_blocking=True))
+        inputs = {k: batch[k].to(device, non_blocking=True) for k in method.inputs if k in batch}
+        if tokenizer is not None:
+            inputs["tokens"] = tokenizer.tokenize(images, method.encoder.grid)
+        if "progress" in method.inputs:
+            inputs["progress"] = torch.full((), step / (epochs * steps), device=device)
+        out = model(images, **inputs)
+        return {name: value for name, value in out.items() if name.startswith("loss") or name in LOGGED}
+
+    def lr_at(step):
+        return learning_rate(step, epochs * steps, warmup_epochs * steps, peak, min_lr)
+
+    def save():
+        write_checkpoint(output, method, optimizer, scaler, epoch, args, tokenizer)
+
+    make_folder(output)
+    if epoch == 0:
+        save()  # says now, and not after the first epoch, if the disk refuses
+    while epoch < epochs:
+        began, batches.epoch = time.perf_counter(), epoch
+        if hasattr(method, "maps_due") and method.maps_due(epoch, epochs):
+            update_maps(method, source, device, precision, workers)
+        line = train_epoch(model, loader, optimizer, compute_losses, epoch=epoch, epochs=epochs, steps=steps,
+                           lr=lr_at, batch_size=batch_size, scaler=scaler, accumulate=accumulate,
+                           clip_grad=clip_grad, seed=seed, device=device, precision=precision)
+        if not all_finite(method):
+            raise UsageError(f"the weights are no longer finite after epoch {epoch + 1}; "
+                             f"{output}/checkpoint.pt is of epoch {epoch}: try a lower --lr or --clip-grad")
+        epoch += 1
+        if world_size() > 1:  # a file is broken for all
+            broken.found = set().union(*gather(broken.found))
+            broken.check()
+        line = dict(epoch=epoch, step=epoch * steps, **line, seconds=round(time.perf_counter() - began, 3))
+        if broken.found:
+            line["broken_images"] = len(broken.found)
+        if rank() == 0:
+            log.append(json.dumps(line))
+            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+            write_atomically(output / "log.jsonl", lambda to: to.write_text("\n".join(log) + "\n"))
+            draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed)
+        save()
+    return log
+
+
+def main(argv):
+    """The command line: flags -> data, method -> `pretrain`."""
+    given, functions = parse(argv)
+    output, state = call(open_output, given)
+    if state is not None:
+        given = resumed(given, state)
+    device, precision, workers = call(open_device, given)
+    join_processes(device)
+    source = load_everywhere(given)
+    args = settle_resumed(given, source, state) if state else settle(given, functions, source)
+    tokenizer = load_tokenizer(args["tokenizer"]).to(device) if args.get("tokenizer") else None
+    if state is not None and tokenizer_id(tokenizer) != state["tokenizer_id"]:
+        raise UsageError(f"--resume: --tokenizer {args['tokenizer']} is not what the run was started with")
+    torch.manual_seed(args["seed"])
+    vocab_size = tokenizer.vocab_size if tokenizer else args.get("vocab_size")
+    method = build_method(**dict(args, vocab_size=vocab_size)).to(device)
+    if rank() == 0:
+        report(source, method, args, device=device, precision=precision, workers=workers)
+    regions = None
+    if "regions" in method.inputs:
+        regions = call(open_regions, args, source=source, split="pretrain", device=device)
+        if hasattr(regions, "fill"):
+            regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
+    if not given.get("prepare"):
+        args["precision"] = precision
+        call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer,
+             output=output, device=device, precision=precision, workers=workers, args=args, state=state)
+        if rank() == 0:
+            print(f"{args['epochs']} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and "
+                  "reconstruction.png")
+            task = "reconstruct" if source.classes == [] or args["method"] == "dvae" else "linear"
+            file = "checkpoint.pt" if task == "reconstruct" else "encoder.pt"
+            print(f"next: python eval.py {output}/{file} --task {task} --data {args['data']}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def learning_rate(step, steps, warmup_steps, peak, minimum=0.0):
+    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum` at the last of `steps`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(module, weight_decay):
+    """AdamW's two groups: no weight decay on what has one dimension (biases, norms, layer scale), as in the
+    authors' code of MAE, LoMaR and CAE; on all else, class and mask tokens and LoMaR's table included."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
+            dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
+
+
+@torch.no_grad()
+def add_lookahead(optimizer, k=5, alpha=0.5):
+    """Lookahead: k steps forward, one step back (Zhang, Lucas, Hinton, Ba, NeurIPS 2019, arXiv:1907.08610).
+
+    After every k-th step of the torch optimizer the slow weights move `alpha` of the way to the weights,
+    which then return to them. The slow weights are part of the optimizer's state, and so of its state dict.
+    """
+    if k < 1 or not 0 < alpha <= 1:
+        raise ValueError(f"k={k} must be at least 1 and alpha={alpha} in (0, 1]")
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    start = [p.clone() for p in weights]
+
+    @torch.no_grad()
+    def after_step(optimizer, args, kwargs):
+        slow = [optimizer.state[p].setdefault("slow", first) for p, first in zip(weights, start)]
+        group = optimizer.param_groups[0]
+        group["lookahead_count"] = group.get("lookahead_count", 0) + 1
+        if group["lookahead_count"] % k == 0:
+            torch._foreach_lerp_(slow, weights, alpha)
+            torch._foreach_copy_(weights, slow)
+
+    optimizer.register_step_post_hook(after_step)
+
+
+def split_batch(batch_size):
+    """The fewest micro-batches per process that hold at most 256 images; UsageError if the batch does not
+    split well."""
+    for accumulate in range(1, batch_size + 1):
+        share, rest = divmod(batch_size, world_size() * accumulate)
+        if not rest and share <= 256:
+            break
+    if rest:
+        raise UsageError(f"--batch-size {batch_size} is not divisible by {world_size()} processes")
+    if accumulate > 1 and share < 64:
+        raise UsageError(f"--batch-size {batch_size} can only be split into micro-batches of {share} images: "
+                         "take a multiple of 256 for each process, or give --accumulate")
+    return accumulate
+
+
+def all_finite(module):
+    """Whether all parameters are finite numbers."""
+    return bool(torch.stack([p.isfinite().all() for p in module.parameters()]).all())
+
+
+def update_maps(method, source, device, precision="fp32", workers=0):
+    """AMT: this process's share of the training images, whole and resized, through the encoder."""
+    whole = Images(source, method.encoder.image_size, "whole")
+    share = torch.utils.data.Subset(whole, range(rank(), len(whole), world_size()))
+    loader = make_loader(share, workers, device, batch_size=256)
+
+    def batches():
+        for batch in tqdm(loader, "attention maps", leave=False, disable=rank() > 0 or None):
+            yield normalize(batch["image"].to(device, non_blocking=True)), batch["index"].to(device)
+
+    with autocast(device, precision):
+        method.update_maps(batches(), len(whole))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Machine: one process, or several under torchrun
+
+
+def rank():
+    """The number of this process under torchrun; 0 without."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(device):
+    """Under torchrun, meets the other processes."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        # A day, as processes may wait for one another's regions or for a download.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+
+
+def gather(value):
+    """What each process has for `value`, a list in the order of their ranks."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def average_over_processes(totals, device):
+    """The mean of a dict of floats over all processes."""
+    if world_size() == 1:
+        return totals
+    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return dict(zip(totals, (values / world_size()).tolist()))
 
 
 def cores():
@@ -302,11 +426,25 @@ def cores():
     return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def settle_machine(given):
-    """(device, precision, workers) of this machine from what the user gave; a CUDA device becomes the current one."""
-    name = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device, precision):
+    """Automatic mixed precision, a context manager; fp32: none."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "fp16"] | None = None,
+                workers: NonNegativeInt | None = None):
+    """(device, precision, workers) of this machine; a CUDA device becomes the current one.
+
+    device: cuda, cuda:1, cpu, ...; default: cuda if there is one
+    precision: of autocast; default: bf16 or fp16 on CUDA, else fp32
+    workers: data loading processes; default: on CUDA as many as cores, at most 16, else 0
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise UsageError(f"--device {name}: torchrun gives every process a GPU of its own; leave the flag out")
+        raise UsageError(f"--device {name}: torchrun gives every process its own GPU; leave the flag out")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -318,119 +456,119 @@ def settle_machine(given):
     if on_cuda:
         torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
         torch.set_float32_matmul_precision("high")
-    default = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
-    precision = given.get("precision", default)
-    check_choice("--precision", precision, list(PRECISIONS))
-    workers = given.get("workers", min(16, cores()) if on_cuda else 0)
-    check_ranges(dict(workers=workers), (), ("workers",))
+    if precision is None:
+        precision = "fp32"
+        if on_cuda:
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    most = max(16, 4 * cores())
+    if workers is not None and workers > most:
+        raise UsageError(f"--workers {workers}: at most {most} on this machine of {cores()} cores")
+    if workers is None:
+        workers = min(16, cores()) if on_cuda else 0
     return device, precision, workers
 
 
+def load_everywhere(given):
+    """The images that --data names. One process goes first, as it may download; all must see the same."""
+    if rank():
+        dist.barrier()
+    source = call(load_data, given, split="pretrain")
+    if world_size() > 1:
+        if not rank():
+            dist.barrier()
+        found = set(gather((len(source), *(Path(source.name(i)).name for i in (0, len(source) - 1)))))
+        if len(found) > 1:
+            seen = "; ".join("{} from {} to {}".format(*x) for x in sorted(found))
+            raise UsageError(f"--data: the processes do not see the same images: {seen}")
+    return source
+
+
 # ---------------------------------------------------------------------------------------------------------
-# Pieces of the loop
+# Methods and tokenizers
 
 
-def load_tokenizer(path):
-    """The tokenizer in a dvae run's checkpoint.pt, or in a state dict of its or DALL-E's encoder; or UsageError."""
+def sized(method):
+    """What has the image size: a method's encoder, or the DVAE itself."""
+    return method if hasattr(method, "image_size") else method.encoder
+
+
+def build_method(method, image_size: list[PositiveInt] | None = None, *,
+                 model: Literal[tuple(mim.SIZES)] = "base", patch_size: PositiveInt = 16,
+                 base: Literal["mae", "simmim"] = "mae", vocab_size=None, **options):
+    """A method of mim.METHODS with its encoder, by name. options: arguments of its constructor; others are
+    left out.
+
+    image_size: pixels, one number, or height and width; default: the data's if at most 96, else 224
+    model: size of the encoder
+    patch_size: pixels
+    base: the method that AMT masks for
+    """
+    cls = mim.METHODS[method]
+    if cls is mim.BEiT and not vocab_size:
+        raise UsageError("--method beit predicts tokens and needs --tokenizer FILE; --method dvae trains one")
+    options["vocab_size"] = vocab_size
     try:
-        content = mim.load_file(path)
+        if cls is mim.DVAE:
+            return call(cls, options, image_size=image_size)
+        height, width = mim.pair(image_size)
+        if (height // patch_size) * (width // patch_size) > 2**16:
+            raise UsageError(f"--image-size {height} {width} makes more than {2**16} patches of {patch_size}x"
+                             f"{patch_size} pixels")
+        inner = mim.METHODS[base] if cls is mim.AMT else cls
+        encoder_options = dict(inner.encoder_options)
+        if "layer_scale" in encoder_options and model in ("large", "huge"):
+            encoder_options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
+        encoder = mim.ViT(image_size, patch_size, **mim.SIZES[model], **encoder_options)
+        if cls is not mim.AMT:
+            return call(cls, options, encoder=encoder)
+        own = inspect.signature(mim.AMT).parameters
+        return call(mim.AMT, options, base=call(
+            inner, {k: v for k, v in options.items() if k not in own}, encoder=encoder))
+    except ValueError as error:
+        named = isinstance(error, UsageError)
+        raise UsageError(str(error) if named else f"--method {method}: {error}") from None
+
+
+def load_tokenizer(tokenizer: str):
+    """A tokenizer from its file; UsageError if there is none in it.
+
+    tokenizer: file of the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state dict
+        of DALL-E's encoder; default: pixels are the target
+    """
+    try:
+        content = mim.load_file(tokenizer)
         if isinstance(content, dict) and isinstance(content.get("args"), dict):
             if content["args"].get("method") != "dvae":
                 raise ValueError(f"it is of a {content['args'].get('method')} run, not of dvae")
-            tokenizer = build_method(content["args"])
-            tokenizer.load_state_dict(content["model"])
+            module = build_method(**content["args"])
+            module.load_state_dict(content["model"])
         else:
-            tokenizer = mim.DVAE.from_encoder(mim.read_checkpoint(content))
+            module = mim.DVAE.from_encoder(mim.read_checkpoint(content))
     except KeyError as error:
-        raise UsageError(f"--tokenizer {path}: it lacks {error}") from None
+        raise UsageError(f"--tokenizer {tokenizer}: it lacks {error}") from None
     except (ValueError, RuntimeError, TypeError) as error:
-        message = str(error).splitlines()[0].removeprefix(f"cannot read {path}: ")
-        raise UsageError(f"--tokenizer {path}: {message}") from None
-    return tokenizer.eval().requires_grad_(False)
+        message = str(error).splitlines()[0].removeprefix(f"cannot read {tokenizer}: ")
+        raise UsageError(f"--tokenizer {tokenizer}: {message}") from None
+    return module.eval().requires_grad_(False)
 
 
-def tokenizer_id(method):
-    """What tells one tokenizer from another, or None: a digest of its encoder's weights."""
-    tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
+def tokenizer_id(tokenizer):
+    """What tells one tokenizer from another: a digest of its encoder's weights. None of None."""
     if tokenizer is None:
         return None
-    weights = (v.detach().cpu().contiguous().numpy().tobytes() for v in tokenizer.encoder.state_dict().values())
-    return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for value in tokenizer.encoder.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def build_method(settings):
-    """The method with its encoder, as the settings say; raises UsageError if they do not fit together."""
-    method, options = mim.METHODS[settings["method"]], dict(settings["method_options"])
-    if method is mim.BEiT and not settings.get("tokenizer"):
-        raise UsageError("--method beit predicts tokens and needs --tokenizer FILE; --method dvae trains one")
-    if settings.get("tokenizer"):
-        options["tokenizer"] = load_tokenizer(settings["tokenizer"])
-    try:
-        if method is mim.DVAE:
-            return method(settings["image_size"], **options)
-        encoder_options = dict((mim.AMT_BASES[options["base"]] if method is mim.AMT else method).encoder_options)
-        if "layer_scale" in encoder_options and settings["model"] in ("large", "huge"):
-            encoder_options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
-        encoder = mim.ViT(settings["image_size"], settings["patch_size"], **mim.SIZES[settings["model"]],
-                          **encoder_options)
-        return method(encoder, **options)
-    except ValueError as error:
-        raise UsageError(f"--method {settings['method']}: {error}") from None
-
-
-def parameter_groups(module, weight_decay):
-    """AdamW's two groups: no weight decay on what has one dimension (biases, norms, layer scale), as in the authors'
-    code of MAE, LoMaR and CAE; on all else, class and mask tokens and LoMaR's table included."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
-            dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
-
-
-class Lookahead(torch.optim.Optimizer):
-    """k steps forward, one step back: after every `k` steps of any torch optimizer the weights return to the slow ones,
-    moved by `alpha` of the way (Zhang, Lucas, Hinton, Ba, NeurIPS 2019, arXiv:1907.08610)."""
-
-    def __init__(self, optimizer, k=5, alpha=0.5):
-        if k < 1 or not 0 < alpha <= 1:
-            raise ValueError(f"k={k} must be at least 1 and alpha={alpha} in (0, 1]")
-        self.optimizer, self.k, self.alpha, self.count = optimizer, k, alpha, 0
-        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
-        self.weights = [p for group in optimizer.param_groups for p in group["params"]]
-        self.slow = [p.detach().clone() for p in self.weights]
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = self.optimizer.step(closure)
-        self.count += 1
-        if self.count % self.k == 0:
-            torch._foreach_lerp_(self.slow, self.weights, self.alpha)
-            torch._foreach_copy_(self.weights, self.slow)
-        return loss
-
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return dict(self.optimizer.state_dict(), slow=self.slow, count=self.count)
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict({k: v for k, v in state.items() if k not in ("slow", "count")})
-        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state  # it replaces both
-        for own, saved in zip(self.slow, state["slow"], strict=True):
-            own.copy_(saved)
-        self.count = state["count"]
-
-
-def learning_rate(step, steps, warmup_steps, peak, minimum=0.0):
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum` at the last of `steps`."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+# ---------------------------------------------------------------------------------------------------------
+# Files
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a file under `path` is always whole. UsageError if the disk refuses."""
+    """write(temporary path), then rename: a file under `path` is always whole. UsageError if the disk
+    refuses."""
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -438,436 +576,535 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "writing it failed, the disk may be full"
+        reason = getattr(error, "strerror", None)
+        if reason is None:
+            writable = os.access(Path(path).parent, os.W_OK)
+            reason = "the disk may be full" if writable else "its folder cannot be written to"
         kept = "; what was there before is kept" if Path(path).exists() else ""
         raise UsageError(f"cannot write {path}: {reason}{kept}") from None
 
 
-def draw_reconstruction(method, images, regions=None):
-    """Normalised images [B, 3, H, W] -> a grid [3, h, w] in [0, 1]: of each image the tiles that method.picture names.
+def write_checkpoint(output, method, optimizer, scaler, epoch, args, tokenizer=None):
+    """Writes encoder.pt, a plain state dict with timm's names, and last checkpoint.pt, all that an exact
+    resume needs.
 
-    Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's window or of
-    ObjMAE's object) are black. Of LoMaR's windows and of R-MAE's regions the first is shown.
+    There are no states of random generators to keep: every draw follows from numbers that the run knows.
     """
-    if isinstance(method, mim.DVAE):
-        return tile(torch.stack([denormalize(images), denormalize(method(images)["pred"])], 1).flatten(0, 1), columns=8)
-    out, p = method(images) if regions is None else method(images, regions=regions), method.encoder.patch_size
-    if hasattr(method, "num_windows"):
-        out = {k: out[k][:, : out[k].shape[1] // method.num_windows] for k in ("pred", "ids_visible", "ids_masked")}
-    image = mim.patchify(denormalize(images), p)
-    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
-    show = lambda under, ids, patches: mim.put(under, ids, mim.take(patches, ids))  # noqa: E731
-    visible = show(black, out["ids_visible"], image)
-    tiles = dict(image=image, source=visible, target=show(black, out["ids_masked"], image),
-                 region=show(visible, out["ids_masked"], image), masked=show(visible, out["ids_masked"], grey))
-    if "filled" in method.picture:
-        filled = fill_in(method, images, out["pred"], out["ids_masked"])
-        tiles["filled"] = show(visible, out["ids_masked"], mim.patchify(denormalize(filled), p))
-    if "full" in method.picture:
-        everything = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
-        full = fill_in(method, images, method.reconstruct_full(images), everything)
-        tiles["full"] = mim.patchify(denormalize(full), p)
-    if "region_filled" in method.picture:
-        filled = mim.reconstruct_regions(out["region_maps"], out["pred_regions"], out["ids_masked"], p)
-        true, filled = (mim.patchify(x[:, :1].float().expand(-1, 3, -1, -1), p) for x in (out["region_maps"], filled))
-        tiles |= dict(region_true=true, region_masked=show(true, out["ids_masked"], grey), region_filled=filled)
-    pictures = torch.stack([tiles[name] for name in method.picture], dim=1).flatten(0, 1)
-    pictures = mim.unpatchify(pictures, p, method.encoder.grid)
-    return tile(pictures, columns=2 * len(method.picture))
-
-
-def fill_in(method, images, pred, ids):
-    """The images with what was predicted of the patches `ids`; predicted tokens are decoded by their tokenizer."""
-    tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
-    if tokenizer is not None and tokenizer.decoder is None:
-        return torch.zeros_like(images)  # of an encoder alone the words cannot be drawn
-    if tokenizer is None:
-        return mim.reconstruct(images, pred.float(), ids, method.encoder.patch_size, method.norm_pix)
-    tokens = method.head.tokens(images).scatter(1, ids, pred.argmax(-1))
-    decoded = tokenizer.decode(tokens, method.encoder.grid)
-    return F.interpolate(decoded, images.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
-
-
-def tile(pictures, columns):
-    """Pictures [n, 3, H, W] in [0, 1] -> one grid [3, h, w]; small ones are enlarged to at most 128 pixels."""
-    zoom = max(1, 128 // pictures.shape[-1])
-    return make_grid(F.interpolate(pictures, scale_factor=zoom, mode="nearest"), nrow=columns, pad_value=1.0)
-
-
-def picture_items(dataset, count=8):
-    """`count` items spread over a dataset -> images, normalised, [count, 3, H, W], and regions if it has them."""
-    places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    batch = collate([dataset[i] for i in places])
-    return dict(images=normalize(batch["image"])) | {k: batch[k] for k in ("regions",) if k in batch}
-
-
-def save_picture(path, method, items, device, seed=0):
-    """Draws and writes reconstruction.png with the same masks each time."""
-    training = method.training
-    method.eval()
-    torch.manual_seed(seed)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a compiled method is for batches of one size
-        grid = draw_reconstruction(method, **{k: v.to(device) for k, v in items.items()})
-    method.train(training)
-    write_atomically(path, lambda to: save_image(grid, to, format="png"))
-
-
-def save_run(run):
-    """Writes encoder.pt, a plain state dict of timm's names, and last checkpoint.pt, all that an exact resume needs.
-
-    There are no generator states to keep: every draw is seeded by (seed, step, micro-batch) or (seed, epoch, index).
-    """
-    state = dict(model=run.method.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
-                 epoch=run.epoch, step=run.epoch * (run.settings["num_images"] // run.settings["batch_size"]),
-                 args=run.settings, maps=getattr(run.method, "maps", None))
-    write_atomically(run.output / "encoder.pt", lambda to: torch.save(run.method.encoder.state_dict(), to))
-    write_atomically(run.output / "checkpoint.pt", lambda to: torch.save(state, to))
-
-
-def restore(run, state):
-    """Puts a loaded checkpoint's state into a prepared run."""
-    run.epoch = state["epoch"]
-    if state["args"].get("tokenizer_id") != run.settings["tokenizer_id"]:
-        raise UsageError(f"--resume: --tokenizer {run.settings.get('tokenizer')} is not what the run was started with")
-    run.method.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
-    if state["maps"] is not None:
-        run.method.maps = state["maps"].to(run.device)
-    log = run.output / "log.jsonl"
-    if log.exists():  # a run killed between two writes has logged an epoch that it must repeat
-        run.log = [x for x in log.read_text().splitlines() if json.loads(x)["epoch"] <= run.epoch]
+    if rank() > 0:
+        return
+    state = dict(model=method.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    state |= dict(epoch=epoch, args=args, maps=getattr(method, "maps", None))
+    state["tokenizer_id"] = tokenizer_id(tokenizer)
+    if epoch:
+        write_atomically(output / "encoder.pt", lambda to: torch.save(method.encoder.state_dict(), to))
+    write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
 
 
 def load_run(path):
-    """A checkpoint.pt of ours, whole; raises UsageError if it is something else."""
+    """A checkpoint.pt of ours, whole; UsageError if it is something else."""
     try:
         state = mim.load_file(path)
     except ValueError as error:
         raise UsageError(str(error)) from None
     ours = isinstance(state, dict) and {"model", "optimizer", "epoch", "args"} <= state.keys()
-    if not ours or not isinstance(state["args"], dict) or "method_options" not in state["args"]:
+    if not ours or not isinstance(state["args"], dict) or "method" not in state["args"]:
         raise UsageError(f"{path} is not a checkpoint of train.py")
+    if "method_options" in state["args"]:
+        raise UsageError(f"{path} is of an earlier version of train.py; encoder.pt can still be evaluated")
     return state
 
 
-MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume", "overwrite",
-              "accumulate", "region_cache", "cam_weights", "prepare")
+def method_from_run(state, path, tokenizer=None, **overrides):
+    """A run's checkpoint (`load_run`) -> (method with its weights, tokenizer or None).
+
+    tokenizer: its file, if it is not where it was. overrides: arguments of the method's constructor to
+        change.
+    """
+    args = state["args"] | overrides
+    file, found = tokenizer or args.get("tokenizer"), None
+    if file and not args.get("tokenizer"):
+        raise UsageError(f"--tokenizer: the {args['method']} run of {path} has pixels as its target")
+    if file:
+        found = load_tokenizer(file)
+        if tokenizer_id(found) != state["tokenizer_id"]:
+            raise UsageError(f"--tokenizer {file} is not what {path} was trained with")
+        args["vocab_size"] = found.vocab_size
+    method = build_method(**args)
+    try:
+        method.load_state_dict(state["model"])
+    except RuntimeError:
+        flags = ", ".join("--" + k.replace("_", "-") for k in overrides)
+        raise UsageError(f"{flags}: makes another model than the one in {path}" if overrides else
+                         f"{path}: its weights do not fit its settings") from None
+    return method, found
 
 
-def open_output(given):
-    """Looks into --output: (folder, checkpoint to resume or None). Refuses to overwrite or mix up runs."""
-    output = Path(given.get("output", f"runs/{given['method']}"))
+def restore(state, method, optimizer, scaler, device):
+    """Puts a checkpoint's state into a method, its optimizer and scaler; UsageError if it does not fit."""
+    try:
+        method.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--resume: the checkpoint does not fit its own settings ({reason})") from None
+    if state.get("maps") is not None:
+        method.maps = state["maps"].to(device)
+
+
+def read_log(path, epochs):
+    """The lines of log.jsonl that are of the first `epochs` epochs: a run killed between two writes logs one
+    more."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["epoch"] <= epochs:
+                lines.append(line)
+    return lines
+
+
+def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,
+                prepare: bool = False):
+    """(folder of the run, checkpoint to continue or None). Refuses to overwrite a run.
+
+    output: folder of the run; default: runs/METHOD
+    resume: continue the run in --output, or start it if there is none
+    overwrite: start anew where --output already holds a run
+    prepare: compute the regions of all images, and stop
+    """
+    if output == "":
+        raise UsageError("--output '': give the name of a folder")
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    output = Path(output or f"runs/{method}")
     path = output / "checkpoint.pt"
-    if not given.get("resume"):
-        if not given.get("overwrite") and not given.get("prepare"):
-            done = load_run(path)["epoch"] if path.exists() else 0
-            if done:
-                raise UsageError(f"{output} already holds a run of {done} epochs: --resume continues it, --overwrite "
-                                 "starts anew, --output writes elsewhere")
-            if not path.exists() and (output / "encoder.pt").exists():
-                raise UsageError(f"{output} already holds the encoder.pt of a run: --overwrite starts anew, --output "
-                                 "writes elsewhere")
-        return output, None
-    if not path.exists():
-        raise UsageError(f"--resume: there is no {path}")
-    state = load_run(path)
-    saved = state["args"] | state["args"]["method_options"]
-    for name, value in given.items():
-        if name not in MAY_CHANGE and saved.get(name) != value:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was made with {saved.get(name)}; leave the "
-                             "flag out or write to another --output")
-    return output, state
+    state = load_run(path) if path.exists() and not (overwrite or prepare) else None
+    if state is None and not overwrite and read_log(output / "log.jsonl", math.inf):
+        raise UsageError(f"{output} holds the log of a run but no checkpoint.pt: --overwrite starts anew, "
+                         "--output writes elsewhere")
+    if state and state["epoch"] and not resume:
+        raise UsageError(f"{output} already holds a run of {state['epoch']} epochs: --resume continues it, "
+                         "--overwrite starts anew, --output writes elsewhere")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output}: it is a file; give a folder")
+    return output, state if resume else None
 
 
-def all_finite(module):
-    """Whether all parameters are finite numbers."""
-    return bool(torch.stack([p.isfinite().all() for p in module.parameters()]).all())
-
-
-def write_log(path, lines):
-    """Replaces log.jsonl by these lines."""
-    write_atomically(path, lambda to: to.write_text("".join(line + "\n" for line in lines)))
+def make_folder(path):
+    """Makes a folder, and those above it; UsageError if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {path}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Training
+# Pictures
+
+# The tiles of a reconstruction, in the order and under the titles in which they are shown
+TILES = dict(image="image", region="region", source="source", target="target", masked="masked",
+             filled="reconstruction", full="from all patches", region_true="true region",
+             region_masked="masked region", region_filled="completed")
 
 
-def join_processes(device):
-    """(rank, world size) under torchrun, (0, 1) without."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    # A day, as processes may wait for one another's regions or for a download.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-    return dist.get_rank(), dist.get_world_size()
+def picture(columns, per_row=1, bar=14, gap=16):
+    """Tiles by title, {title: [n, 3, h, w] in 0..1} -> one picture [3, H, W], a sample a row, or per_row of
+    them.
+
+    Titles stand over the columns; tiles of fewer than 128 pixels are enlarged.
+    """
+    tiles = torch.stack([tile.float().cpu() for tile in columns.values()], dim=1)
+    n, k, zoom = *tiles.shape[:2], max(1, 128 // tiles.shape[-1])
+    tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=zoom, mode="nearest")
+    tiles = F.pad(tiles, (0, 2, 0, 2), value=1.0)  # white lines between tiles
+    per_row, width = min(per_row, n), tiles.shape[-1]
+    samples = tiles.unflatten(0, (n, k)).permute(0, 2, 3, 1, 4).flatten(3)  # [n, 3, h, k * w]
+    samples = F.pad(samples, (0, gap, 0, 0, 0, 0, 0, -n % per_row), value=1.0)
+    canvas = samples.unflatten(0, (-1, per_row)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    image = TF.to_pil_image(F.pad(canvas, (0, 0, bar, 0), value=1.0))
+    draw = ImageDraw.Draw(image)
+    for sample in range(per_row):
+        for column, title in enumerate(columns):
+            draw.text((sample * samples.shape[-1] + column * width + 2, 1), title, (60, 60, 60))
+    return TF.pil_to_tensor(image).float() / 255
 
 
-def settle_run(given, state, rank, world_size, on_cuda):
-    """The data of a run and all its settings; those of a run to resume come from its checkpoint."""
-    if state:
-        saved = state["args"] | state["args"]["method_options"]
-        chosen = {k: given[k] for k in MAY_CHANGE if k in given}
-        given = {k: v for k, v in saved.items() if k not in ("method_options", "base_lr") and v is not None} | chosen
-        # A step keeps its micro-batches, and so its masks, if the processes can share them out.
-        micro_batches = saved["world_size"] * saved["accumulate"]
-        if "accumulate" not in chosen:
-            given["accumulate"] = micro_batches // world_size if micro_batches % world_size == 0 else None
-        if world_size * (given["accumulate"] or 0) != micro_batches and rank == 0:
-            print(f"--resume: a step no longer has {micro_batches} micro-batches, so its masks differ from now on")
-        given = {"loader": "workers"} | {k: v for k, v in given.items() if v is not None}
-    if rank and world_size > 1:
-        dist.barrier()  # one process downloads
-    source = load_data(given.get("data", "shapes"), "pretrain", given.get("image_size"), limit=given.get("limit"))
-    if not rank and world_size > 1:
-        dist.barrier()
-    if world_size > 1:
-        found = [None] * world_size
-        dist.all_gather_object(found, (len(source), *(os.path.basename(source.name(i)) for i in (0, len(source) - 1))))
-        if len(set(found)) > 1:
-            raise UsageError("--data: the processes do not see the same images: "
-                             + "; ".join("{} from {} to {}".format(*x) for x in sorted(set(found))))
-    if state and saved["num_images"] != len(source):
+def save_picture(path, image):
+    """A picture [3 or 1, H, W] in 0..1 -> a PNG file."""
+    write_atomically(path, lambda to: save_image(image, to, format="png"))
+
+
+def picture_items(dataset, count=8):
+    """`count` items spread over a dataset -> images, normalised, [count, 3, H, W], and regions if it has
+    them."""
+    places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    batch = collate([dataset[i] for i in places])
+    return dict(images=normalize(batch["image"])) | {k: batch[k] for k in ("regions",) if k in batch}
+
+
+def draw_reconstruction(method, images, regions=None, tokenizer=None):
+    """Normalised images [B, 3, H, W] -> a picture [3, h, w]: of each image the tiles that method.picture
+    names.
+
+    Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's
+    window or of ObjMAE's object) are black. Of LoMaR's windows and of R-MAE's regions the first is shown.
+    """
+    if isinstance(method, mim.DVAE):
+        pred = method(images)["pred"]
+        return picture(dict(image=denormalize(images), reconstruction=denormalize(pred)), per_row=4)
+    p, grid = method.encoder.patch_size, method.encoder.grid
+    inputs = {} if regions is None else dict(regions=regions)
+    if tokenizer is not None:
+        inputs["tokens"] = tokenizer.tokenize(images, grid)
+    out = method(images, **inputs)
+    ids_visible, ids_masked, pred = out["ids_visible"], out["ids_masked"], out.get("pred")
+    if hasattr(method, "num_windows"):
+        windows = (x.chunk(method.num_windows, dim=1) for x in (ids_visible, ids_masked, pred))
+        ids_visible, ids_masked, pred = (x[0] for x in windows)
+    image = mim.patchify(denormalize(images), p)
+    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
+
+    def show(under, ids, patches):
+        return mim.put(under, ids, mim.take(patches, ids))
+
+    def predicted(pred, ids):
+        """All patches, those of `ids` as predicted; predicted tokens are drawn by their tokenizer."""
+        if tokenizer is None:
+            filled = mim.reconstruct(images, pred.float(), ids, p, method.norm_pix)
+        elif tokenizer.decoder is None:
+            return black  # DALL-E's encoder alone cannot draw tokens
+        else:
+            filled = tokenizer.decode(inputs["tokens"].scatter(1, ids, pred.argmax(-1)), grid)
+            filled = F.interpolate(filled, images.shape[-2:], mode="bicubic", antialias=True)
+        return mim.patchify(denormalize(filled), p)
+
+    visible = show(black, ids_visible, image)
+    tiles = dict(image=image, source=visible, target=show(black, ids_masked, image),
+                 region=show(visible, ids_masked, image), masked=show(visible, ids_masked, grey))
+    if "filled" in method.picture:
+        tiles["filled"] = show(visible, ids_masked, predicted(pred, ids_masked))
+    if "full" in method.picture:
+        everything = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
+        tiles["full"] = predicted(method.reconstruct_full(images), everything)
+    if "region_filled" in method.picture:
+        maps = out["region_maps"]
+        filled = mim.reconstruct_regions(maps, out["pred_regions"], ids_masked, p)
+        true, filled = (mim.patchify(x[:, :1].float().expand(-1, 3, -1, -1), p) for x in (maps, filled))
+        tiles |= dict(region_true=true, region_masked=show(true, ids_masked, grey), region_filled=filled)
+    shown = [name for name in TILES if name in method.picture]
+    return picture({TILES[name]: mim.unpatchify(tiles[name], p, grid) for name in shown}, per_row=2)
+
+
+def draw_examples(path, method, items, tokenizer, device, seed=0):
+    """Draws and writes reconstruction.png with the same masks each time."""
+    training = method.training
+    method.eval()
+    torch.manual_seed(seed)
+    items = {name: value.to(device) for name, value in items.items()}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it was compiled for batches of one size
+        image = draw_reconstruction(method, **items, tokenizer=tokenizer)
+    method.train(training)
+    save_picture(path, image)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings: what the user gave, then the recipe, then the functions' defaults
+
+
+def parse(argv):
+    """Command line -> (dict of what the user gave, the functions whose annotated arguments are the flags)."""
+    first = Parser(add_help=False)
+    first.add_argument("--method")
+    first.add_argument("--base", default="mae")
+    known, _ = first.parse_known_args(argv)
+    method = getattr(known, "method", None)
+    about, more = __doc__.split("\n")[0], "With --method, --help lists its own flags too."
+    parser = Parser(description=about, epilog=more)
+    parser.add_argument("--method", help=", ".join(mim.METHODS))
+    functions, skip, recipe = [load_data, pretrain, open_device, open_output, build_method], set(), {}
+    if method is not None:
+        check_choice("--method", method, list(mim.METHODS))
+        check_choice("--base", known.base, ["mae", "simmim"])
+        cls, recipe = mim.METHODS[method], RECIPES[f"amt-{known.base}" if method == "amt" else method]
+        functions += [cls, mim.METHODS[known.base]] if method == "amt" else [cls]
+        functions += [open_regions] if "regions" in cls.inputs else []
+        if method != "dvae" and "vocab_size" in inspect.signature(cls).parameters:
+            functions.append(load_tokenizer)
+            skip.add("vocab_size")
+        skip |= set() if method == "amt" else {"base"}
+        skip |= {"model", "patch_size"} if method == "dvae" else set()
+    for function in functions:
+        parser.add(function, skip, **recipe)
+    given = parser.parse(argv)
+    if "method" not in given:
+        raise UsageError(f"--method is missing; it may be {', '.join(mim.METHODS)}")
+    if "image_size" in given:
+        given["image_size"] = image_pair(given["image_size"])
+    return given, functions
+
+
+MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
+              "overwrite", "accumulate", "region_cache", "cam_weights", "prepare", "epochs")
+
+
+def resumed(given, state):
+    """--resume: the run's own settings, and of the user's those that may change; UsageError for others."""
+    saved = state["args"]
+    for name, value in given.items():
+        if name not in MAY_CHANGE and saved.get(name) != value:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: the run to resume was made with "
+                             f"{saved.get(name)}; leave the flag out or write to another --output")
+    if given.get("epochs", saved["epochs"]) != saved["epochs"] and "0" == os.environ.get("RANK", "0"):
+        print(f"--epochs {given['epochs']}: from epoch {state['epoch'] + 1} on, the learning rate follows the"
+              f" cosine of so many epochs; before, it followed that of {saved['epochs']}")
+    return {k: v for k, v in saved.items() if k not in ("device", "workers")} | given
+
+
+def settle_resumed(given, source, state):
+    """The settings of a run that is continued, perhaps by another number of processes."""
+    saved = state["args"]
+    if saved["num_images"] != len(source):
         raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has "
                          f"{len(source)}")
-    keep_out = ("resume", "overwrite", "prepare", "tokenizer_id", "device", "precision", "workers", "world_size",
-                "num_images")
-    settings = settle({k: v for k, v in given.items() if k not in keep_out}, len(source), source.image_size, world_size)
-    if state:
-        settings["base_lr"] = saved["base_lr"]
-    if "regions" in mim.METHODS[settings["method"]].inputs:
-        settings.setdefault("regions", default_regions(settings["method"], settings["data"]))
-        if settings["regions"] == "cam" and settings["method"] != "objmae":
-            raise UsageError("--regions cam is for objmae; rae and rmae take fh, panoptic, instances or a folder")
-        for name, kind in (("fh_scales", "fh"), ("cam_weights", "cam"), ("cam_labels", "cam")):
-            if settings.get(name) and settings["regions"] != kind:
-                raise UsageError(f"--{name.replace('_', '-')} is for --regions {kind}, not {settings['regions']}")
-        if settings["regions"] == "fh":
-            settings.setdefault("fh_scales", default_scales(source, settings["data"]))
-            for scale in settings["fh_scales"]:
-                check_ranges(dict(fh_scales=scale), ("fh_scales",), ())
-    settings["loader"] = choose_loader(settings, source, on_cuda)
-    return source, settings | dict(num_images=len(source), world_size=world_size)
+    # A step keeps its micro-batches, and so its masks, if the processes can share them out.
+    micro_batches = saved["world_size"] * saved["accumulate"]
+    accumulate = given["accumulate"]
+    if accumulate == saved["accumulate"]:
+        accumulate = micro_batches // world_size() or 1
+    if world_size() * accumulate != micro_batches and rank() == 0:
+        print(f"--resume: a step no longer has {micro_batches} micro-batches: its masks differ from now on")
+    if given["batch_size"] % (world_size() * accumulate):
+        accumulate = split_batch(given["batch_size"])
+    return given | dict(accumulate=accumulate, world_size=world_size())
 
 
-def choose_loader(settings, source, on_cuda):
-    """--loader, or its default; UsageError if it cannot be."""
-    possible = source.in_memory and "regions" not in settings
-    loader = settings.get("loader", "device" if on_cuda and possible else "workers")
-    check_choice("--loader", loader, ["workers", "device"])
-    if loader == "device" and not possible:
-        raise UsageError("--loader device is for shapes, cifar10, cifar100 and stl10, and for methods without regions")
-    return loader
+def settle(given, functions, source):
+    """Every setting of a new run, in plain types: the user's, else the recipe's, else the function's
+    default."""
+    method, num_images = given["method"], len(source)
+    recipe = dict(RECIPES[f"amt-{given.get('base', 'mae')}" if method == "amt" else method])
+    natural = source.image_size if source.image_size <= SMALL else recipe.get("image_size", source.image_size)
+    size = given.get("image_size") or [natural, natural]
+    if max(size) <= SMALL:
+        nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
+        recipe |= SMALL_DVAE_RECIPE if method == "dvae" else NANO_RECIPE if nano else SMALL_RECIPE
+        sides = range(1, max(1, max(size) // 8) + 1)  # an eighth of the image, or the next that divides it
+        recipe["patch_size"] = max(p for p in sides if math.gcd(*size) % p == 0)
+    # A shorter run warms up for the same share of it.
+    recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
+    args = dict(lr_batch=256, betas=(), crop_scale=(), flip=True)  # in the recipes alone
+    for function in functions:
+        for name, p in flag_parameters(function).items():
+            args.setdefault(name, None if p.default is p.empty else p.default)
+    args |= {k: v for k, v in recipe.items() if k in args} | given
+    args |= dict(image_size=size, num_images=num_images, world_size=world_size())
+    args.pop("base" if method != "amt" else None, None)
+    if "lr" in given and "base_lr" in given:
+        raise UsageError("--lr and --base-lr exclude each other")
+    fit_batch(args, "batch_size" in given, num_images)
+    if args["warmup_epochs"] > args["epochs"]:
+        raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
+    if args["min_lr"] > args["lr"]:
+        raise UsageError(f"--min-lr {args['min_lr']} is above the peak learning rate, {args['lr']:.3g}")
+    if open_regions in functions:
+        args["regions"] = args["regions"] or default_regions(method, args["data"])
+        if args["regions"] == "cam" and method != "objmae":
+            raise UsageError("--regions cam is for objmae; rae, rmae take fh, panoptic, instances, folders")
+    return args
 
 
-def update_maps(run):
-    """AMT: this process's share of the training images, whole and resized, through the encoder."""
-    whole = Images(run.source, run.settings["image_size"], "whole")
-    share = torch.utils.data.Subset(whole, range(run.rank, len(whole), run.world_size))
-    loader = make_loader(share, run.workers, run.device, batch_size=256)
-    loader = tqdm(loader, "attention maps", leave=False, disable=run.rank > 0)
-    put = lambda x: x.to(run.device, non_blocking=True)  # noqa: E731
-    batches = ((normalize(put(b["image"])), put(b["index"])) for b in loader)
-    with run.amp():
-        run.method.update_maps(batches, len(whole))
+def image_pair(size):
+    """--image-size's one or two numbers -> [height, width]."""
+    if len(size) > 2 or min(size) < 1:
+        raise UsageError(f"--image-size takes one positive number, or height and width; got {size}")
+    return list(size * 2)[:2]
 
 
-LOGGED = ("accuracy", "perplexity", "codes_used")  # of the tokens
+def fit_batch(args, chosen, num_images):
+    """Settles batch size, micro-batches and learning rate, and says so if they are not the recipe's.
+
+    Where the user has not chosen it, few images get a batch that makes at least 16 steps an epoch, or has 8
+    images. The rate is then that of lr_batch images, as a batch of a few would shrink it to nothing.
+    """
+    batch = recipe_batch = args["batch_size"]
+    rate_batch = batch
+    if not chosen and 16 * batch > num_images:
+        batch = min(batch, num_images, max(world_size(), 2 ** int(math.log2(max(8, num_images / 16)))))
+        batch -= batch % world_size()
+        rate_batch = min(recipe_batch, max(batch, args["lr_batch"]))
+    if not 1 <= batch <= num_images:
+        raise UsageError(f"--batch-size {batch} is more than the {num_images} images that there are")
+    if batch % (world_size() * (args["accumulate"] or 1)):
+        raise UsageError(f"--batch-size {batch} is not divisible by {world_size()} processes x "
+                         f"{args['accumulate'] or 1} micro-batches")
+    args["batch_size"], args["accumulate"] = batch, args["accumulate"] or split_batch(batch)
+    args["lr"] = args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
+    if batch != recipe_batch and rank() == 0:
+        print(f"{num_images} images are few for the recipe's batch of {recipe_batch}: taking {batch}, which "
+              f"makes {num_images // batch} steps an epoch, and a learning rate of {args['lr']:.3g}; "
+              "--batch-size and --lr set others")
 
 
-def train_epoch(run, epoch):
-    """One pass over the data -> the line for log.jsonl: the mean of the loss and its parts, speed, learning rate."""
-    settings, device, accumulate = run.settings, run.device, run.settings["accumulate"]
-    steps = run.settings["num_images"] // settings["batch_size"]
-    run.batches.epoch, began, totals = epoch, time.perf_counter(), {}
-    run.model.train()
-    micro_batches = iter(run.loader)
-    progress = tqdm(range(steps), desc=f"epoch {epoch + 1}/{settings['epochs']}", disable=run.rank > 0, leave=False)
-    for i in progress:
-        step = epoch * steps + i
-        lr = learning_rate(step, settings["epochs"] * steps, settings["warmup_epochs"] * steps, settings["lr"],
-                           settings["min_lr"])
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        losses = 0
-        for micro in range(accumulate):
-            batch = next(micro_batches)
-            run.broken.watch(batch["broken"])
-            images = normalize(batch["image"].to(device, non_blocking=True))
-            inputs = {k: batch[k].to(device, non_blocking=True) for k in run.method.inputs if k in batch}
-            if "progress" in run.method.inputs:
-                inputs["progress"] = torch.full((), step / (settings["epochs"] * steps), device=device)
-            # Masks depend on the step and the micro-batch alone: no stop and no number of processes changes them.
-            torch.manual_seed(seed_of(settings["seed"], step, micro * run.world_size + run.rank))
-            last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or run.world_size == 1 else run.model.no_sync():
-                with run.amp():
-                    out = run.model(images, **inputs)
-                run.scaler.scale(out["loss"] / accumulate).backward()
-            parts = {k: v.detach() / accumulate for k, v in out.items() if k.startswith("loss") or k in LOGGED}
-            losses = losses + torch.stack(list(parts.values()))
-        if settings["clip_grad"]:
-            run.scaler.unscale_(run.optimizer)
-            torch.nn.utils.clip_grad_norm_(run.method.parameters(), settings["clip_grad"])
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad()
-        losses = dict(zip(parts, losses.tolist()))  # the step's one wait for the device
-        if not math.isfinite(losses["loss"]):
-            raise UsageError(f"the loss is {losses['loss']} at step {step + 1} (epoch {epoch + 1}), learning rate "
-                             f"{lr:.3g}; {run.output / 'checkpoint.pt'} is of epoch {epoch}: try a lower --lr, "
-                             "--clip-grad or --precision fp32")
-        totals = {k: totals.get(k, 0.0) + v / steps for k, v in losses.items()}
-        speed = (i + 1) * settings["batch_size"] / (time.perf_counter() - began)
-        progress.set_postfix_str(f"loss {losses['loss']:.4f}, {speed:.0f} images/s")
-    seconds = time.perf_counter() - began
-    totals = average_over_processes(totals, device, run.world_size)
-    return dict(epoch=epoch + 1, step=(epoch + 1) * steps, **totals, lr=lr,
-                images_per_s=round(steps * settings["batch_size"] / seconds, 1))
+def report(source, method, args, **machine):
+    """Prints what the run took, with what None came to."""
+    print(source.description)
+    shown = {name: getattr(method, name, None) if value is None else value for name, value in args.items()}
+    if hasattr(method, "interval_for"):
+        shown["interval"] = method.interval_for(args["epochs"])
+    if "vocab_size" in inspect.signature(type(method)).parameters:
+        shown["target"] = f"tokens of {args['tokenizer']}" if args.get("tokenizer") else "pixels"
+    for name, value in (shown | machine).items():
+        if value is not None:
+            print(f"  {name:16s} {value}")
 
 
-def prepare_regions(run, given):
-    """The regions of the run's images, those to be computed shared out over the processes."""
-    settings = run.settings
-    if run.rank == 0:
-        print(f"regions: {settings['regions']}")
-    options = {k: settings[k] for k in ("cam_weights", "cam_labels") if k in settings}
-    regions = open_regions(settings["regions"], run.source, settings["data"], "pretrain", settings.get("fh_scales"),
-                           settings.get("region_cache", "data/regions"), device=run.device, **options)
-    if hasattr(regions, "fill"):
-        regions.fill(given.get("workers", cores()), run.rank, run.world_size)
-    if hasattr(regions, "found") and regions.found < len(run.source) and run.rank == 0:
-        print(f"regions: {len(run.source) - regions.found} of {len(run.source)} images have no masks in "
-              f"{settings['regions']}")
-    if run.world_size > 1:
-        dist.barrier()
-    return regions
+# ---------------------------------------------------------------------------------------------------------
+# Flags, for both programs: each is an annotated keyword argument of a function
 
 
-def prepare(given):
-    """Everything that a run needs, from the user's flags; run.epoch epochs are done, run.log holds their lines."""
-    run = SimpleNamespace(epoch=0, log=[])
-    run.output, state = open_output(given)
-    if state:
-        given = dict(precision=state["args"]["precision"]) | given
-    run.device, precision, run.workers = settle_machine(given)
-    on_cuda = run.device.type == "cuda"
-    run.rank, run.world_size = join_processes(run.device)
-    run.source, run.settings = settle_run(given, state, run.rank, run.world_size, on_cuda)
-    settings = run.settings = run.settings | dict(precision=precision)
-    if run.rank == 0:
-        shown = {k: v for k, v in settings.items() if k not in ("method_options", "num_images")}
-        shown |= settings["method_options"]
-        print(run.source.description)
-        if takes_tokenizer(settings["method"]):
-            print(f"target: {'tokens of ' + settings['tokenizer'] if settings.get('tokenizer') else 'pixels'}")
-        shown |= dict(device=run.device, workers=run.workers)
-        print("\n".join(f"  {k:14s} {v}" for k, v in shown.items()))
-    run.amp = lambda: torch.autocast(run.device.type, PRECISIONS[precision], enabled=precision != "fp32")
-    torch.manual_seed(settings["seed"])
-    run.method = build_method(settings).to(run.device)
-    settings["tokenizer_id"] = tokenizer_id(run.method)
-    run.optimizer = torch.optim.AdamW(parameter_groups(run.method, settings["weight_decay"]), lr=settings["lr"],
-                                      betas=tuple(settings["betas"]), fused=run.device.type in ("cuda", "cpu"))
-    if settings["lookahead"]:
-        run.optimizer = Lookahead(run.optimizer, settings["lookahead"])
-    run.scaler = torch.amp.GradScaler(run.device.type, enabled=precision == "fp16")
-    if state:
-        restore(run, state)
-    if settings["compile"]:
-        run.method.compile(dynamic=False)
-    run.model = run.method
-    if run.world_size > 1:
-        run.model = DistributedDataParallel(run.method, broadcast_buffers=False, gradient_as_bucket_view=True)
-    run.regions = prepare_regions(run, given) if "regions" in run.method.inputs else None
-    dataset = Images(run.source, settings["image_size"], "crop", tuple(settings["crop_scale"]), settings["flip"],
-                     settings["seed"], regions=run.regions)
-    micro_batch = settings["batch_size"] // run.world_size // settings["accumulate"]
-    run.batches = EpochBatches(len(dataset), settings["batch_size"], micro_batch, settings["seed"], run.rank,
-                               run.world_size)
-    if settings["loader"] == "device":
-        run.loader = DeviceLoader(dataset, run.batches, run.device)
-    else:
-        run.loader = make_loader(dataset, run.workers, run.device, batch_sampler=run.batches)
-    run.broken = BrokenFiles(run.source, tqdm.write)
-    return run
+def call(function, flags, **fixed):
+    """function(**fixed), and with those of the dict `flags` that it takes by name."""
+    names = inspect.signature(function).parameters
+    return function(**{k: v for k, v in flags.items() if k in names and k not in fixed}, **fixed)
 
 
-def main(argv):
-    """One training run, from the command line to the files in --output."""
-    given = parse(argv)
-    run = prepare(given)
-    if given.get("prepare"):
-        if run.world_size > 1:
-            dist.destroy_process_group()
-        return
-    output, epochs = run.output, run.settings["epochs"]
-    if run.rank == 0:
+def flag_parameters(function):
+    """The annotated arguments of a function that have a default, which are flags: name ->
+    inspect.Parameter."""
+    return {name: p for name, p in inspect.signature(function).parameters.items()
+            if p.annotation is not p.empty and (p.default is not p.empty or function is load_tokenizer)}
+
+
+def flag_help(function):
+    """The lines `name: text` of a docstring, of a class those of its bases too -> {name: text}."""
+    found = {}
+    for part in reversed(inspect.getmro(function)) if inspect.isclass(function) else [function]:
+        text = inspect.cleandoc(part.__doc__ or "")
+        for names, line in re.findall(r"^((?:\w+, )*\w+): (.*(?:\n {4,}\S.*)*)", text, re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(line.split()))
+    return found
+
+
+def number(kind, limits):
+    """The argparse type of numbers within limits (a Range)."""
+
+    def convert(text):
         try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--output {output}: {error.strerror}") from None
-        if run.epoch == 0:  # says now, and not after the first epoch, if this cannot be written
-            save_run(run)
-        write_log(output / "log.jsonl", run.log)
-        examples = picture_items(Images(run.source, run.settings["image_size"], "center", regions=run.regions))
-    while run.epoch < epochs:
-        began = time.perf_counter()
-        if hasattr(run.method, "maps_due") and run.method.maps_due(run.epoch, epochs):
-            update_maps(run)
-        line = train_epoch(run, run.epoch)
-        line["seconds"] = round(time.perf_counter() - began, 3)
-        if not all_finite(run.method):
-            raise UsageError(f"the weights are no longer finite after epoch {run.epoch + 1}; {output}/checkpoint.pt is "
-                             f"of epoch {run.epoch}: try a lower --lr, --clip-grad or --precision fp32")
-        run.epoch += 1
-        if run.world_size > 1:  # a file is broken for all, and all stop together if there are too many
-            found = [None] * run.world_size
-            dist.all_gather_object(found, run.broken.found)
-            run.broken.found = set().union(*found)
-            run.broken.check()
-        if run.broken.found:
-            line["broken_images"] = len(run.broken.found)
-        if run.rank == 0:
-            tqdm.write(", ".join(f"{k} {v:.4g}" for k, v in line.items()))
-            run.log.append(json.dumps(line))
-            write_log(output / "log.jsonl", run.log)
-            save_picture(output / "reconstruction.png", run.method, examples, run.device, run.settings["seed"])
-            save_run(run)
-    if run.rank == 0:
-        print(f"{epochs} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and reconstruction.png")
-    if run.world_size > 1:
-        dist.destroy_process_group()
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be of type {kind.__name__}, got {text!r}") from None
+        if not limits.low <= value <= limits.high:
+            must = "not be negative" if limits.low == 0 else "be positive"
+            must = f"be at most {limits.high}" if value > limits.high else must
+            raise argparse.ArgumentTypeError(f"must {must}, got {text}")
+        return value
+
+    return convert
 
 
-def average_over_processes(totals, device, world_size):
-    """The mean of a dict of floats over all processes."""
-    if world_size == 1:
-        return totals
-    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return dict(zip(totals, (values / world_size).tolist()))
+def unknown(value, choices):
+    """What to say of a value that is none of the choices, with the nearest."""
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f": did you mean {near[0]}?" if near else f"; it may be {', '.join(choices)}"
+    return f"{value!r} is unknown{hint}"
+
+
+def choice(choices):
+    """The argparse type of one of several words."""
+
+    def convert(text):
+        if text not in choices:
+            raise argparse.ArgumentTypeError(unknown(text, choices))
+        return text
+
+    return convert
+
+
+def flag_options(annotation):
+    """A parameter's annotation -> the keyword arguments of add_argument."""
+    origin = typing.get_origin(annotation)
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if origin is Annotated:
+        return dict(type=number(*inner), metavar=inner[0].__name__.upper())
+    if origin is Literal:
+        return dict(type=choice(inner), metavar="{" + ",".join(inner) + "}")
+    if origin is list:
+        return flag_options(inner[0]) | dict(nargs="+")
+    if inner:  # X | None
+        return flag_options(inner[0])
+    if annotation is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    limits = Range(-sys.float_info.max, sys.float_info.max)  # neither nan nor inf
+    kind = number(annotation, limits) if annotation in (int, float) else annotation
+    return dict(type=kind, metavar=annotation.__name__.upper())
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags from functions: `add` makes one of every annotated keyword argument. Its type, choices and range
+    come from the annotation, its help from its line in the docstring. Errors are UsageErrors with the nearest
+    flag."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+
+    def add(self, function, skip=(), **defaults):
+        """Adds the flags of a function but for those in `skip`; defaults: for the help, in place of its
+        own."""
+        texts = flag_help(function)
+        for name, parameter in flag_parameters(function).items():
+            flag, default = "--" + name.replace("_", "-"), defaults.get(name, parameter.default)
+            if name in skip or flag in self._option_string_actions:
+                continue
+            text = texts.get(name, "").replace("%", "%%")
+            if default not in (None, parameter.empty, False):
+                text += f" (default: {default})"
+            self.add_argument(flag, dest=name, help=text, **flag_options(parameter.annotation))
+
+    def error(self, message):
+        raise UsageError(re.sub(r"^argument (--[\w-]+): ", r"\1 ", message))
+
+    def parse(self, argv):
+        """Command line -> dict of what was given."""
+        arguments, rest = self.parse_known_args(argv)
+        if rest:
+            flag = rest[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff=0.7)
+            hint = f": did you mean {near[0]}?" if near else "; --help lists them"
+            raise UsageError(f"unknown argument {flag}{hint}")
+        return vars(arguments)
+
+
+def check_choice(flag, value, choices):
+    """Raises UsageError, with the nearest choice, if value is none of them."""
+    if value not in choices:
+        raise UsageError(f"{flag} {unknown(value, choices)}")
 
 
 def exit_with_one_line(program, main):
-    """Runs main(); a user's mistake, an interrupt or a full memory ends in one line on stderr, not in a traceback."""
+    """Runs main(); a user's mistake, an interrupt or a full memory ends in one line on stderr, not in a
+    traceback."""
     try:
         main()
         return 0
-    except UsageError as error:  # one from a worker process brings its traceback; the last line is the message
+    except UsageError as error:  # from a worker process it brings a traceback; its last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
     except torch.OutOfMemoryError as error:
-        advice = ("a smaller --batch-size or a larger --accumulate" if program == "train.py" else
-                  "a smaller --batch-size (256 images are held at a time, or fewer), or no --cache-features")
-        message = f"out of memory: use {advice} ({str(error).splitlines()[0]})"
+        message = f"out of memory: use a smaller --batch-size ({str(error).splitlines()[0]})"
     except OSError as error:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
+    except RuntimeError as error:
+        if "alloc" not in str(error):
+            raise
+        message = f"out of memory: use smaller images or a smaller batch ({str(error).splitlines()[0]})"
     except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the workers' end
         kept = "the last epoch's checkpoint is kept, --resume continues from it"
         kept = kept if program == "train.py" else str(error)
         print(f"\n{program}: interrupted{kept and '; ' + kept}", file=sys.stderr)
         return 130
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)  # if the first process fails too, it says so, and torchrun ends this one meanwhile
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2
 

@@ -18,6 +18,21 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def checkout_stays_as_it_is():
+    """Tests write below tmp_path alone: after all of them the checkout has the files it had before,
+    unchanged."""
+
+    def state():
+        files = (path for path in ROOT.rglob("*") if path.is_file())
+        own = (path for path in files if not {".git", "__pycache__", ".pytest_cache", ".venv"} & set(path.parts))
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in own}
+
+    before = state()
+    yield
+    assert state() == before
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """32 built-in scenes of 32x32 pixels as files: train/ and val/ with the folders a and b."""
@@ -34,7 +49,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def cli(capsys):
-    """Runs a program's command line in this process: cli(module, *arguments) -> (exit code, stdout, stderr)."""
+    """Runs a program's command line in this process: cli(module, *arguments) -> (exit code, stdout,
+    stderr)."""
 
     def call(module, *arguments):
         from train import exit_with_one_line

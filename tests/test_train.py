@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import math
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -42,16 +44,33 @@ def call(cli, folder, tmp_path):
 @contextlib.contextmanager
 def interrupted_after(epoch):
     """Runs inside are interrupted, as by Ctrl-C, once they have saved this epoch."""
-    save = train.save_run
+    write, saved = train.write_checkpoint, []
 
-    def save_then_interrupt(run):
-        save(run)
-        if run.epoch == epoch:
+    def write_then_interrupt(output, method, optimizer, scaler, done, *rest):
+        write(output, method, optimizer, scaler, done, *rest)
+        saved.append(done)
+        if done == epoch:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_run", save_then_interrupt)
-        yield
+        patch.setattr(train, "write_checkpoint", write_then_interrupt)
+        yield saved
+
+
+def settle(*flags, images=1_281_167, size=224):
+    """The settings that these flags come to on so many images of this size."""
+    class Source:
+        image_size = size
+
+        def __len__(self):
+            return images
+
+    return train.settle(*train.parse([str(flag) for flag in flags]), Source())
+
+
+def picture_shape(rows, tiles, per_row=2, side=128):
+    """Of a picture of so many rows of `per_row` samples: titles above, 2 pixels after a tile, 16 after a sample."""
+    return (3, 14 + rows * (side + 2), per_row * (tiles * (side + 2) + 16))
 
 
 def log(output):
@@ -105,19 +124,30 @@ def test_weight_decay_spares_what_has_one_dimension(method):
     (["--method", "mae", "--lr", "0.1"], dict(lr=0.1, accumulate=16)),
 ])
 def test_recipes_are_the_papers(flags, expected):
-    settings = train.settle(train.parse([*flags, "--data", "imagenet"]), 1_281_167, 224)
+    settings = settle(*flags, "--data", "imagenet")
     for name, value in expected.items():
         assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
 
 
 def test_recipes_shrink_for_small_images():
-    settings = train.settle(train.parse(["--method", "amt", "--data", "cifar10"]), 50_000, 32)
+    settings = settle("--method", "amt", "--data", "cifar10", images=50_000, size=32)
     assert (settings["patch_size"], settings["model"], settings["batch_size"]) == (4, "tiny", 512)
-    assert settings["method_options"]["decoder_dim"] == 192
-    settings = train.settle(train.parse(["--method", "simmim"]), 4096, 64)
-    assert (settings["patch_size"], settings["model"]) == (8, "nano") and "decoder_dim" not in settings["method_options"]
-    assert train.settle(train.parse(["--method", "mae", "--data", "x"]), 100, 224)["batch_size"] == 64
-    assert train.settle(train.parse(["--method", "mae", "--data", "x"]), 100, 50)["patch_size"] == 5
+    assert settings["decoder_dim"] == 192
+    settings = settle("--method", "simmim", images=4096, size=64)
+    assert (settings["patch_size"], settings["model"]) == (8, "nano") and "decoder_dim" not in settings
+    assert settle("--method", "mae", "--data", "x", images=100, size=50)["patch_size"] == 5
+
+
+def test_few_images_get_a_batch_and_a_rate_that_train(capsys):
+    """62 photographs: a batch of 32 would make one step an epoch, at a rate of 1.9e-5."""
+    settings = settle("--method", "amt", "--data", "x", images=62)
+    assert (settings["batch_size"], settings["lr"]) == (8, pytest.approx(1.5e-4))
+    out = capsys.readouterr().out
+    assert "62 images are few for the recipe's batch of 4096: taking 8, which makes 7 steps an epoch" in out
+    settings = settle("--method", "amt", "--data", "x", images=20_000)
+    assert (settings["batch_size"], settings["lr"]) == (1024, pytest.approx(6e-4))
+    settings = settle("--method", "amt", "--data", "x", "--batch-size", 32, images=62)  # what the user says is done
+    assert (settings["batch_size"], settings["lr"]) == (32, pytest.approx(1.5e-4 / 8))
 
 
 @pytest.mark.parametrize("method", mim.METHODS)
@@ -125,21 +155,28 @@ def test_every_constructor_argument_is_a_flag(method, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--method", method, "--help"])
     text = capsys.readouterr().out
-    for name in train.method_parameters(method):
-        assert "--" + name.replace("_", "-") in text
-    for name in [*train.FLAGS, *train.SWITCHES]:
-        assert ("--" + name.replace("_", "-") + " " in text) == (method != "dvae" or name not in train.NOT_OF_DVAE)
+    flags = dict(re.findall(r"^  --(?:no-)?([\w-]+)(.*(?:\n {4,}.*)*)", text, re.MULTILINE))
+    parameters = inspect.signature(mim.METHODS[method]).parameters
+    own = set(parameters) - {"encoder", "base", "image_size"} - ({"vocab_size"} if method != "dvae" else set())
+    everywhere = {"data", "limit", "image_size", "epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs",
+                  "min_lr", "weight_decay", "lookahead", "clip_grad", "loader", "workers", "seed", "device", "precision",
+                  "output", "compile", "resume", "overwrite", "model", "patch_size"}
+    everywhere -= {"model", "patch_size"} if method == "dvae" else set()
+    for name in own | everywhere:
+        described = re.sub(r"\(default: .*?\)|[A-Z]{3,}|\{.*?\}", "", flags[name.replace("_", "-")], flags=re.DOTALL)
+        assert len(described.split()) > 0, f"--{name} has no meaning, only a default"
+    assert ("--model" in text) == (method != "dvae") and ("--base " in text) == (method == "amt")
     assert ("--regions" in text) == (method in ("objmae", "rae", "rmae"))
     assert ("--tokenizer" in text) == (method in ("beit", "lomar", "cae"))
     ratio = {"objmae": "alpha", "dvae": "kl_weight"}.get(method, "mask_ratio")
-    given = train.parse(["--method", method, "--" + ratio.replace("_", "-"), "0.3"])
+    given, _ = train.parse(["--method", method, "--" + ratio.replace("_", "-"), "0.3"])
     assert given[ratio] == 0.3
 
 
 def test_flags_have_their_arguments_types():
-    given = train.parse("--method amt --throw-ratio 0.1 --interval 3 --throw low --no-norm-pix --decoder-depth 2".split())
+    given, _ = train.parse("--method amt --throw-ratio 0.1 --interval 3 --throw low --no-norm-pix --decoder-depth 2".split())
     assert given == dict(method="amt", throw_ratio=0.1, interval=3, throw="low", norm_pix=False, decoder_depth=2)
-    given = train.parse("--method amt --base simmim --unit-size 4".split())
+    given, _ = train.parse("--method amt --base simmim --unit-size 4".split())
     assert given == dict(method="amt", base="simmim", unit_size=4)
 
 
@@ -160,11 +197,10 @@ def test_a_run_leaves_what_it_promises(call, method, flags):
     assert not missing and not left_over and encoder.image_size == (32, 32)
     assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
     checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
-    assert checkpoint["epoch"] == 3 and checkpoint["step"] == 9
+    assert checkpoint["epoch"] == 3
     assert (checkpoint["maps"] is not None) == (method == "amt")
-    picture = read_image(str(output / "reconstruction.png"))
-    columns = 8 if method == "lomar" else 6  # 8 images of 3 tiles each, LoMaR's window besides; zoomed to 128 pixels
-    assert picture.shape == (3, 4 * 130 + 2, columns * 130 + 2)
+    # 8 images of 3 tiles each, LoMaR's window besides; zoomed to 128 pixels
+    assert read_image(str(output / "reconstruction.png")).shape == picture_shape(4, 4 if method == "lomar" else 3)
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 breaks the graphs of some methods")
@@ -186,32 +222,23 @@ def test_the_loss_falls(call):
 
 
 def test_pictures_show_thrown_patches_black_and_masked_ones_grey():
-    amt = mim.AMT(mim.ViT(32, 4, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2).eval()
+    amt = mim.AMT(mim.MAE(mim.ViT(32, 4, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2)).eval()
     images = torch.zeros(1, 3, 32, 32)  # ImageNet's mean colour
-    grid = train.draw_reconstruction(amt, images)[:, 2:-2, 2:].unfold(2, 128, 130)
+    grid = train.draw_reconstruction(amt, images)[:, 14:14 + 128].unfold(2, 128, 130)
     image, masked, filled = (grid[:, :, k].reshape(3, 8, 16, 8, 16) for k in range(3))
-    assert torch.allclose(image.mean((2, 4))[0], torch.full((8, 8), 0.485), atol=1e-3)
+    assert torch.allclose(image.mean((2, 4))[0], torch.full((8, 8), 0.485), atol=3e-3)
     tones = masked.mean((0, 2, 4))
-    counts = [(abs(tones - tone) < 1e-3).sum().item() for tone in (0.5, 0.0)]
+    counts = [(abs(tones - tone) < 3e-3).sum().item() for tone in (0.5, 0.0)]
     assert counts == [28, 25]  # 64 patches: int(0.45 N) masked, int(0.40 N) thrown
-    assert ((abs(filled.amax((0, 2, 4))) < 1e-3) == (abs(tones) < 1e-3)).all()
+    assert ((abs(filled.amax((0, 2, 4))) < 3e-3) == (abs(tones) < 3e-3)).all()
 
 
 @pytest.mark.parametrize("flags", [["mae"], ["amt", "--interval", 1], ["amt", "--base", "simmim", "--interval", 1], ["lomar"]])
-def test_a_resumed_run_is_the_uninterrupted_one(call, flags, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one(call, flags):
     *_, whole = call(*flags, out="whole")
-    save, saves = train.save_run, []
-
-    def save_then_interrupt(run):
-        save(run)
-        saves.append(run.epoch)
-        if run.epoch == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_run", save_then_interrupt)
-    code, _, err, output = call(*flags)
-    assert code == 130 and "interrupted" in err and saves == [0, 1, 2]
-    monkeypatch.setattr(train, "save_run", save)
+    with interrupted_after(2) as saved:
+        code, _, err, output = call(*flags)
+    assert code == 130 and "interrupted" in err and saved == [0, 1, 2]
     assert call(*flags, "--resume")[0] == 0
     assert_same_run(whole, output)
     code, out, *_ = call(*flags, "--resume")
@@ -226,8 +253,58 @@ def test_resuming_keeps_what_was_given_at_the_start(call):
     assert call("mae", "--resume")[0] == 0 and call(*flags, "--resume")[0] == 0
     settings = torch.load(output / "checkpoint.pt", weights_only=True)["args"]
     assert (settings["base_lr"], settings["accumulate"], settings["precision"]) == (0.05, 2, "bf16")
+    assert settings["lr"] == pytest.approx(0.05 * 8 / 256)
     *_, whole = call(*flags, out="whole")
     assert_same_run(whole, output)
+
+
+def test_a_finished_run_can_be_made_longer(call):
+    *_, output = call("mae", "--epochs", 2, "--warmup-epochs", 1)
+    code, out, err, _ = call("mae", "--resume", "--epochs", 4)
+    assert code == 0 and "from epoch 3 on, the learning rate follows the cosine of so many epochs" in out, err
+    lines = log(output)
+    peak = 4e-3 * 8 / 256
+    expected = [train.learning_rate(3 * epoch - 1, 3 * epochs, 3, peak) for epoch, epochs in ((2, 2), (3, 4), (4, 4))]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["lr"] for line in lines[1:]] == pytest.approx(expected)
+
+
+def test_resume_starts_where_nothing_was_kept(call):
+    """As a script that restarts its job does, whatever the moment of the kill."""
+    *_, whole = call("mae", out="whole")
+    *_, output = call("mae", "--resume")
+    assert_same_run(whole, output)
+    (output / "checkpoint.pt").unlink()
+    (output / "log.jsonl").unlink()  # killed in the first save: an encoder.pt that no finished epoch wrote
+    assert call("mae", "--resume")[0] == 0
+    assert_same_run(whole, output)
+
+
+def test_foreign_lines_of_the_log_are_left_out(call):
+    with interrupted_after(2):
+        *_, output = call("mae")
+    with open(output / "log.jsonl", "a") as file:
+        file.write("\n[1, 2]\nnot json\n{\"loss\": 3}\n")
+    assert call("mae", "--resume")[0] == 0
+    assert [line["epoch"] for line in log(output)] == [1, 2, 3]
+
+
+def test_a_checkpoint_that_does_not_fit_itself_is_one_line(call):
+    *_, output = call("mae")
+    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    for change in (dict(model={"x": torch.zeros(1)}), dict(optimizer={}), dict(args=dict(state["args"], decoder_dim=32)), dict(args={})):
+        torch.save(state | change, output / "checkpoint.pt")
+        code, _, err, _ = call("mae", "--resume", tiny=[])
+        assert code == 2 and err.startswith("train.py: error: ") and err.count("\n") == 1, err
+
+
+def test_a_log_file_has_no_bars(folder, tmp_path):
+    """Where stderr is no terminal, an epoch is one line."""
+    process = launch("--method", "mae", "--data", folder, *TINY, "--device", "cpu", "--output", tmp_path / "run")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "\r" not in out + err and "images/s" not in err
+    assert sum(line.startswith("epoch ") for line in out.splitlines()) == 3
+    assert f"next: python eval.py {tmp_path}/run/encoder.pt --task linear" in out.splitlines()[-1]
 
 
 def test_an_interrupt_inside_an_epoch_repeats_the_epoch(call, monkeypatch):
@@ -250,7 +327,12 @@ def test_an_interrupt_inside_an_epoch_repeats_the_epoch(call, monkeypatch):
 
 
 def launch(*arguments, processes=1):
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29533", "train.py"] if processes > 1 else ["train.py"]
+    start = ["train.py"]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", *start]
     return subprocess.Popen([sys.executable, *start, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
@@ -352,7 +434,7 @@ def test_broken_images_are_reported_and_too_many_stop_the_run(call, folder, tmp_
 
 def test_a_loss_that_is_not_finite_stops_the_run(call):
     code, _, err, output = call("mae", "--lr", 1e30, "--warmup-epochs", 0, "--epochs", 20)
-    assert code == 2 and re.search(r"the loss is (nan|inf) at step \d+ .*learning rate 9.99e\+29.*checkpoint.pt is of epoch 0", err)
+    assert code == 2 and re.search(r"the loss is (nan|inf) at step \d+ .*learning rate 9.99e\+29; the files of the epochs before are kept", err)
     assert all(v.isfinite().all() for v in weights(output).values())
 
 
@@ -365,7 +447,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(call):
         code, _, err, _ = call("mae", "--overwrite")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2 and "cannot write" in err and "encoder.pt" in err and "kept" in err and err.strip().count("\n") == 0
+    assert code == 2 and "cannot write" in err and "checkpoint.pt" in err and "kept" in err and err.strip().count("\n") == 0
     assert (output / "checkpoint.pt").read_bytes() == before and not list(output.glob("*.tmp"))
 
 
@@ -386,16 +468,16 @@ def test_runs_are_not_overwritten_or_mixed_up(call):
     (output / "checkpoint.pt").unlink()
     encoder = (output / "encoder.pt").read_bytes()
     code, _, err, _ = call("mae")
-    assert code == 2 and "already holds the encoder.pt of a run" in err
+    assert code == 2 and "holds the log of a run but no checkpoint.pt" in err
     assert (output / "encoder.pt").read_bytes() == encoder and len(log(output)) == 1
 
 
-def test_a_batch_that_splits_into_crumbs_is_refused():
+def test_a_batch_that_splits_into_tiny_pieces_is_refused():
     with pytest.raises(train.UsageError, match="--batch-size 514 .* micro-batches of 2 images"):
-        train.settle(dict(method="mae", batch_size=514), 1000, 64)
-    assert train.settle(dict(method="mae", batch_size=514, accumulate=257), 1000, 64)["accumulate"] == 257
-    assert train.settle(dict(method="mae", batch_size=768), 1000, 64)["accumulate"] == 3
-    assert train.settle(dict(method="mae", batch_size=1000), 1000, 64)["accumulate"] == 4
+        settle("--method", "mae", "--batch-size", 514)
+    assert settle("--method", "mae", "--batch-size", 514, "--accumulate", 257)["accumulate"] == 257
+    assert settle("--method", "mae", "--batch-size", 768)["accumulate"] == 3
+    assert settle("--method", "mae", "--batch-size", 1000)["accumulate"] == 4
 
 
 def test_processes_must_see_the_same_images(monkeypatch):
@@ -404,14 +486,15 @@ def test_processes_must_see_the_same_images(monkeypatch):
 
     monkeypatch.setattr(train.dist, "barrier", lambda: None)
     monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    monkeypatch.setattr(train, "world_size", lambda: 2)
     with pytest.raises(train.UsageError, match="do not see the same images: 5 from scene 0 .*; 4096 from scene 0 to scene 4095"):
-        train.settle_run(dict(method="mae"), None, 0, 2, False)
+        train.load_everywhere(dict(method="mae"))
 
 
 def test_torchrun_chooses_the_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(train.UsageError, match="--device cuda:0: torchrun gives every process a GPU"):
-        train.settle_machine(dict(device="cuda:0"))
+    with pytest.raises(train.UsageError, match="--device cuda:0: torchrun gives every process its own GPU"):
+        train.open_device("cuda:0")
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     assert train.cores() == 6
 
@@ -421,8 +504,8 @@ MISTAKES = {
     "unknown method": (["--method", "mea"], "--method 'mea' is unknown: did you mean mae"),
     "near flag": (["--method", "amt", "--trow-ratio", "0.4"], "unknown argument --trow-ratio: did you mean --throw-ratio"),
     "another method's flag": (["--method", "simmim", "--decoder-dim", "4"], "unknown argument --decoder-dim"),
-    "not a number": (["--method", "mae", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
-    "bad choice": (["--method", "amt", "--throw", "top"], "--throw: invalid choice: 'top'"),
+    "not a number": (["--method", "mae", "--epochs", "many"], "--epochs must be of type int, got 'many'"),
+    "bad choice": (["--method", "amt", "--throw", "top"], "--throw 'top' is unknown; it may be middle, low, random"),
     "bad base": (["--method", "amt", "--base", "simim"], "--base 'simim' is unknown: did you mean simmim"),
     "bad model": (["--method", "mae", "--model", "bose"], "--model 'bose' is unknown: did you mean base"),
     "bad precision": (["--method", "mae", "--precision", "fp8"], "--precision 'fp8' is unknown"),
@@ -431,16 +514,29 @@ MISTAKES = {
     "zero epochs": (["--method", "mae", "--epochs", "0"], "--epochs must be positive, got 0"),
     "negative workers": (["--method", "mae", "--workers", "-1"], "--workers must not be negative, got -1"),
     "no number": (["--method", "mae", "--lr", "nan"], "--lr must be positive, got nan"),
-    "no heads": (["--method", "mae", "--decoder-heads", "0"], "cannot be split into 0 heads"),
-    "long seed": (["--method", "mae", "--seed", str(2**63)], "--seed must be below 2**63"),
+    "no heads": (["--method", "mae", "--decoder-heads", "0"], "decoder_heads must be at least 1, got 0"),
+    "long seed": (["--method", "mae", "--seed", str(2**63)], "--seed must be at most 9223372036854775807, got"),
     "negative seed": (["--method", "mae", "--seed", "-1"], "--seed must not be negative, got -1"),
     "large batch": (["--method", "mae", "--batch-size", "5000"], "--batch-size 5000 is more than the 4096 images"),
     "uneven batch": (["--method", "mae", "--batch-size", "9", "--accumulate", "2"], "--batch-size 9 is not divisible by"),
     "two rates": (["--method", "mae", "--lr", "1", "--base-lr", "1"], "--lr and --base-lr exclude"),
     "patch": (["--method", "mae", "--patch-size", "7"], "multiple of patch_size=7, got 64x64"),
     "ratio": (["--method", "amt", "--mask-ratio", "0.9"], "mask_ratio=0.9 and throw_ratio=0.4"),
-    "three sizes": (["--method", "mae", "--image-size", "1", "2", "3"], "--image-size takes one number, or height and width"),
-    "nothing to resume": (["--method", "mae", "--resume", "--output", "nowhere"], "there is no nowhere/checkpoint.pt"),
+    "three sizes": (["--method", "mae", "--image-size", "1", "2", "3"], "--image-size takes one positive number, or height and width; got [1, 2, 3]"),
+    "infinite ratio": (["--method", "mae", "--mask-ratio", "inf"], "--mask-ratio must be"),
+    "ratio that is no number": (["--method", "mae", "--mask-ratio", "nan"], "--mask-ratio must be"),
+    "no decoder": (["--method", "mae", "--decoder-dim", "0"], "decoder_dim"),
+    "negative decoder": (["--method", "mae", "--decoder-depth", "-1"], "decoder_depth"),
+    "huge image": (["--method", "mae", "--image-size", "100000"], "--image-size 100000 100000 makes more than 65536 patches"),
+    "too many workers": (["--method", "mae", "--workers", "999"], "--workers 999: at most "),
+    "no output": (["--method", "mae", "--output", ""], "--output '': give the name of a folder"),
+    "long warm-up": (["--method", "mae", "--epochs", "3", "--warmup-epochs", "4"], "--warmup-epochs 4.0 is more than --epochs 3"),
+    "high minimum": (["--method", "mae", "--min-lr", "1"], "--min-lr 1.0 is above the peak learning rate, 0.001"),
+    "two ways": (["--method", "mae", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    "nothing near": (["--method", "mae", "--frobnicate"], "unknown argument --frobnicate; --help lists them"),
+    "near data": (["--method", "mae", "--data", "cifar"], "did you mean cifar10"),
+    "near regions": (["--method", "rmae", "--regions", "instance"], "did you mean instances"),
+    "small image": (["--method", "mae", "--image-size", "4"], "--image-size must be at least 8"),
     "output is a file": (["--method", "mae", "--output", "file"], "--output file"),
 }
 
@@ -483,7 +579,8 @@ def test_images_that_fit_no_square(call, tmp_path):
 def test_lookahead_by_hand():
     """SGD on f(w) = w with rate 1, k=2, alpha=0.5: each step takes 1 off; every second lands half-way to the slow one."""
     w = torch.nn.Parameter(torch.tensor([10.0]))
-    optimizer = train.Lookahead(torch.optim.SGD([w], lr=1.0), k=2, alpha=0.5)
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    train.add_lookahead(optimizer, k=2, alpha=0.5)
     seen = []
     for _ in range(6):
         w.sum().backward()
@@ -492,7 +589,7 @@ def test_lookahead_by_hand():
         seen.append(w.item())
     assert seen == [9.0, 9.0, 8.0, 8.0, 7.0, 7.0]
     with pytest.raises(ValueError, match="k=0"):
-        train.Lookahead(torch.optim.SGD([w], lr=1.0), k=0)
+        train.add_lookahead(optimizer, k=0)
 
 
 def test_lookahead_goes_on_from_its_state():
@@ -504,7 +601,9 @@ def test_lookahead_goes_on_from_its_state():
 
     def fresh(value):
         w = torch.nn.Parameter(value.clone())
-        return w, train.Lookahead(torch.optim.AdamW([w], lr=0.1), k=3)
+        optimizer = torch.optim.AdamW([w], lr=0.1, fused=True)
+        train.add_lookahead(optimizer, k=3)
+        return w, optimizer
 
     w, optimizer = fresh(torch.tensor([3.0, -2.0]))
     steps(optimizer, w, 4)
@@ -516,11 +615,6 @@ def test_lookahead_goes_on_from_its_state():
     steps(optimizer, w, 5)
     steps(resumed, other, 5)
     assert torch.equal(w, other)
-    for group in resumed.param_groups:  # the schedule's rate reaches the optimizer inside
-        group["lr"] = 0.0
-    before = other.detach().clone()
-    steps(resumed, other, 2)
-    assert torch.equal(before, other)
 
 
 @pytest.mark.parametrize("flags", [[], ["--selection", "inter", "--alignment", "random"]])
@@ -531,8 +625,8 @@ def test_objmae_pretrains_on_shapes_and_resumes(cli, tmp_path, flags, monkeypatc
         return cli(train, "--method", "objmae", *TINY, *flags, "--output", tmp_path / out, *more)
 
     code, out, _ = call("whole")
-    assert code == 0 and "regions: instances" in out and "lookahead      5" in out
-    assert read_image(str(tmp_path / "whole" / "reconstruction.png")).shape == (3, 4 * 130 + 2, 10 * 130 + 2)
+    assert code == 0 and re.search("regions +instances", out) and re.search("lookahead +5", out)
+    assert read_image(str(tmp_path / "whole" / "reconstruction.png")).shape == picture_shape(4, 5)
     with interrupted_after(2):
         assert call("run")[0] == 130
     assert call("run", "--resume")[0] == 0
@@ -552,11 +646,11 @@ def test_regions_of_files_are_computed_once_and_trained_on(call, method, columns
     flags = ["--region-dim", 16, "--region-heads", 2, "--num-regions", 4, "--workers", 0]
     tiny = TINY if method == "rmae" else TINY[:10]
     code, out, _, output = call(method, *flags, tiny=tiny)
-    assert code == 0 and "regions: fh" in out and "fh_scales" in out
+    assert code == 0 and re.search("regions +fh", out)
     files = list((tmp_path / "data" / "regions").rglob("*.npz"))
     assert len(files) == 24 and "fh-0.8-6-12-25" in str(files[0])
     assert "loss_region" in log(output)[0] and ("loss_pixel" in log(output)[0]) == (method == "rmae")
-    assert read_image(str(output / "reconstruction.png")).shape == (3, 4 * 130 + 2, columns * 130 + 2)
+    assert read_image(str(output / "reconstruction.png")).shape == picture_shape(4, columns // 2)
     made = {f: f.stat().st_mtime_ns for f in files}
     monkeypatch.setattr(datasets, "felzenszwalb", None)  # a second run uses the files
     *_, again = call(method, *flags, tiny=tiny, out="again")
@@ -583,18 +677,18 @@ def tokenizer(folder, tmp_path_factory):
 def test_a_tokenizer_is_trained_and_pictured(tokenizer):
     line = log(tokenizer)[-1]
     assert {"loss_pixel", "loss_kl", "perplexity", "codes_used"} <= line.keys() and 1 <= line["perplexity"] <= 16
-    assert read_image(str(tokenizer / "reconstruction.png")).shape == (3, 2 * 130 + 2, 8 * 130 + 2)
+    assert read_image(str(tokenizer / "reconstruction.png")).shape == picture_shape(2, 2, per_row=4)
 
 
 @pytest.mark.parametrize("method", ["beit", "lomar", "cae"])
 def test_tokens_are_trained_on_and_resumed(call, method, tokenizer):
     flags = ["--tokenizer", tokenizer / "checkpoint.pt"]
     code, out, _, whole = call(method, *flags, tiny=TINY[:10], out="whole")
-    assert code == 0 and f"target: tokens of {tokenizer}" in out
+    assert code == 0 and re.search(f"target +tokens of {tokenizer}", out)
     line = log(whole)[0]
     assert 0 <= line["accuracy"] <= 1 and "loss_token" in line and ("loss_align" in line) == (method == "cae")
     columns = dict(beit=6, lomar=8, cae=8)[method]
-    assert read_image(str(whole / "reconstruction.png")).shape == (3, 4 * 130 + 2, columns * 130 + 2)
+    assert read_image(str(whole / "reconstruction.png")).shape == picture_shape(4, columns // 2)
     assert not any("tokenizer" in k for k in weights(whole))
     with interrupted_after(1):
         assert call(method, *flags, tiny=TINY[:10])[0] == 130
@@ -604,7 +698,7 @@ def test_tokens_are_trained_on_and_resumed(call, method, tokenizer):
 
 def test_without_a_tokenizer_the_target_is_pixels(call, tokenizer, tmp_path):
     code, out, _, output = call("cae", tiny=TINY[:10])
-    assert code == 0 and "target: pixels" in out and "loss_pixel" in log(output)[0]
+    assert code == 0 and re.search("target +pixels", out) and "loss_pixel" in log(output)[0]
     assert "blocks.0.ls1.gamma" in torch.load(output / "encoder.pt", weights_only=True)
     code, _, err, _ = call("beit", tiny=TINY[:10], out="beit")
     assert code == 2 and "--tokenizer" in err
@@ -620,10 +714,10 @@ def test_without_a_tokenizer_the_target_is_pixels(call, tokenizer, tmp_path):
 @pytest.mark.parametrize("method, flags, says", [
     ("rmae", ["--regions", "cam"], "--regions cam is for objmae"),
     ("rmae", ["--regions", "fh", "--fh-scales", "-3"], "--fh-scales must be positive"),
-    ("objmae", ["--regions", "fh", "--cam-weights", "w.pt"], "--cam-weights is for --regions cam, not fh"),
+    ("objmae", ["--regions", "fh", "--cam-weights", "w.pt"], "--cam-weights belongs to --regions cam, not to fh"),
     ("cae", ["--min-block", "0"], "min_block"),
-    ("dvae", ["--tau-end", "-1", "--image-size", "32", "--groups", "3"], "tau_end=-1.0"),
-    ("dvae", ["--image-size", "30"], "multiple of 4, got 30"),
+    ("dvae", ["--tau-end", "-1", "--image-size", "32", "--groups", "3"], "tau_end must be in 0.001..1.0, got -1.0"),
+    ("dvae", ["--image-size", "30"], "multiple of 4, got"),
 ])
 def test_mistakes_of_regions_and_tokens_are_one_line(call, method, flags, says):
     code, _, err, output = call(method, *flags, tiny=TINY[:10] if method != "dvae" else [])
