@@ -1,104 +1,322 @@
-"""Evaluation of a checkpoint: `python eval.py CHECKPOINT --task linear --data /imagenet`.
+"""Evaluation: `python eval.py CHECKPOINT --task linear`, or `linear(encoder, train, val)` in a notebook.
 
-Tasks: knn, linear, attentive, finetune (accuracies, as one JSON line last); reconstruct, attention, segment (PNG
-pictures); speed, data and compare (without a checkpoint: what a step of each method costs, what reading images costs,
-what all methods give). CHECKPOINT is checkpoint.pt or encoder.pt of a run, a file of the MAE release, a timm state
-dict, or `random`: an untrained encoder.
+Accuracies: knn, linear, attentive, finetune. Dense transfer: semseg, detect. Pictures: reconstruct,
+attention, segment. Each is a function of
+this file; it takes an encoder (or a whole method), data and keywords, and returns a dict, which the command
+line prints as one line of JSON. Its arguments stay as they were: it works on a copy of the encoder.
+
+On the command line CHECKPOINT comes first: checkpoint.pt or encoder.pt of a run, a file of the MAE release, a
+timm state dict, or `random` for an untrained encoder. `python eval.py --task knn --help` shows the flags of a
+task.
 """
 
+import argparse
+import colorsys
+import contextlib
+import copy
 import functools
+import inspect
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import OrderedDict
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from PIL import Image
-from torchvision import transforms
+from torch.nn.parallel import DistributedDataParallel
+from torchvision import tv_tensors
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
-from torchvision.utils import save_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 import mim
-from datasets import (MEAN, MIN_SIDE, SMALL, STD, BrokenFiles, EpochBatches, FHRegions, Images, UsageError, decode,
-                      default_regions, default_scales, denormalize, load_data, make_loader, normalize, open_regions,
-                      pair_max, read_labels, seed_of)
-from train import PRECISIONS, Parser, add_method_flags, all_finite, build_method, check_choice, check_ranges, cores
-from train import draw_reconstruction, exit_with_one_line, image_size_flag, learning_rate, method_parameters
-from train import parameter_groups, parse as parse_run
-from train import picture_items, settle as settle_recipe, settle_machine, tile, tokenizer_id, write_atomically
+from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
+                      decode, denormalize, load_data, load_dense, make_loader, normalize, open_regions,
+                      read_ids, seed_of)
+from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
+                   autocast, call, check_choice, draw_reconstruction, exit_with_one_line, flag_parameters,
+                   image_pair, join_processes, learning_rate, load_run, load_tokenizer, method_from_run,
+                   open_device, parameter_groups, picture, picture_items, rank, restore, save_picture, sized,
+                   train_epoch, world_size, write_atomically)
+
+PIECE = 256  # images that go through an encoder at a time
+
+# The defaults of the tasks are the papers', for large images. These are ours: for images of up to 96 pixels,
+# and of those for ViTs as small as `nano`. The command line takes them where a flag is not given. With them,
+# every task ends within two minutes for the built-in scenes on two cores.
+SMALL_RECIPES = {
+    "linear": dict(batch_size=256, base_lr=20.0, cache_features=True),
+    "attentive": dict(batch_size=256, base_lr=0.05, cache_features=True),
+    "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3),
+    "semseg": dict(epochs=5, batch_size=16, base_lr=1e-3, warmup_epochs=0.5, width=64),
+    "detect": dict(epochs=2, batch_size=8, base_lr=2e-3, warmup_epochs=0.2, width=32, norm="batch", rois=32,
+                   head_depth=1, proposals=100),
+}
+NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=3)}
+
+
+def recipe(task, encoder):
+    """What differs from a task's defaults for a mim.ViT: keywords for `linear(..., **recipe("linear",
+    vit))`."""
+    nano, large, huge = (mim.SIZES[name]["embed_dim"] for name in ("nano", "large", "huge"))
+    width, relative, changes = encoder.embed_dim, encoder.relative_position, {}
+    if max(encoder.image_size) <= SMALL:
+        changes |= SMALL_RECIPES.get(task, {}) | (NANO_RECIPES.get(task, {}) if width <= nano else {})
+    elif task == "finetune" and width >= large:  # MAE's code for ViT-L and ViT-H
+        changes |= dict(base_lr=1e-3, epochs=50, drop_path=0.3 if width >= huge else 0.2, layer_decay=0.75)
+    elif task == "finetune" and relative:  # LoMaR's supplement, §6.1
+        changes |= dict(base_lr=1e-3)
+    if relative and task in ("knn", "linear", "finetune"):
+        changes |= dict(pool="mean")  # LoMaR does not train its class token
+    return changes
+
 
 # ---------------------------------------------------------------------------------------------------------
-# Recipes: the papers' on large images, ours (the second table) for images of up to 96 pixels
+# Data and features
 
-RECIPES = {
-    "knn": dict(k=20, temperature=0.07, pool="cls"),  # Wu et al., 2018, arXiv:1805.01978
-    "linear": dict(epochs=90, batch_size=16384, base_lr=0.1, warmup_epochs=10, pool="cls"),  # MAE, Table 10
-    "attentive": dict(epochs=90, batch_size=8192, base_lr=0.0125, warmup_epochs=10, count=4),  # CAE: 0.4 in all
-    "finetune": dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
-                     drop_path=0.1, label_smoothing=0.1, pool="mean"),  # MAE, Table 9, and its code for ViT-B
-    "reconstruct": dict(count=8),
-    "attention": dict(count=4, query=None),
-    "segment": dict(count=6, image_visible=0.25),
-    "speed": dict(model="base", image_size=224, patch_size=16, batch_size=64, repeats=5, methods=None,
-                  reference="mae"),
-    "data": dict(image_size=224, limit=200, repeats=3),
-    "compare": dict(epochs=200, finetune_epochs=30, probe_epochs=90, jobs=1, methods=None),
-}
-LARGE_FINETUNE = dict(base_lr=1e-3, epochs=50, drop_path=0.2, layer_decay=0.75)  # MAE's code for ViT-L; ViT-H: 0.3
-SMALL_RECIPES = {
-    "linear": dict(epochs=90, batch_size=256, base_lr=20.0, warmup_epochs=10),
-    "attentive": dict(epochs=90, batch_size=256, base_lr=0.05, warmup_epochs=10),
-    "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=3),
-    "speed": dict(model="small", batch_size=4),  # this and the next: on a CPU
-    "compare": dict(epochs=10, finetune_epochs=5, probe_epochs=30),
-}
-SETTINGS = {  # flag: (type, what it is)
-    "epochs": (int, "passes over the training images"),
-    "batch_size": (int, "images per step"),
-    "base_lr": (float, "learning rate per 256 images of the batch"),
-    "warmup_epochs": (float, "linear warm-up"),
-    "weight_decay": (float, "of AdamW"),
-    "layer_decay": (float, "learning rate of a block over that of the one above"),
-    "drop_path": (float, "stochastic depth of the last block"),
-    "label_smoothing": (float, "of the cross-entropy"),
-    "pool": (str, "an image's feature: cls (class token) or mean (of the patches, each after the encoder's norm; in "
-                  "finetune a new norm comes behind the mean)"),
-    "k": (int, "neighbours"),
-    "temperature": (float, "of the neighbours' votes"),
-    "count": (int, "images in the picture"),
-    "image_visible": (float, "segment: share of the image's patches that are encoded, those of the hints among them "
-                             "(default 0.25, as many as in pre-training; 1: the whole image)"),
-    "finetune_epochs": (int, "compare: of fine-tuning"),
-    "probe_epochs": (int, "compare: of the linear and the attentive probe"),
-    "jobs": (int, "compare: rows of the table worked on at a time, which share the CPU's cores"),
-    "repeats": (int, "speed: timed steps of each variant; data: timed passes"),
-    "query": (int, "whose attention: 0 the class token (default; of LoMaR, which does not train it, the patch in the "
-                   "middle), 1+i patch i"),
-}
+
+class Pairs(torch.utils.data.Dataset):
+    """A dataset of (image, label) pairs, or two tensors (images, labels), with items like those of
+    datasets.Images.
+
+    Images: [3, H, W], uint8, which are normalised later, or floats, which are taken as they are.
+    Keys: an index, or (epoch, index), of which the dataset is given the index.
+    """
+
+    def __init__(self, data):
+        self.data = torch.utils.data.TensorDataset(*data) if isinstance(data, (tuple, list)) else data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key):
+        item = self.data[key[1] if isinstance(key, tuple) else key]
+        if isinstance(item, dict):
+            return dict(image=item["image"], label=item["label"])
+        return dict(image=item[0], label=item[1])
+
+
+def as_items(data):
+    """What a task is given as `train` or `val` -> a Dataset whose items are dicts with `image` and
+    `label`."""
+    return data if isinstance(data, (Images, Pairs)) else Pairs(data)
+
+
+def count_classes(dataset):
+    """The number of classes: as many as the data have names for, else the largest label + 1, for which all is
+    read."""
+    data = dataset.source if isinstance(dataset, Images) else dataset.data
+    if hasattr(data, "classes"):
+        return len(data.classes)
+    return 1 + max(int(dataset[i]["label"]) for i in range(len(dataset)))
+
+
+def prepare(images, device):
+    """Images [b, 3, H, W] -> the same on the device; uint8 images are normalised."""
+    images = images.to(device, non_blocking=True)
+    return images if images.is_floating_point() else normalize(images)
+
+
+def read(loader, dataset, device):
+    """Goes once through a loader of the dataset: images [b, 3, H, W], labels [b], on the device; names broken
+    files."""
+    broken = BrokenFiles(dataset.source, tqdm.write) if isinstance(dataset, Images) else None
+    for batch in loader:
+        if broken is not None:
+            broken.watch(batch["broken"])
+        yield prepare(batch["image"], device), torch.as_tensor(batch["label"]).to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def extract(function, dataset, device="cpu", precision="fp32", workers=0, title="features"):
+    """All images through function(images [b, 3, H, W]) -> outputs [n, ...] and labels [n], on the device."""
+    outputs, labels = None, []
+    loader = make_loader(dataset, workers, device, batch_size=PIECE)
+    for images, some_labels in tqdm(read(loader, dataset, device), title, len(loader), leave=False):
+        with autocast(device, precision):
+            some = function(images)
+        if outputs is None:  # Allocated once: patches of many images are too much to hold twice.
+            try:
+                outputs = some.new_empty(len(dataset), *some.shape[1:])
+            except RuntimeError:
+                raise UsageError(f"there is no memory for the {title} of {len(dataset)} images: give "
+                                 "--no-cache-features, or --limit the images") from None
+        done = sum(map(len, labels))
+        outputs[done : done + len(some)] = some
+        labels.append(some_labels)
+    return outputs, torch.cat(labels)
+
+
+def frozen(model, device):
+    """A copy of the model on the device in evaluation mode, so that the caller's stays as it is."""
+    return copy.deepcopy(model).to(device).eval()
+
+
+def pooled(encoder, pool):
+    """The function from images to features [b, D], float32: the class token's, or the mean of the patches'.
+
+    The mean is taken of what the encoder returns, so after a ViT's last norm; the authors' global pooling, as
+    in `Classifier`, norms after the mean.
+    """
+
+    def features(images):
+        latents = encoder(images).float()
+        return latents[:, 0] if pool == "cls" else latents[:, 1:].mean(1)
+
+    return features
+
+
+@torch.no_grad()
+def width(features, dataset, device):
+    """The number of channels that `features` gives for images of the dataset."""
+    return features(prepare(dataset[0]["image"][None], device)).shape[-1]
+
+
+def accuracies(logits, labels):
+    """Logits [n, classes] -> top-1 and, with at least 5 classes, top-5 accuracy in percent."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    tops = [k for k in (1, 5) if k <= logits.shape[1]]
+    return {f"top{k}": round(100 * hits[:, :k].any(1).float().mean().item(), 2) for k in tops}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# k-nearest neighbours
+
+
+def knn_logits(train_features, train_labels, features, num_classes, k=20, temperature=0.07):
+    """Votes [n, num_classes] of the k nearest training features by cosine, weighted by exp(cosine /
+    temperature)."""
+    train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
+    votes = torch.zeros(len(features), num_classes, device=features.device)
+    # 1,024 at a time: the similarities of all could fill the memory.
+    for some, rows in zip(features.split(1024), votes.split(1024)):
+        similarity, nearest = (some @ train_features.T).topk(k, dim=1)
+        rows.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+    return votes
+
+
+def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0.07,
+        pool: Literal["cls", "mean"] = "cls", device="cpu", precision="fp32", workers=0) -> dict:
+    """k-nearest-neighbour classification on frozen features (Wu et al., CVPR 2018, arXiv:1805.01978).
+
+    encoder: a mim.ViT, or any module from images [b, 3, H, W] to latents [b, 1+N, D], the class token's
+        first.
+    train, val: datasets.Images, a Dataset of (image, label) pairs, or two tensors (images, labels); see
+        `Pairs`.
+    k: number of neighbours
+    temperature: of the neighbours' votes
+    pool: an image's feature: cls (the class token) or mean (of the patches, each after the encoder's norm)
+    """
+    train, val = as_items(train), as_items(val)
+    if k > len(train):
+        raise UsageError(f"--k {k} is more than the {len(train)} training images")
+    features = pooled(frozen(encoder, device), pool)
+    known, labels = extract(features, train, device, precision, workers, "train features")
+    new, truth = extract(features, val, device, precision, workers, "val features")
+    return accuracies(knn_logits(known, labels, new, count_classes(train), k, temperature), truth)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop of all that is trained here
+
+
+def cut_batch(batch_size, num_images, accumulate=None):
+    """(batch size, images of a micro-batch): at most all images, in equal micro-batches.
+
+    accumulate: micro-batches a step and process; None: as many as keep them at PIECE images or fewer.
+    """
+    batch_size = min(batch_size, num_images)
+    pieces = world_size() * (accumulate or math.ceil(batch_size / world_size() / PIECE))
+    if batch_size // pieces < 2:
+        raise UsageError(f"--batch-size must be at least {2 * pieces}, got {batch_size}: 2 images in each of "
+                         f"{pieces} micro-batches")
+    return batch_size // pieces * pieces, batch_size // pieces
+
+
+def fit(model, optimizer, read_epoch, compute_losses, *, epochs, steps, batch_size, lr, warmup_epochs=0.0,
+        output=None, resume=False, settings=None, device="cpu", precision="fp32", **options):
+    """Trains `model` for `epochs` of `steps` steps; fine-tuning, the probes and dense tasks share this loop.
+
+    read_epoch(epoch) -> this process's micro-batches of an epoch, steps * accumulate of them.
+    compute_losses(model, batch) -> dict of scalars: "loss" and, if there are, its parts. The model is an
+        argument because it is wrapped where several processes train it.
+    lr(step) -> learning rate.
+    output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
+        what a resumed run must have been started with: a dict of plain types with `task`.
+    """
+    if warmup_epochs > epochs:
+        raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
+    done = 0
+    if resume:
+        state = open_kept(output, settings)
+        done = state["epoch"]
+        restore(state, model, optimizer, scaler, device)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+
+    def losses(batch, step):
+        return compute_losses(wrapped, batch)
+
+    for epoch in range(done, epochs):
+        train_epoch(wrapped, read_epoch(epoch), optimizer, losses, epoch=epoch, epochs=epochs, steps=steps,
+                    lr=lr, batch_size=batch_size, scaler=scaler, device=device, precision=precision,
+                    **options)
+        if not all_finite(model):
+            raise UsageError(f"the weights are no longer finite in epoch {epoch + 1}: try a lower --base-lr")
+        if output is not None and rank() == 0:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict(), epoch=epoch + 1, args=settings)
+            write_atomically(output, functools.partial(torch.save, state))
+    model.eval()
+
+
+def open_kept(path, settings):
+    """What `fit` has written to a file; UsageError if it is something else or was made with other
+    settings."""
+    if not Path(path).exists():
+        raise UsageError(f"--resume: there is no {path}")
+    with names_file(path):
+        state = mim.load_file(path)
+    args = state.get("args") if isinstance(state, dict) else None
+    if not isinstance(args, dict) or args.get("task") != settings["task"]:
+        raise UsageError(f"--resume: {path} is not of --task {settings['task']}")
+    for name, value in settings.items():
+        if args.get(name) != value:
+            raise UsageError(f"--resume: {path} was made with {name} {args.get(name)}, not {value}")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Probes: a classifier on a frozen encoder
 
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017, arXiv:1708.03888), as MAE's linear probe uses it.
 
-    SGD with momentum in which the gradient of a weight matrix is scaled to trust * |w| / |g|; biases are not scaled.
+    SGD with momentum in which the gradient of a weight matrix is scaled to trust * |w| / |g|; biases are not
+    scaled.
     """
 
     def __init__(self, params, lr, momentum=0.9, trust=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
                 gradient = p.grad
@@ -110,186 +328,9 @@ class LARS(torch.optim.Optimizer):
                 p.add_(momentum, alpha=-group["lr"])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints and features
-
-
-def report(path, missing, left_over):
-    """Says on stderr what a checkpoint lacked, and what of it was not used."""
-    for what, names in (("missing", missing), ("left over", left_over)):
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            print(f"{path}: {what}: {', '.join(names[:4])}{more}", file=sys.stderr)
-
-
-def open_encoder(settings):
-    """The ViT to evaluate, from settings["checkpoint"] or untrained; raises UsageError if it cannot be had."""
-    path, size = settings["checkpoint"], settings.get("image_size")
-    try:
-        if path == "random":
-            torch.manual_seed(settings["seed"])
-            size = size or load_data(settings["data"], "val").image_size
-            small, shapes = pair_max(size) <= SMALL, settings["data"] == "shapes"
-            model = settings.get("model", "nano" if shapes else "tiny" if small else "base")
-            check_choice("--model", model, list(mim.SIZES))
-            patch_size = settings.get("patch_size", max(1, pair_max(size) // 8) if small else 16)
-            return mim.ViT(size, patch_size, **mim.SIZES[model], relative_position="relative_position" in settings)
-        for flag in ("model", "patch_size", "relative_position"):
-            if flag in settings:
-                raise UsageError(f"--{flag.replace('_', '-')} is for an untrained encoder; {path} brings its own")
-        content = mim.load_file(path)
-        if size is None and isinstance(content, dict) and isinstance(content.get("args"), dict):
-            size = content["args"].get("image_size")  # the only record of a grid that is not square
-        if size is None and not any(k.endswith("pos_embed") for k in mim.read_checkpoint(content)):
-            if "images" in settings:
-                raise UsageError(f"--image-size is needed: {path} has relative positions, which fit any")
-            size = load_data(settings["data"], "val").image_size
-            print(f"{path} has relative positions, which fit any size: taking the data's, {size}", file=sys.stderr)
-        encoder, names = mim.vit_from_checkpoint(content, size)
-    except UsageError:
-        raise
-    except ValueError as error:
-        raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    report(path, *names)
-    return encoder
-
-
-def open_method(settings):
-    """The whole method, decoder included: from a run's checkpoint.pt, or the MAE release's file with decoder."""
-    path, overrides = settings["checkpoint"], settings["method_options"]
-    if path == "random":
-        raise UsageError(f"--task {settings['task']} needs a whole pre-trained model, not random")
-    try:
-        content = mim.load_file(path)
-        if isinstance(content, dict) and isinstance(content.get("args"), dict) and "method_options" in content["args"]:
-            run = dict(content["args"])
-            unknown = [k for k in overrides if k not in run["method_options"]]
-            if unknown:
-                flag = unknown[0].replace("_", "-")
-                raise UsageError(f"--{flag} is no argument of {run['method']}, which {path} is of")
-            run["method_options"] = run["method_options"] | overrides
-            if "tokenizer" in settings and not run.get("tokenizer"):
-                raise UsageError(f"--tokenizer: the {run['method']} run of {path} has pixels as its target")
-            for name in ("regions", "fh_scales", "cam_weights", "cam_labels", "region_cache"):
-                if name in run and (name == "fh_scales" or "images" not in settings):
-                    settings.setdefault(name, run[name])
-            if "images" in settings and run["method"] in ("rae", "rmae"):
-                settings.setdefault("regions", "fh")
-            run["tokenizer"] = settings.get("tokenizer", run.get("tokenizer"))
-            method = build_method(run)
-            if tokenizer_id(method) != run.get("tokenizer_id"):
-                raise UsageError(f"--tokenizer {run['tokenizer']} is not what {path} was trained with")
-            try:
-                method.load_state_dict(content["model"])
-            except RuntimeError:
-                flags = ", ".join("--" + k.replace("_", "-") for k in overrides)
-                raise UsageError(f"{flags}: makes another model than the one in {path}") from None
-            return method
-        state = mim.read_checkpoint(content)
-        if not any(k.startswith("decoder_blocks.") for k in state):
-            raise ValueError("it has an encoder only; --task reconstruct needs checkpoint.pt, or an MAE with decoder")
-        encoder, _ = mim.vit_from_checkpoint(state)
-        decoder_dim = state["decoder_embed.weight"].shape[0]
-        depth = len({k.split(".")[1] for k in state if k.startswith("decoder_blocks.")})
-        args = content.get("args")  # MAE's files hold the options of their training
-        norm_pix = getattr(args, "norm_pix_loss", None) if not isinstance(args, dict) else args.get("norm_pix_loss")
-        if norm_pix is not None:
-            overrides = dict(norm_pix=bool(norm_pix)) | overrides
-        method = mim.MAE(encoder, decoder_dim=decoder_dim, decoder_depth=depth, decoder_heads=16, **overrides)
-        report(path, *mim.load_mae(method, state))
-        return method
-    except UsageError:
-        raise
-    except (ValueError, RuntimeError, TypeError) as error:
-        message = str(error).splitlines()[0]
-        raise UsageError(message if str(path) in message else f"{path}: {message}") from None
-
-
-PIECE = 256  # images that go through an encoder at a time
-
-
-def to_device(batch, device):
-    """A loader's batch -> normalised images [b, 3, H, W] and labels [b] on the device."""
-    return normalize(batch["image"].to(device, non_blocking=True)), batch["label"].to(device, non_blocking=True)
-
-
-@torch.no_grad()
-def extract(function, dataset, machine, label="features"):
-    """All images of a dataset through function(images [b, 3, H, W]) -> outputs [n, ...], labels [n], on the device."""
-    device, amp, workers = machine
-    broken, outputs, labels = BrokenFiles(dataset.source, tqdm.write), None, []
-    for batch in tqdm(make_loader(dataset, workers, device, batch_size=PIECE), desc=label, leave=False):
-        broken.watch(batch["broken"])
-        images, some_labels = to_device(batch, device)
-        with amp():
-            some = function(images)
-        if outputs is None:  # all of it at once: patches of many images are too much to hold twice
-            try:
-                outputs = some.new_empty(len(dataset), *some.shape[1:])
-            except RuntimeError:
-                size = len(dataset) * some[0].numel() * some.element_size() / 2**30
-                raise UsageError(f"there is no memory for the {label} of {len(dataset)} images, {size:.1f} GiB: leave "
-                                 "out --cache-features, or --limit the images") from None
-        done = sum(map(len, labels))
-        outputs[done : done + len(some)] = some
-        labels.append(some_labels)
-    return outputs, torch.cat(labels)
-
-
-def accuracies(logits, labels):
-    """Top-1 and, with at least 5 classes, top-5 accuracy in percent."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    top = dict(top1=round(100 * hits[:, 0].float().mean().item(), 2))
-    return top | (dict(top5=round(100 * hits.any(1).float().mean().item(), 2)) if logits.shape[1] >= 5 else {})
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tasks: each takes the model, the settings and the machine (device, autocast, workers); returns news for the JSON line
-
-
-def labelled_source(settings, split, size=None):
-    """The images of --data; raises UsageError if they have no labels."""
-    limit = settings.get("limit") if split == "train" else None
-    source = load_data(settings["data"], split, size, limit=limit)
-    if len(source.classes) < 2:
-        raise UsageError(f"--task {settings['task']} needs labels: a folder per class; {source.description}")
-    return source
-
-
-def labelled(settings, split, size, view="center", **options):
-    """The labelled images of --data as items."""
-    source = labelled_source(settings, split, size)
-    print(source.description, file=sys.stderr)
-    return Images(source, size, view, seed=settings["seed"], **options)
-
-
-def knn_logits(train_features, train_labels, features, num_classes, k=20, temperature=0.07):
-    """Votes [n, num_classes] of the k nearest training features by cosine, weighted exp(cosine / temperature)."""
-    train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
-    votes = torch.zeros(len(features), num_classes, device=features.device)
-    for some, rows in zip(features.split(1024), votes.split(1024)):
-        similarity, nearest = (some @ train_features.T).topk(min(k, len(train_features)), dim=1)
-        rows.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
-    return votes
-
-
-def knn(encoder, settings, machine):
-    """k-nearest-neighbour classification on frozen features."""
-    datasets = [labelled(settings, split, encoder.image_size) for split in ("train", "val")]
-    features = pooled(encoder, settings["pool"])
-    known, labels = extract(features, datasets[0], machine, "train features")
-    new, truth = extract(features, datasets[1], machine, "val features")
-    votes = knn_logits(known, labels, new, len(datasets[0].source.classes), settings["k"], settings["temperature"])
-    return accuracies(votes, truth)
-
-
-def pooled(encoder, pool):
-    """The function images -> features [b, D] in float32."""
-    return lambda images: encoder.features(images, pool).float()
-
-
 def classifier(dim, num_classes):
-    """Batch norm without affine and a linear layer, [B, dim] -> [B, num_classes] (MAE, Table 10; CAE, Appendix A)."""
+    """Batch norm without affine and a linear layer, [B, dim] -> [B, num_classes] (MAE, Table 10; CAE,
+    Appendix A)."""
     head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), nn.Linear(dim, num_classes))
     nn.init.normal_(head[1].weight, std=0.01)
     nn.init.zeros_(head[1].bias)
@@ -299,8 +340,8 @@ def classifier(dim, num_classes):
 class AttentiveProbe(nn.Module):
     """CAE's probe (§5.2, Appendix A, arXiv:2202.03026): patch outputs [B, N, D] -> logits [B, num_classes].
 
-    One learned query gathers by cross-attention from the patches what a classifier, as the linear probe's, reads;
-    no MLP, no skip connection.
+    One learned query attends to the patches; what it gathers goes to the same classifier as the linear
+    probe's. There is no MLP and no skip connection.
     """
 
     def __init__(self, dim, num_heads, num_classes):
@@ -322,449 +363,993 @@ class AttentiveProbe(nn.Module):
         return self.attn.weights(self.query.expand(len(patches), -1, -1), patches).squeeze(2)
 
 
-def train_batches(train, batches, loader, features, machine, cached=None):
-    """One epoch of a probe's training, a step at a time: (features [b, ...], labels [b]) on the device.
+def train_probe(features, make_head, make_optimizer, train, val, *, epochs, batch_size, base_lr,
+                warmup_epochs, cache_features, seed, device, precision, workers):
+    """Trains a head on frozen features -> the head, and its accuracies.
 
-    cached: (features, labels) of all images; otherwise each batch of the loader is encoded, in pieces that fit.
+    features: images [b, 3, H, W] -> what the head takes.
+    make_head(num_classes); make_optimizer(parameters, lr).
     """
-    device, amp, _ = machine
-    broken = BrokenFiles(train.source, tqdm.write)
-    if cached:
-        for keys in batches:
-            ids = torch.tensor([index for _, index in keys]).to(device, non_blocking=True)
-            yield cached[0][ids], cached[1][ids]
-        return
-    pieces = []
-    for batch in loader:
-        broken.watch(batch["broken"])
-        images, labels = to_device(batch, device)
-        with torch.no_grad(), amp():
-            pieces.append((features(images), labels))
-        if len(pieces) == batches.batch_size // batches.micro_batch:
-            yield tuple(torch.cat(x) for x in zip(*pieces))
-            pieces = []
+    train, val = as_items(train), as_items(val)
+    batch_size, micro_batch = cut_batch(batch_size, len(train))
+    batches = EpochBatches(len(train), batch_size, batch_size if cache_features else micro_batch, seed)
+    if cache_features:
+        known, labels = extract(features, train, device, precision, workers, "train features")
+    else:
+        loader = make_loader(train, workers, device, batch_sampler=batches)
 
-
-def train_probe(encoder, features, make_head, make_optimizer, settings, machine):
-    """Trains a head on a frozen encoder -> the head in eval mode, and its accuracies.
-
-    features: images [b, 3, H, W] -> what the head takes. make_head(num_classes); make_optimizer(parameters, lr=...).
-    cache_features: the training images are encoded once, from the evaluation view, instead of anew in every epoch
-    from random crops and flips.
-    """
-    device, cache, title = machine[0], settings["cache_features"], f"{settings['task']} probe"
-    encoder.requires_grad_(False).eval()
-    train = labelled(settings, "train", encoder.image_size, "center" if cache else "crop", crop_scale=(0.08, 1.0))
-    val = labelled(settings, "val", encoder.image_size)
-    cached = extract(features, train, machine, "train features") if cache else None
-    torch.manual_seed(settings["seed"])
-    head = make_head(len(train.source.classes)).to(device)
-    batch_size, epochs, lr = fit_batch(settings, train)
-    optimizer = make_optimizer(head.parameters(), lr=lr)
-    batches = EpochBatches(len(train), batch_size, batch_size if cache else min(PIECE, batch_size), settings["seed"])
-    loader, steps = make_loader(train, machine[2], device, batch_sampler=batches), len(train) // batch_size
-    progress = tqdm(total=epochs * steps, desc=title)
-    for epoch in range(epochs):
+    def read_epoch(epoch):
+        """A step's (features, labels) at a time. The images of a large batch are encoded in pieces that
+        fit."""
         batches.epoch = epoch
-        for inputs, labels in train_batches(train, batches, loader, features, machine, cached):
-            warmup_steps = settings["warmup_epochs"] * steps
-            optimizer.param_groups[0]["lr"] = learning_rate(progress.n, epochs * steps, warmup_steps, lr)
-            F.cross_entropy(head(inputs), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.update()
-    progress.close()
-    if not all_finite(head):
-        raise UsageError(f"the probe's weights are no longer finite: try a lower --base-lr than {settings['base_lr']}")
-    head.eval()
+        if cache_features:
+            for keys in batches:
+                ids = torch.tensor([index for _, index in keys], device=device)
+                yield known[ids], labels[ids]
+            return
+        pieces = []
+        for images, some_labels in read(loader, train, device):
+            with torch.no_grad(), autocast(device, precision):
+                pieces.append((features(images), some_labels))
+            if len(pieces) * micro_batch == batch_size:
+                yield tuple(torch.cat(part) for part in zip(*pieces))
+                pieces = []
+
+    def compute_losses(head, batch):
+        return dict(loss=F.cross_entropy(head(batch[0]), batch[1]))
+
+    torch.manual_seed(seed)
+    head = make_head(count_classes(train)).to(device)
+    warmup_epochs = min(10, epochs / 9) if warmup_epochs is None else warmup_epochs
+    peak, steps = base_lr * batch_size / 256, len(train) // batch_size
+    lr = functools.partial(learning_rate, steps=epochs * steps, warmup_steps=warmup_epochs * steps, peak=peak)
+    fit(head, make_optimizer(head.parameters(), peak), read_epoch, compute_losses, epochs=epochs, steps=steps,
+        batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs,
+        seed=seed, device=device, title="probe")  # in float32, as the precision is the encoder's
 
     def logits(images):
         inputs = features(images)
-        with torch.autocast(device.type, enabled=False):  # as in training, the head is in float32
+        with autocast(device, "fp32"):
             return head(inputs)
 
-    return head, accuracies(*extract(logits, val, machine, "val")) | dict(features="cached" if cache else "augmented")
+    result = accuracies(*extract(logits, val, device, precision, workers, "val"))
+    return head, result | dict(features="cached" if cache_features else "augmented", batch_size=batch_size,
+                               warmup_epochs=warmup_epochs)
 
 
-def linear(encoder, settings, machine):
-    """Linear probe (MAE, Table 10): frozen encoder, batch norm without affine, linear layer, LARS."""
-    head = functools.partial(classifier, encoder.embed_dim)
-    return train_probe(encoder, pooled(encoder, settings["pool"]), head, LARS, settings, machine)[1]
+def linear(encoder, train, val, epochs: PositiveInt = 90, batch_size: PositiveInt = 16384,
+           base_lr: PositiveFloat = 0.1, warmup_epochs: NonNegativeFloat | None = None,
+           pool: Literal["cls", "mean"] = "cls", cache_features: bool | None = None, seed: NonNegativeInt = 0,
+           device="cpu", precision="fp32", workers=0) -> dict:
+    """Linear probe (MAE, Table 10): frozen encoder, batch norm without affine, linear layer, LARS.
 
+    encoder, train, val: as for `knn`. The paper's `train` are random resized crops, flipped.
 
-def attentive(encoder, settings, machine):
-    """Attentive probe (CAE, Appendix A): frozen encoder, `AttentiveProbe`, SGD; and a picture of where it looks.
-
-    Cached, the patches of all training images are on the device, 2 N D bytes each: 1.2 GB for CIFAR-10 at ViT-Ti and 64
-    patches. Otherwise those of a batch are: 2.5 GB for 8192 at ViT-B/16 and 224 pixels.
+    epochs: passes over the training images
+    batch_size: images a step
+    base_lr: learning rate per 256 images of the batch
+    warmup_epochs: epochs of linear warm-up; default: 10, or a ninth of the epochs if they are fewer than 90
+    pool: an image's feature: cls (the class token) or mean (of the patches, each after the encoder's norm)
+    cache_features: encode the training images once, and not anew in each epoch from random crops and flips;
+        default on the command line: on images of up to 96 pixels
+    seed: of everything random
     """
-    features = lambda images: encoder(images)[:, 1:].half()  # noqa: E731
-    head = functools.partial(AttentiveProbe, encoder.embed_dim, encoder.num_heads)
-    optimizer = functools.partial(torch.optim.SGD, momentum=0.9)
-    probe, result = train_probe(encoder, features, head, optimizer, settings, machine)
-    images = pictured(settings, encoder.image_size, machine[0])["images"]
-    with torch.no_grad(), machine[1]():
-        maps = probe.attention(features(images)).unflatten(2, encoder.grid)
-    write_picture(settings["output"], tile_attention(images, maps))
-    return result | dict(picture=str(settings["output"]))
+    features = pooled(frozen(encoder, device), pool)
+    make_head = functools.partial(classifier, width(features, as_items(train), device))
+    return train_probe(features, make_head, LARS, train, val, epochs=epochs, batch_size=batch_size,
+                       base_lr=base_lr, warmup_epochs=warmup_epochs, cache_features=cache_features, seed=seed,
+                       device=device, precision=precision, workers=workers)[1]
 
 
-def fit_batch(settings, train):
-    """(batch size, epochs, learning rate), after cutting settings["batch_size"] to the number of training images, and
-    above PIECE to a multiple of it."""
-    settings["batch_size"] = min(settings["batch_size"], len(train))
-    settings["batch_size"] -= settings["batch_size"] % PIECE if settings["batch_size"] > PIECE else 0
-    if settings["batch_size"] < 2:
-        raise UsageError(f"--batch-size must be at least 2, got {settings['batch_size']}")
-    return settings["batch_size"], settings["epochs"], settings["base_lr"] * settings["batch_size"] / 256
+def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_size: PositiveInt = 8192,
+              base_lr: PositiveFloat = 0.0125, warmup_epochs: NonNegativeFloat | None = None,
+              cache_features: bool | None = None, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
+              workers=0) -> dict:
+    """Attentive probe (CAE, Appendix A): frozen encoder, `AttentiveProbe`, SGD; its learning rate is 0.4 in
+    all.
+
+    Cached, the patches of all training images are on the device, 2 N D bytes each: 1.2 GB for CIFAR-10 at
+    ViT-Ti and 64 patches. Otherwise those of a batch are: 2.5 GB for 8192 at ViT-B/16 and 224 pixels.
+
+    encoder, train, val: as for `knn`.
+    images: [n, 3, H, W], of which the result has a `picture` [3, h, w] of where the query looks (for a
+        mim.ViT).
+
+    epochs: passes over the training images
+    batch_size: images a step
+    base_lr: learning rate per 256 images of the batch
+    warmup_epochs: epochs of linear warm-up; default: 10, or a ninth of the epochs if they are fewer than 90
+    cache_features: encode the training images once, and not anew in each epoch from random crops and flips;
+        default on the command line: on images of up to 96 pixels
+    seed: of everything random
+    """
+    encoder = frozen(encoder, device)
+
+    def features(images):
+        return encoder(images)[:, 1:].half()
+
+    dim = width(features, as_items(train), device)
+    make_head = functools.partial(AttentiveProbe, dim, getattr(encoder, "num_heads", max(1, dim // 64)))
+    sgd = functools.partial(torch.optim.SGD, momentum=0.9)
+    probe, result = train_probe(features, make_head, sgd, train, val, epochs=epochs, batch_size=batch_size,
+                                base_lr=base_lr, warmup_epochs=warmup_epochs, cache_features=cache_features,
+                                seed=seed, device=device, precision=precision, workers=workers)
+    if images is not None:
+        images = prepare(images, device)
+        with torch.no_grad(), autocast(device, precision):
+            maps = probe.attention(features(images)).float().unflatten(2, encoder.grid)
+        result["picture"] = attention_picture(denormalize(images), maps)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fine-tuning
 
 
 class Classifier(nn.Module):
-    """An encoder with a linear classifier on its class token or, behind a new norm, the mean of its patches."""
+    """A mim.ViT with a linear classifier on its class token or, behind a new norm, the mean of its
+    patches."""
 
     def __init__(self, encoder, num_classes, pool="mean"):
         super().__init__()
         self.encoder, self.pool = encoder, pool
-        # With mean pooling the norm comes after the mean (MAE and BEiT), so the encoder's own steps aside.
+        # With mean pooling the norm comes after the mean (MAE and BEiT), so the encoder's own is taken out.
         self.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6) if pool == "mean" else nn.Identity()
         if pool == "mean":
             encoder.norm = nn.Identity()
         self.head = nn.Linear(encoder.embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE's fine-tuning code: starts from near-equal logits
+        # As in MAE's fine-tuning code, so that training starts from nearly equal logits.
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
         return self.head(self.fc_norm(self.encoder.features(images, self.pool)))
 
 
-def layer_groups(model, weight_decay, layer_decay):
+def layer_groups(encoder, heads, weight_decay, layer_decay):
     """Parameter groups with `lr_scale` = layer_decay^(layers above): BEiT's layer-wise learning rate decay.
 
-    The patch embedding and tokens are layer 0, block i is layer i+1, the head is above all and keeps the full rate.
+    The patch embedding and tokens are layer 0, block i is layer i+1. `heads`, the modules on top of the
+    encoder, and the encoder's last norm are above all and keep the full rate.
     """
-    depth, groups = len(model.encoder.blocks), []
-    top = nn.ModuleList([model.encoder.norm, model.fc_norm, model.head])
-    for number, layer in enumerate([model.encoder.patch_embed, *model.encoder.blocks, top]):
+    depth, groups = len(encoder.blocks), []
+    top = nn.ModuleList([encoder.norm, *heads])
+    for number, layer in enumerate([encoder.patch_embed, *encoder.blocks, top]):
         for group in parameter_groups(layer, weight_decay):
             groups.append(group | dict(lr_scale=layer_decay ** (depth + 1 - number)))
-    tokens = [p for _, p in model.encoder.named_parameters(recurse=False) if p.requires_grad]
+    tokens = [p for p in encoder.parameters(recurse=False) if p.requires_grad]
     groups.append(dict(params=tokens, weight_decay=0.0, lr_scale=layer_decay ** (depth + 1)))
-    return [g for g in groups if g["params"]]
+    return [group for group in groups if group["params"]]
 
 
-def augmented(settings, size):
-    """The training images of fine-tuning: crops, flips, RandAugment, random erasing (MAE, Table 9).
+def augmentation():
+    """RandAugment and random erasing for uint8 images (MAE, Table 9): `augment` of the training Images.
 
-    Each of the two operations is applied with probability 0.5, as in timm, which MAE's code uses. torchvision's
-    RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean, not noise.
+    Each of the two operations is applied with probability 0.5, as in timm, which MAE's code uses.
+    torchvision's RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean,
+    not noise.
     """
     mean = [round(255 * m) for m in MEAN]
-    operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)
-    once = v2.RandomApply([operation], p=0.5)  # magnitude 9 of 10
-    augment = v2.Compose([once, once, v2.RandomErasing(0.25, value=mean)])
-    return labelled(settings, "train", size, "crop", crop_scale=(0.08, 1.0), augment=augment)
+    bilinear = v2.InterpolationMode.BILINEAR
+    operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=bilinear, fill=mean)  # 9 of 0..10
+    once = v2.RandomApply([operation], p=0.5)
+    return v2.Compose([once, once, v2.RandomErasing(0.25, value=mean)])
 
 
-def finetune(encoder, settings, machine):
-    """End-to-end fine-tuning (MAE, Table 9): layer-wise decay, mixup and cutmix of `augmented` images.
+def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: PositiveInt = 1024,
+             base_lr: PositiveFloat = 5e-4, warmup_epochs: NonNegativeFloat | None = None,
+             weight_decay: NonNegativeFloat = 0.05, layer_decay: PositiveFloat = 0.65,
+             drop_path: Fraction = 0.1, label_smoothing: Fraction = 0.1,
+             pool: Literal["cls", "mean"] = "mean", accumulate: PositiveInt | None = None, output=None,
+             resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
+             workers=0) -> dict:
+    """End-to-end fine-tuning (MAE, Table 9, and its code for ViT-B): layer-wise decay, mixup and cutmix.
 
-    After every epoch the model and all that an exact resume needs are in finetune.pt.
+    Several processes (torchrun) share each batch; the first evaluates and writes, the others give no
+    accuracy.
+
+    encoder: a mim.ViT. train, val: as for `knn`; the paper's `train` are random crops with `augmentation()`.
+    output: a file; after every epoch the model and all that an exact resume needs are written there.
+
+    epochs: passes over the training images
+    batch_size: images a step, over all processes
+    base_lr: learning rate per 256 images of the batch
+    warmup_epochs: epochs of linear warm-up; default: 5, or a tenth of the epochs if they are fewer than 50
+    weight_decay: of AdamW
+    layer_decay: learning rate of a block over that of the one above
+    drop_path: stochastic depth of the last block
+    label_smoothing: of the cross-entropy
+    pool: what is classified: cls (the class token) or mean (of the patches; a new norm comes after the mean)
+    accumulate: micro-batches a step and process; default: as many as keep them at 256 images or fewer
+    resume: go on from --output
+    seed: of everything random
     """
-    device, amp, workers = machine
-    train, val = augmented(settings, encoder.image_size), labelled(settings, "val", encoder.image_size)
-    num_classes = len(train.source.classes)
-    torch.manual_seed(settings["seed"])
-    encoder.requires_grad_(True)  # the position table too, as in MAE's fine-tuning
-    mim.set_drop_path(encoder.blocks, settings["drop_path"])
-    model = Classifier(encoder, num_classes, settings["pool"]).to(device)
-    batch_size, epochs, peak = fit_batch(settings, train)
-    optimizer = torch.optim.AdamW(layer_groups(model, settings["weight_decay"], settings["layer_decay"]), lr=peak,
-                                  betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
-    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)])
-    piece = min(PIECE, batch_size)  # mixed, and through the model, at a time
-    batches = EpochBatches(len(train), batch_size, piece, settings["seed"])
+    train, val = as_items(train), as_items(val)
+    num_classes, size = count_classes(train), list(encoder.image_size)
+    batch_size, micro_batch = cut_batch(batch_size, len(train), accumulate)
+    warmup_epochs = min(5, epochs / 10) if warmup_epochs is None else warmup_epochs
+    settings = dict(task="finetune", epochs=epochs, batch_size=batch_size, micro_batch=micro_batch,
+                    base_lr=base_lr, warmup_epochs=warmup_epochs, weight_decay=weight_decay,
+                    layer_decay=layer_decay, drop_path=drop_path, label_smoothing=label_smoothing, pool=pool,
+                    seed=seed, num_images=len(train), num_classes=num_classes, image_size=size)
+    torch.manual_seed(seed)
+    encoder = copy.deepcopy(encoder).requires_grad_(True)  # the position table too, as in MAE's fine-tuning
+    mim.set_drop_path(encoder.blocks, drop_path)
+    model = Classifier(encoder, num_classes, pool).to(device)
+    peak, steps = base_lr * batch_size / 256, len(train) // batch_size
+    lr = functools.partial(learning_rate, steps=epochs * steps, warmup_steps=warmup_epochs * steps, peak=peak,
+                           minimum=1e-6)
+    groups = layer_groups(encoder, [model.fc_norm, model.head], weight_decay, layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
+    mixes = [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
+    mix = v2.RandomChoice(mixes)
+    batches = EpochBatches(len(train), batch_size, micro_batch, seed, rank(), world_size())
     loader = make_loader(train, workers, device, batch_sampler=batches)
-    broken, steps, path = BrokenFiles(train.source, tqdm.write), len(train) // batch_size, settings["output"]
-    chosen = dict({k: settings[k] for k in (*RECIPES["finetune"], "checkpoint", "data", "seed")}, images=len(train))
-    done = 0
-    if settings.get("resume"):
-        state = open_finetuned(path, chosen)
-        done = state["epoch"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-    progress = tqdm(total=epochs * steps, initial=done * steps, desc="fine-tuning")
-    for epoch in range(done, epochs):
+
+    def read_epoch(epoch):
         batches.epoch = epoch
-        model.train()
-        for number, batch in enumerate(loader, start=1):
-            broken.watch(batch["broken"])
-            torch.manual_seed(seed_of(settings["seed"], epoch, number))
-            images, targets = mix(*to_device(batch, device))
-            lr = learning_rate(progress.n, epochs * steps, settings["warmup_epochs"] * steps, peak, minimum=1e-6)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            with amp():
-                loss = F.cross_entropy(model(images).float(), targets, label_smoothing=settings["label_smoothing"])
-            scaler.scale(loss * piece / batch_size).backward()
-            if number * piece % batch_size:
-                continue
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            progress.update()
-            value = loss.item()  # the step's one wait for the device
-            progress.set_postfix_str(f"loss {value:.4f}")
-            if not math.isfinite(value):
-                raise UsageError(f"the loss is {value} at step {progress.n}, learning rate {lr:.3g}: try a lower "
-                                 "--base-lr")
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     epoch=epoch + 1, args=chosen)
-        write_atomically(path, functools.partial(torch.save, state))
-    progress.close()
-    model.eval()
-    return accuracies(*extract(lambda images: model(images).float(), val, machine, "val")) | dict(output=str(path))
+        return read(loader, train, device)
+
+    def compute_losses(model, batch):
+        images, targets = mix(*batch)
+        logits = model(images).float()
+        return dict(loss=F.cross_entropy(logits, targets, label_smoothing=label_smoothing))
+
+    fit(model, optimizer, read_epoch, compute_losses, epochs=epochs, steps=steps, batch_size=batch_size,
+        lr=lr, warmup_epochs=warmup_epochs, accumulate=batch_size // micro_batch // world_size(),
+        output=output, resume=resume, settings=settings, seed=seed, device=device, precision=precision,
+        title="fine-tuning")
+    result = dict(batch_size=batch_size, warmup_epochs=warmup_epochs)
+    if rank() == 0:
+        result |= accuracies(*extract(model, val, device, precision, workers, "val"))
+    return result
 
 
-def open_finetuned(path, chosen):
-    """What `finetune` has written to a file; UsageError if it is something else or was made with other settings."""
-    if not path.exists():
-        raise UsageError(f"--resume: there is no {path}")
-    try:
-        state = mim.load_file(path)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if not isinstance(state, dict) or not isinstance(state.get("args"), dict) or "layer_decay" not in state["args"]:
-        raise UsageError(f"--resume: {path} is not of --task finetune")
-    for name, value in chosen.items():
-        if state["args"].get(name) != value:
-            raise UsageError(f"--resume: {path} was made with {name} {state['args'].get(name)}, not {value}")
-    return state
+# ---------------------------------------------------------------------------------------------------------
+# Dense transfer: semantic segmentation
 
 
-def pictured(settings, size, device):
-    """The items of a picture on the device: images (normalised) of --images, or `count` spread over --data's val split.
+def as_map(x, grid):
+    """Patches [B, N, D] -> [B, D, gh, gw]."""
+    return x.transpose(1, 2).unflatten(2, grid)
 
-    With settings["regions"] they have regions too; of single images those are FH's.
+
+def block_outputs(encoder, images, after):
+    """Images [B, 3, H, W] -> the patches' maps [B, D, gh, gw] after the blocks with these numbers (from 1).
+
+    The class token takes part and is then dropped; the encoder's last norm is not applied.
     """
-    if "images" in settings:
-        regions = None
-        if "regions" in settings:
-            if settings["regions"] != "fh":
-                raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
-            regions = FHRegions(settings.get("fh_scales") or [1000])
-        images = Images(FileList(settings["images"]), size, "center", regions=regions)
-        items = picture_items(images, len(settings["images"]))
-        return {k: v.to(device) for k, v in items.items()}
-    items = picture_items(with_regions(settings, size), settings["count"])
-    return {k: v.to(device) for k, v in items.items()}
+    x, maps = encoder.sequence(encoder.embed(images)), []
+    buckets = encoder.buckets if encoder.relative_position else None
+    for block in encoder.blocks:
+        x = block(x, buckets)
+        maps.append(as_map(x[:, 1:], encoder.grid))
+    return [maps[number - 1] for number in after]
 
 
-def with_regions(settings, size):
-    """--data's val images as items, with their regions if settings["regions"] says which."""
-    source, regions = load_data(settings["data"], "val", size), None
-    if "regions" in settings:
-        scales = settings.get("fh_scales") or default_scales(source, settings["data"])
-        options = {k: settings[k] for k in ("cam_weights", "cam_labels") if k in settings}
-        regions = open_regions(settings["regions"], source, settings["data"], "val", scales,
-                               settings.get("region_cache", "data/regions"), **options)
-    return Images(source, size, "center", regions=regions)
+def rescalers(dim, dim_2, dim_4, norm):
+    """Four modules that scale maps [B, dim, gh, gw] by 4, 2, 1 and 1/2, to dim_4, dim_2, dim, dim channels.
+
+    From patches of 16 pixels these are strides of 4, 8, 16 and 32, as convolutional networks have them.
+    """
+    return nn.ModuleList([
+        nn.Sequential(nn.ConvTranspose2d(dim, dim_2, 2, stride=2), norm(dim_2), nn.GELU(),
+                      nn.ConvTranspose2d(dim_2, dim_4, 2, stride=2)),
+        nn.ConvTranspose2d(dim, dim_2, 2, stride=2),
+        nn.Identity(),
+        nn.MaxPool2d(2, ceil_mode=True)])  # odd grids are rounded up
 
 
-def write_picture(path, picture):
-    """A picture [3 or 1, H, W] in [0, 1] -> a PNG file."""
-    write_atomically(path, lambda to: save_image(picture, to, format="png"))
+def resize(x, size):
+    """Bilinear resizing of maps [B, C, h, w] to a (height, width)."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class FileList:
-    """A source of single files, each of which must be readable."""
+class UPerNet(nn.Module):
+    """Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018, arXiv:1807.10221, §3.1.
 
-    def __init__(self, paths, flag="--images"):
-        self.paths, self.flag = paths, flag
+    New: a feature pyramid network with a pyramid pooling module on top, whose levels are classified together.
+    Four maps [B, dim, gh, gw] of a ViT -> logits [B, num_classes, 4 gh, 4 gw].
+
+    Departs from the paper: the maps are a ViT's, all of one scale, which BEiT's transposed convolutions and
+    pooling change; of the heads, only that for segmentation. The norm is batch norm, as there: on 16 images
+    it computes what the released codes' synchronised one does. LayerNorm over channels would do without a
+    batch, but learned far slower here: most of a ViT's output is what all positions share, and only a mean
+    over positions removes it. So a step needs 2 images or more. mmsegmentation's second head and its dropout
+    are left out.
+    """
+
+    sides = (1, 2, 3, 6)  # of the pooled maps: Pyramid Scene Parsing Network, CVPR 2017, arXiv:1612.01105
+
+    def __init__(self, dim, num_classes, width=512):
+        super().__init__()
+        self.rescalers = rescalers(dim, dim, dim, nn.BatchNorm2d)
+        # A Conv2dNormActivation is a convolution that keeps height and width, batch norm and ReLU.
+        self.pooled = nn.ModuleList([Conv2dNormActivation(dim, width, 1) for _ in self.sides])
+        self.top = Conv2dNormActivation(dim + len(self.sides) * width, width, 3)
+        self.laterals = nn.ModuleList([Conv2dNormActivation(dim, width, 1) for _ in range(3)])
+        self.smooth = nn.ModuleList([Conv2dNormActivation(width, width, 3) for _ in range(3)])
+        self.fuse = Conv2dNormActivation(4 * width, width, 3)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def pool_pyramid(self, x):
+        """The coarsest maps [B, dim, h, w], with their means over 1, 4, 9, 36 regions -> [B, width, h, w]."""
+        pooled = [conv(F.adaptive_avg_pool2d(x, side)) for side, conv in zip(self.sides, self.pooled)]
+        return self.top(torch.cat([x, *(resize(p, x.shape[-2:]) for p in pooled)], dim=1))
+
+    def forward(self, maps):
+        *finer, coarsest = [rescale(x) for rescale, x in zip(self.rescalers, maps)]
+        x = self.pool_pyramid(coarsest)
+        levels = [x]
+        for i in (2, 1, 0):  # top-down
+            x = self.laterals[i](finer[i]) + resize(x, finer[i].shape[-2:])
+            levels.append(self.smooth[i](x))
+        levels = [resize(level, x.shape[-2:]) for level in levels]
+        return self.classifier(self.fuse(torch.cat(levels, dim=1)))
+
+
+class Segmenter(nn.Module):
+    """Semantic segmentation with a ViT: images [B, 3, H, W] -> logits [B, num_classes, H, W].
+
+    head: upernet, on the maps after 1/3, 1/2, 2/3 and all of the blocks (ViT-B: 4, 6, 8, 12, as in BEiT's
+        code), or linear, batch norm and one linear layer on the encoder's outputs. Logits are upsampled
+        bilinearly.
+    freeze: the encoder stays in evaluation mode and gets no gradients.
+    width: channels of UPerNet's maps.
+    """
+
+    def __init__(self, encoder, num_classes, head: Literal["upernet", "linear"] = "upernet",
+                 freeze: bool = False, width: int = 512):
+        super().__init__()
+        self.encoder, self.freeze = encoder.requires_grad_(not freeze), freeze
+        self.after = [math.ceil(len(encoder.blocks) * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+        if head == "upernet":
+            self.head = UPerNet(encoder.embed_dim, num_classes, width)
+        elif head == "linear":  # a scale and a shift behind the norm would do what the linear layer does
+            self.head = nn.Sequential(nn.BatchNorm2d(encoder.embed_dim, affine=False, eps=1e-6),
+                                      nn.Conv2d(encoder.embed_dim, num_classes, 1))
+        else:
+            raise ValueError(f"head must be upernet or linear, got {head!r}")
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.freeze)
+        return self
+
+    def forward(self, images):
+        if isinstance(self.head, UPerNet):
+            x = block_outputs(self.encoder, images, self.after)
+        else:
+            x = as_map(self.encoder(images)[:, 1:], self.encoder.grid)
+        return resize(self.head(x).float(), images.shape[-2:])
+
+
+class DenseImages(torch.utils.data.Dataset):
+    """Images with their dense truth (datasets.load_dense), transformed together: dict(image uint8, truth,
+    index).
+
+    size: (height, width) of the images. scale: in training, images are resized by a random factor of this
+        range, 1 being the largest that fits; then a random part is cut out or the rest filled up, and half
+        are mirrored. None, for evaluation: as large as fits, the rest filled up; truth as it is.
+    distort: whether colours are changed at random, too.
+    """
+
+    def __init__(self, source, size, scale=None, distort=False, seed=0):
+        self.source, self.size, self.seed, self.scale = source, list(size), seed, scale
+        fill = {tv_tensors.Mask: IGNORED, "others": [round(255 * m) for m in MEAN]}
+        pad = dict(pad_if_needed=True, fill=fill)
+        parts = [v2.ScaleJitter(self.size, scale or (1, 1)), v2.RandomCrop(self.size, **pad)]
+        parts += [v2.RandomHorizontalFlip()] + [v2.RandomPhotometricDistort()] * distort
+        self.transform = v2.Compose(parts)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.source)
 
-    def read(self, index):
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         try:
-            image = decode(self.paths[index])
-        except Exception:  # decoders raise anything
-            reason = "cannot be decoded as an image" if Path(self.paths[index]).is_file() else "no such file"
-            raise UsageError(f"{self.flag} {self.paths[index]}: {reason}") from None
-        if min(image.shape[1:]) < MIN_SIDE:
-            raise UsageError(f"{self.flag} {self.paths[index]}: {image.shape[2]}x{image.shape[1]} pixels, too small")
-        return dict(image=image, label=0)
-
-    def name(self, index):
-        return self.paths[index]
-
-
-def reconstruct(method, settings, machine):
-    """A picture of image, masked image and reconstruction, and the losses of these images.
-
-    The method's own flags override the run's. loss_full is CAE's of the whole image's pass, which skips the regressor.
-    """
-    device, amp, _ = machine
-    if "regions" not in method.inputs:
-        settings.pop("regions", None)
-    items = pictured(settings, sized(method).image_size, device)
-    torch.manual_seed(settings["seed"])
-    with torch.no_grad(), amp():
-        grid = draw_reconstruction(method, **items)
-        torch.manual_seed(settings["seed"])
-        losses = {k: v for k, v in method(**items).items() if k.startswith("loss") or k == "accuracy"}
-        if hasattr(method, "reconstruct_full"):
-            images = items["images"]
-            ids = torch.arange(method.encoder.num_patches, device=device).expand(len(images), -1)
-            losses["loss_full"] = method.head.compare(method.reconstruct_full(images), images, ids)[0]
-    write_picture(settings["output"], grid)
-    return {k: round(v.item(), 4) for k, v in losses.items()} | dict(picture=str(settings["output"]))
-
-
-def hint_patches(maps, count):
-    """Binary maps in patches [B, k, N, p*p] -> `count` random patches of each, one with foreground, [B, k, count]."""
-    noise = torch.rand(maps.shape[:3], device=maps.device)
-    inside = noise + maps.any(-1)  # one patch that shows the object, and otherwise any
-    first = inside.argmax(-1, keepdim=True)
-    return noise.scatter(-1, first, 2.0).argsort(-1, descending=True)[..., :count]
-
-
-def given_hints(settings, size, patch_size):
-    """The user's hints -> (hint map bool [1, 1, H, W], ids [1, n] of the patches that they show).
-
-    --points and --background: x,y in pixels of the image file; each shows its whole patch. --hints: a label PNG as
-    large as the image, 0 for unknown, 1 for background, more for the region.
-    """
-    path, (H, W) = settings["images"][0], size
-    height, width = FileList([path]).read(0)["image"].shape[1:]
-    labels = torch.zeros(H, W, dtype=torch.long)
-    if "hints" in settings:
-        try:
-            hints = read_labels(settings["hints"])
+            item = self.source[index]
         except Exception as error:
-            raise UsageError(f"--hints {settings['hints']}: it is no label PNG ({error})") from None
-        if hints.shape != (height, width):
-            raise UsageError(f"--hints {settings['hints']}: {hints.shape[1]}x{hints.shape[0]} pixels, the image has "
-                             f"{width}x{height}")
-        labels = F.interpolate(hints[None, None].float(), (H, W), mode="nearest-exact")[0, 0].long().clamp(max=2)
-    for flag, label in (("points", 2), ("background", 1)):
-        for point in settings.get(flag, []):
-            try:
-                x, y = (float(v) for v in point.split(","))
-            except ValueError:
-                raise UsageError(f"--{flag} {point}: a point is x,y in pixels") from None
-            if not (0 <= x < width and 0 <= y < height):
-                raise UsageError(f"--{flag} {point} is outside of the image of {width}x{height} pixels")
-            row, column = (int(v) // patch_size * patch_size for v in (y * H / height, x * W / width))
-            labels[row : row + patch_size, column : column + patch_size] = label
-    patches = mim.patchify(labels[None, None], patch_size)
-    shown = patches.any(-1)
-    if not (patches == 2).any():
-        raise UsageError("--task segment of --images needs hints: --points x,y ... inside the region, or --hints")
-    if shown.all():
-        raise UsageError("--hints: there is no patch left to complete")
-    return (labels == 2)[None, None], shown.nonzero()[:, 1][None]
+            raise UsageError(f"{self.source.name(index)} cannot be decoded as an image ({error})") from None
+        image, truth = tv_tensors.Image(item["image"]), self.source.truth(index, item)
+        if self.scale is None:
+            return dict(image=fit_inside(image, self.size), truth=truth, index=index)
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+        if not isinstance(truth, dict):
+            image, truth = self.transform(image, tv_tensors.Mask(truth))
+        else:  # crowds are no objects to learn; a mask is filled up with nothing
+            keep = ~truth["crowd"]
+            image, masks = self.transform(image, tv_tensors.Mask(truth["masks"][keep].astype(np.uint8)))
+            masks = torch.where(masks == 1, 1, 0).to(torch.uint8)
+            seen = masks.sum((1, 2)) > 1
+            boxes = masks_to_boxes(masks[seen])
+            boxes[:, 2:] += 1  # to the far sides of the last pixels
+            truth = dict(boxes=boxes, masks=masks[seen], labels=torch.from_numpy(truth["labels"][keep])[seen])
+        torch.set_rng_state(state)
+        return dict(image=image, truth=truth, index=index)
 
 
-def image_patches(ids_hint, num_patches, share):
-    """The patches of the image to encode, [B, n]: those of the hints and random others up to `share` of all."""
-    count = max(ids_hint.shape[1], int(share * num_patches))
-    noise = torch.rand(len(ids_hint), num_patches, device=ids_hint.device).scatter(1, ids_hint, 2.0)
-    return noise.argsort(1, descending=True)[:, :count]
+def fitting_size(image, size):
+    """The (height, width) of an image [3, H, W] when it is as large as fits into `size`."""
+    scale = min(size[0] / image.shape[1], size[1] / image.shape[2])
+    return [max(1, round(side * scale)) for side in image.shape[1:]]
 
 
-def nearest_hint(patches, ids, grid):
-    """What a patch's nearest shown patch holds: patches [B, N, p*p] with `ids` [B, n] shown -> bool [B, N, p*p]."""
-    rows, columns = (torch.arange(patches.shape[1], device=ids.device) // grid[1],
-                     torch.arange(patches.shape[1], device=ids.device) % grid[1])
-    place = torch.stack([rows, columns], 1).float()
-    nearest = torch.cdist(place.expand(len(ids), -1, -1), place[ids]).argmin(2)
-    mostly = mim.take(patches, ids).float().mean(2) > 0.5
-    return mostly.gather(1, nearest)[..., None].expand_as(patches)
+def fit_inside(image, size):
+    """A uint8 image [3, H, W], as large as fits into `size`, in its upper left; the rest is the mean
+    colour."""
+    h, w = fitting_size(image, size)
+    image = v2.functional.resize(image, [h, w], antialias=True)
+    mean = torch.tensor([round(255 * m) for m in MEAN], dtype=torch.uint8)
+    out = mean[:, None, None].repeat(1, *size)
+    out[:, :h, :w] = image
+    return out
 
 
-def segment_one(method, settings, machine):
-    """The region of one image, from the user's hints: the picture, and the region's mask in the image's own size."""
-    device, amp, _ = machine
-    size, p, N = method.encoder.image_size, method.encoder.patch_size, method.encoder.num_patches
-    if len(settings["images"]) > 1:
-        raise UsageError("--task segment takes one image")
-    image = normalize(Images(FileList(settings["images"]), size, "whole")[0]["image"][None].to(device))
-    hints, ids = (x.to(device) for x in given_hints(settings, size, p))
-    with torch.no_grad(), amp():
-        region = method.complete(image, hints, ids, image_patches(ids, N, settings["image_visible"]))
-    shown = torch.full_like(mim.patchify(region, p), 0.5)
-    shown = mim.unpatchify(mim.put(shown, ids, mim.take(mim.patchify(hints.float(), p), ids)), p, method.encoder.grid)
-    picture = denormalize(image)
-    tiles = [picture, shown.expand(-1, 3, -1, -1), region.expand(-1, 3, -1, -1), picture * (0.2 + 0.8 * region)]
-    write_picture(settings["output"], tile(torch.cat(tiles), columns=4))
-    whole = FileList(settings["images"]).read(0)["image"].shape[1:]
-    mask = F.interpolate(region, whole, mode="bilinear", align_corners=False)[0] > 0.5
-    path = settings["output"].with_name(settings["output"].stem + "_mask.png")
-    write_picture(path, mask.float())
-    return dict(picture=str(settings["output"]), mask=str(path))
+def train_dense(task, model, encoder, heads, train, losses, *, epochs, batch_size, base_lr, lr_at,
+                weight_decay, layer_decay, warmup_epochs, output, resume, seed, device, precision, workers,
+                **settings):
+    """Trains a dense model, with layer-wise decay of the encoder's rate (`layer_groups`).
 
-
-def segment(method, settings, machine):
-    """Interactive segmentation (R-MAE, Figure 6): a region is completed from a few of its patches.
-
-    With --images and hints: the completed region of one image, as a picture and as a mask of the image's size. Without:
-    objects of the val images with 80, 85 and 90% of their patches hidden, the picture of some, and the mean
-    intersection over union (IoU, in percent) inside the hidden patches; beside it that of copying the nearest hint.
+    losses: function (model, images, batch of items) -> dict of losses. lr_at: function (share of the training
+    done) -> factor of the rate behind the warm-up. settings: what else a resumed run must agree in.
     """
-    if not hasattr(method, "complete"):
-        raise UsageError("--task segment is for runs of rae and rmae")
-    device, amp, workers = machine
-    encoder, share = method.encoder, settings["image_visible"]
-    size, p, N = encoder.image_size, encoder.patch_size, encoder.num_patches
-    torch.manual_seed(settings["seed"])
-    if "images" in settings:
-        return segment_one(method, settings, machine)
-    if settings.get("regions") == "cam" or "regions" not in settings:
-        raise UsageError("--task segment needs --regions fh, panoptic, instances or a folder of masks")
-    dataset = with_regions(settings, size)
-    if hasattr(dataset.regions, "fill"):
-        dataset.regions.fill(workers)
-    rows, found = [], {r: [] for r in (80, 85, 90)}
-    for batch in tqdm(make_loader(dataset, workers, device, batch_size=64), desc="segment", leave=False):
-        images, regions = to_device(batch, device)[0], batch["regions"].to(device, non_blocking=True)
-        maps, real = mim.select_objects(regions, 1)
-        patches, tiles = mim.patchify(maps, p), [denormalize(images), maps.float().expand(-1, 3, -1, -1)]
-        for ratio in found:
-            ids = hint_patches(patches[:, None], max(1, round(N * (1 - ratio / 100))))[:, 0]
-            with torch.no_grad(), amp():
-                region = method.complete(images, maps, ids, image_patches(ids, N, share))
-            hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=device).scatter(1, ids, False)
-            guesses = mim.patchify(region, p) > 0.5, nearest_hint(patches, ids, encoder.grid)
-            both = [((g & patches & hidden[..., None]).sum((1, 2)), ((g | patches) & hidden[..., None]).sum((1, 2)))
-                    for g in guesses]
-            iou = torch.stack([i / u.clamp_min(1) for i, u in both], 1)
-            found[ratio].append(iou[real[:, 0] & (both[0][1] > 0)])
-            grey = torch.full_like(patches, 0.5, dtype=torch.float32)
-            shown = mim.unpatchify(mim.put(grey, ids, mim.take(patches.float(), ids)), p, encoder.grid)
-            tiles += [shown.expand(-1, 3, -1, -1), region.expand(-1, 3, -1, -1)]
-        rows += [torch.stack(row) for row, ok in zip(zip(*tiles), real[:, 0]) if ok][: settings["count"] - len(rows)]
-    if not rows:
-        raise UsageError(f"--task segment: no image of {settings['data']} has a region of at least 5% of it")
-    write_picture(settings["output"], tile(torch.cat(rows), columns=len(rows[0])))
-    iou = {r: 100 * torch.cat(values) for r, values in found.items()}
-    scores = {f"iou_{r}": round(v[:, 0].mean().item(), 2) for r, v in iou.items()}
-    return scores | {f"nearest_hint_{r}": round(v[:, 1].mean().item(), 2) for r, v in iou.items()} | dict(
-        objects=len(iou[80]), picture=str(settings["output"]))
+    batch_size, micro_batch = cut_batch(batch_size, len(train))
+    settings |= dict(task=task, epochs=epochs, batch_size=batch_size, base_lr=base_lr, seed=seed,
+                     weight_decay=weight_decay, layer_decay=layer_decay, warmup_epochs=warmup_epochs,
+                     num_images=len(train))
+    groups = layer_groups(encoder, heads, weight_decay, layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=base_lr, betas=(0.9, 0.999), fused=True)
+    batches = EpochBatches(len(train), batch_size, micro_batch, seed, rank(), world_size())
+    loader = torch.utils.data.DataLoader(train, num_workers=workers, batch_sampler=batches, collate_fn=list)
+    steps = len(train) // batch_size
+
+    def read_epoch(epoch):
+        batches.epoch = epoch
+        return loader
+
+    def compute_losses(model, items):
+        images = normalize(torch.stack([item["image"] for item in items]).to(device, non_blocking=True))
+        return losses(model, images, items)
+
+    def lr(step):
+        warmup = min(1.0, (step + 1) / max(1, warmup_epochs * steps))
+        return base_lr * batch_size / 16 * warmup * lr_at(step / (epochs * steps))
+
+    fit(model, optimizer, read_epoch, compute_losses, epochs=epochs, steps=steps, batch_size=batch_size,
+        lr=lr, warmup_epochs=warmup_epochs, accumulate=batch_size // micro_batch // world_size(),
+        output=output, resume=resume, settings=settings, seed=seed, device=device, precision=precision,
+        title=task)
+
+
+@torch.no_grad()
+def predict_dense(model, dataset, device, precision, workers, title):
+    """Yields (item of the source, truth, what the model gives for its image) of a dataset's images in
+    order."""
+    loader = torch.utils.data.DataLoader(dataset, 16, num_workers=workers, collate_fn=list)
+    for items in tqdm(loader, title, leave=False, disable=None):
+        images = normalize(torch.stack([item["image"] for item in items]).to(device))
+        with autocast(device, precision):
+            outputs = model(images)
+        for item, output in zip(items, outputs):
+            yield dataset.source[item["index"]]["image"], item["truth"], output
+
+
+def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", freeze: bool = False,
+           epochs: PositiveInt = 127, batch_size: PositiveInt = 16, base_lr: PositiveFloat = 1e-4,
+           warmup_epochs: NonNegativeFloat | None = None, weight_decay: NonNegativeFloat = 0.05,
+           layer_decay: PositiveFloat = 0.65, drop_path: Fraction = 0.1, width: PositiveInt = 512,
+           output=None, resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
+           workers=0) -> dict:
+    """Semantic segmentation, as on ADE20K by BEiT's, MAE's and CAE's code: 160,000 steps of 16 images.
+
+    encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=False)`. Returns miou, the mean
+    over the classes that val has of intersection over union, and pixel_accuracy, in percent, and a picture.
+
+    head: what is trained on the encoder's outputs: upernet, or linear (batch norm and one linear layer)
+    freeze: train the head alone
+    epochs: passes over the training images (127 of ADE20K are the papers' 160,000 steps)
+    batch_size: images a step, over all processes
+    base_lr: learning rate per 16 images of the batch; it falls linearly to 0
+    warmup_epochs: epochs of linear warm-up; default: 1.2 of 127, the papers' 1,500 steps, or as large a share
+    weight_decay: of AdamW
+    layer_decay: learning rate of a block over that of the one above
+    drop_path: stochastic depth of the last block
+    width: channels of UPerNet's maps
+    resume: go on from --output
+    seed: of everything random
+    """
+    warmup_epochs = epochs * 1.2 / 127 if warmup_epochs is None else warmup_epochs
+    torch.manual_seed(seed)
+    encoder, names = copy.deepcopy(encoder).requires_grad_(True), train.source.classes
+    mim.set_drop_path(encoder.blocks, drop_path)
+    encoder.norm.requires_grad_(head == "linear")  # UPerNet reads the blocks
+    model = Segmenter(encoder, len(names), head, freeze, width).to(device)
+
+    def losses(model, images, items):
+        truth = torch.stack([torch.as_tensor(item["truth"]) for item in items]).to(device, torch.long)
+        return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
+
+    def falling(done):
+        return 1 - done
+
+    train_dense("semseg", model, encoder, [model.head], train, losses, lr_at=falling, epochs=epochs,
+                head=head, freeze=freeze, width=width, batch_size=batch_size, base_lr=base_lr,
+                weight_decay=weight_decay, layer_decay=layer_decay, drop_path=drop_path,
+                warmup_epochs=warmup_epochs, output=output, resume=resume, seed=seed, device=device,
+                precision=precision, workers=workers)
+    if rank() > 0:
+        return {}
+    pairs, shown = torch.zeros(len(names), len(names), dtype=torch.long), []
+    for image, truth, logits in predict_dense(model, val, device, precision, workers, "val"):
+        h, w = fitting_size(image, val.size)
+        labels = resize(logits[None, :, :h, :w].float(), image.shape[1:])[0].argmax(0).cpu()
+        truth = torch.as_tensor(truth).long()
+        counted = truth != IGNORED
+        pairs += (truth * len(names) + labels)[counted].bincount(minlength=pairs.numel()).view_as(pairs)
+        shown += [(image, labels, truth)] * (len(shown) < 6)
+    hits, occurs = pairs.diag(), pairs.sum(1) > 0
+    iou = hits / (pairs.sum(0) + pairs.sum(1) - hits).clamp_min(1)
+    return dict(miou=round(100 * iou[occurs].mean().item(), 2), classes=int(occurs.sum()),
+                warmup_epochs=round(warmup_epochs, 3),
+                pixel_accuracy=round(100 * (hits.sum() / pairs.sum()).item(), 2),
+                picture=draw_classes(shown, names))
+
+
+def class_colours(count):
+    """`count` colours that differ, as (red, green, blue) in 0..255: hues at steps of the golden ratio."""
+    colours = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.75, 0.95 - 0.3 * (k % 2)) for k in range(count)]
+    return [tuple(round(255 * part) for part in colour) for colour in colours]
+
+
+def enlarge(image, side=256):
+    """An image [3, H, W] uint8, its longer side brought to `side` pixels, on a white square."""
+    h, w = fitting_size(image, (side, side))
+    image = v2.functional.resize(image, [h, w], interpolation=v2.InterpolationMode.NEAREST)
+    return F.pad(image, (0, side - w, 0, side - h), value=255)
+
+
+def draw_classes(shown, names):
+    """(image uint8 [3, H, W], predicted, true classes [H, W]) of some images -> a picture with a legend."""
+    colours, columns = torch.tensor(class_colours(len(names)), dtype=torch.uint8), {}
+    if names[0] == "background":
+        colours[0] = 225
+    for image, labels, truth in shown:
+        flat = [torch.where(x == IGNORED, 255, colours[x.clamp(max=len(names) - 1)].permute(2, 0, 1))
+                for x in (labels, truth)]
+        legend = Image.new("RGB", (256, 256), "white")
+        here = dict.fromkeys(truth.unique().tolist() + labels.unique().tolist())  # the truth first
+        here.pop(IGNORED, None)
+        for line, k in enumerate(here):
+            ImageDraw.Draw(legend).text((4, 4 + 14 * line), names[k], fill=tuple(colours[k].tolist()))
+        tiles = [enlarge(image), *(enlarge(x.byte()) for x in flat), v2.functional.pil_to_tensor(legend)]
+        for title, tile in zip(("image", "prediction", "truth", "classes"), tiles):
+            columns.setdefault(title, []).append(tile / 255)
+    return picture({title: torch.stack(tiles) for title, tiles in columns.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Dense transfer: object detection
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of every position of a map, [B, C, h, w] -> [B, C, h, w]."""
+
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+NORMS = {"layer": ChannelNorm, "batch": nn.BatchNorm2d}
+
+
+def split_windows(x, window):
+    """[B, gh, gw, D] -> windows [B * n, wh * ww, D] in raster order; zeros fill up those at the edges."""
+    B, gh, gw, D = x.shape
+    wh, ww = window
+    x = F.pad(x, (0, 0, 0, -gw % ww, 0, -gh % wh))
+    return x.unflatten(2, (-1, ww)).unflatten(1, (-1, wh)).transpose(2, 3).reshape(-1, wh * ww, D)
+
+
+def merge_windows(windows, window, grid):
+    """The inverse of `split_windows`: [B * n, wh * ww, D] -> [B, gh, gw, D]."""
+    (gh, gw), (wh, ww) = grid, window
+    x = windows.unflatten(1, window).unflatten(0, (-1, math.ceil(gh / wh), math.ceil(gw / ww)))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :gh, :gw]
+
+
+class ViTDet(nn.Module):
+    """Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022,
+    arXiv:2203.16527.
+
+    New: a plain ViT is a detector's backbone. Its blocks attend inside windows, but the last of each quarter
+    of the depth everywhere (§3, "Backbone adaptation"); its last map alone makes the pyramid (Figure 2c).
+
+    Images [B, 3, H, W] -> OrderedDict of five maps [B, width, h, w], of 4, 2, 1, 1/2, 1/4 times the patches'
+    grid: what torchvision asks of a backbone, with `out_channels`. The class token is left out.
+
+    width: channels of the maps.
+    window: patches on a window's side; no more than the grid has.
+    freeze: the encoder stays in evaluation mode and gets no gradients.
+    norm: of the pyramid, layer (over channels) or batch.
+
+    Departs from the released code: tokens that pad windows are masked (there zeros are attended to), and
+    positions are the encoder's own (there learned relative ones are added).
+    """
+
+    def __init__(self, encoder, width=256, window=14, freeze=False, norm="layer"):
+        super().__init__()
+        self.encoder, self.freeze, self.out_channels = encoder.requires_grad_(not freeze), freeze, width
+        self.global_blocks = [math.ceil(len(encoder.blocks) * quarter / 4) for quarter in (1, 2, 3, 4)]
+        self.window = tuple(min(window, side) for side in encoder.grid)
+        keep = split_windows(torch.ones(1, *encoder.grid, 1), self.window)[..., 0].bool()
+        buckets = mim.relative_buckets(self.window)[1:, 1:] if encoder.relative_position else None
+        self.register_buffer("keep", None if keep.all() else keep, persistent=False)
+        self.register_buffer("window_buckets", buckets, persistent=False)
+        D, norm = encoder.embed_dim, NORMS[norm]
+        self.rescalers = rescalers(D, D // 2, D // 4, norm)
+        self.outputs = nn.ModuleList([
+            nn.Sequential(Conv2dNormActivation(dim, width, 1, norm_layer=norm, activation_layer=None),
+                          Conv2dNormActivation(width, width, 3, norm_layer=norm, activation_layer=None))
+            for dim in (D // 4, D // 2, D, D)])
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.freeze)
+        return self
+
+    def windowed(self, block, x):
+        """A block that attends inside windows, [B, N, D] -> [B, N, D]; drop path still drops whole images."""
+        grid, keep = self.encoder.grid, None if self.keep is None else self.keep.repeat(len(x), 1)
+        windows = split_windows(block.norm1(x).unflatten(1, grid), self.window)
+        windows = block.attn(windows, self.window_buckets, keep)
+        x = x + block.drop_path(block.ls1(merge_windows(windows, self.window, grid).flatten(1, 2)))
+        return x + block.drop_path(block.ls2(block.mlp(block.norm2(x))))
+
+    def last_map(self, images):
+        """Images [B, 3, H, W] -> the last block's maps [B, D, gh, gw]."""
+        encoder = self.encoder
+        buckets = encoder.buckets[1:, 1:] if encoder.relative_position else None
+        x = encoder.sequence(encoder.embed(images))[:, 1:]
+        for number, block in enumerate(encoder.blocks, start=1):
+            x = block(x, buckets) if number in self.global_blocks else self.windowed(block, x)
+        return as_map(x, encoder.grid)
+
+    def forward(self, images):
+        x = self.last_map(images)
+        maps = [output(rescale(x)) for rescale, output in zip(self.rescalers, self.outputs)]
+        maps.append(F.max_pool2d(maps[-1], 1, stride=2))
+        return OrderedDict((str(level), x) for level, x in enumerate(maps))
+
+
+def make_detector(encoder, num_classes, width: int = 256, window: int = 14, freeze: bool = False,
+                  norm: Literal["layer", "batch"] = "layer", rois: int = 512, head_depth: int = 4,
+                  proposals: int = 1000):
+    """Mask R-CNN (He et al., ICCV 2017, arXiv:1703.06870), torchvision's, with ViTDet's backbone and heads.
+
+    In training model(images, targets) -> dict of losses to add up; otherwise model(images) -> a dict per
+    image with boxes [n, 4], labels [n], scores [n] and masks [n, 1, H, W] in [0, 1]. images: [B, 3, H, W],
+    normalised, of the encoder's size. targets: a dict per image with boxes [m, 4] (x1, y1, x2, y2 in pixels),
+    labels [m] in 1..num_classes, masks [m, H, W] of 0 and 1.
+
+    num_classes: of objects, without the background.
+    width: channels of all maps; the box head's linear layer has 4 * width.
+    window: patches on the side of the windows that most blocks attend in.
+    freeze: the encoder stays in evaluation mode and gets no gradients.
+    norm: of pyramid and heads: layer, as in the paper, or batch, which learns faster on many images a step.
+    rois: regions per image that train the box head; those with an object, at most a quarter, the mask head.
+    head_depth: convolutions of the box head and of the mask head.
+    proposals: regions per image that the region proposal network passes on.
+    """
+    (H, W), p = encoder.image_size, encoder.patch_size
+    if p % 4 or H % (2 * p) or W % (2 * p):
+        raise ValueError("detection needs a patch_size divisible by 4, and an image_size divisible by twice "
+                         f"the patch_size, got {p} and {H}x{W}")
+    strides = [p // 4, p // 2, p, 2 * p, 4 * p]
+
+    def roi_pool(size):
+        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], size, sampling_ratio=2)
+        # torchvision would guess these, as powers of two. Feature Pyramid Networks, Eq. 1, for any patch
+        # size: objects of 14 x 14 patches (ViT-B: 224 pixels) belong to the patches' own grid.
+        pool.scales = [1 / stride for stride in strides[:4]]
+        pool.map_levels = LevelMapper(0, 3, canonical_scale=14 * p, canonical_level=2)
+        return pool
+
+    convs = head_depth * [width]
+    return MaskRCNN(
+        ViTDet(encoder, width, window, freeze, norm),
+        fixed_size=(W, H), size_divisible=1, image_mean=3 * [0.0], image_std=3 * [1.0],  # images are ready
+        rpn_anchor_generator=AnchorGenerator([(8 * stride,) for stride in strides], 5 * [(0.5, 1.0, 2.0)]),
+        rpn_head=RPNHead(width, 3, conv_depth=2),
+        rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
+        rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
+        box_roi_pool=roi_pool(7), box_batch_size_per_image=rois,
+        box_head=FastRCNNConvFCHead((width, 7, 7), convs, [4 * width], NORMS[norm]),
+        box_predictor=FastRCNNPredictor(4 * width, num_classes + 1),
+        mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, NORMS[norm]),
+        mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1))
+
+
+def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100, batch_size: PositiveInt = 64,
+           base_lr: PositiveFloat = 2.5e-5, warmup_epochs: NonNegativeFloat | None = None,
+           weight_decay: NonNegativeFloat = 0.1, layer_decay: PositiveFloat = 0.7, drop_path: Fraction = 0.1,
+           width: PositiveInt = 256, window: PositiveInt = 14, norm: Literal["layer", "batch"] = "layer",
+           rois: PositiveInt = 512, head_depth: PositiveInt = 4, proposals: PositiveInt = 1000, output=None,
+           resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
+    """Object detection and instance segmentation, as ViTDet's on COCO (R-MAE, §4.1): Mask R-CNN.
+
+    encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=True)`. Returns COCO's six
+    figures in percent (`average_precision`) of boxes and of masks, box_ap, mask_ap, ..., and a picture.
+
+    freeze: train what is behind the encoder alone
+    epochs: passes over the training images
+    batch_size: images a step, over all processes
+    base_lr: learning rate per 16 images of the batch (1e-4 at 64); a tenth from 90%, a hundredth from 95% on
+    warmup_epochs: epochs of linear warm-up; default: 0.14 of 100, the paper's 250 steps, or as large a share
+    weight_decay: of AdamW
+    layer_decay: learning rate of a block over that of the one above
+    drop_path: stochastic depth of the last block
+    width: channels of the feature pyramid
+    window: patches on the side of the windows that most blocks attend in
+    norm: of pyramid and heads: layer, as in the paper, or batch, which learns faster on many images a step
+    rois: regions per image that train the heads
+    head_depth: convolutions of the box head and of the mask head
+    proposals: regions per image that the region proposal network passes on
+    resume: go on from --output
+    seed: of everything random
+    """
+    warmup_epochs = epochs * 0.14 / 100 if warmup_epochs is None else warmup_epochs
+    torch.manual_seed(seed)
+    encoder, names = copy.deepcopy(encoder).requires_grad_(True), train.source.classes
+    mim.set_drop_path(encoder.blocks, drop_path)
+    encoder.norm.requires_grad_(False)  # the pyramid reads the last block
+    options = dict(width=width, window=window, freeze=freeze, norm=norm, rois=rois, head_depth=head_depth,
+                   proposals=proposals)
+    try:
+        model = make_detector(encoder, len(names), **options).to(device)
+    except ValueError as error:
+        raise UsageError(f"--task detect: {error}") from None
+
+    def losses(model, images, items):
+        targets = [{k: v.to(device) for k, v in item["truth"].items()} for item in items]
+        parts = model(images, targets)
+        return dict(loss=sum(parts.values()), **parts)
+
+    def stepwise(done):
+        return 0.1 ** ((done >= 0.9) + (done >= 0.95))
+
+    backbone = model.backbone
+    heads = [backbone.rescalers, backbone.outputs, model.rpn, model.roi_heads]
+    train_dense("detect", model, encoder, heads, train, losses, lr_at=stepwise, epochs=epochs,
+                drop_path=drop_path, batch_size=batch_size, base_lr=base_lr, weight_decay=weight_decay,
+                layer_decay=layer_decay, warmup_epochs=warmup_epochs, output=output, resume=resume, seed=seed,
+                device=device, precision=precision, workers=workers, **options)
+    if rank() > 0:
+        return {}
+    records, shown = dict(box=[], mask=[]), []
+    for image, truth, found in predict_dense(model, val, device, precision, workers, "val"):
+        found = to_original(found, image, val.size)
+        truth = truth | dict(boxes=boxes_of(truth["masks"]))
+        for name, kind in (("box", "boxes"), ("mask", "masks")):
+            records[name].append(match_image(truth, found, kind))
+        shown += [(image, found)] * (len(shown) < 6)
+    result = {f"{name}_{figure}": None if value is None else round(value, 2) for name in records
+              for figure, value in average_precision(records[name]).items()}
+    return result | dict(warmup_epochs=round(warmup_epochs, 3), picture=draw_objects(shown, names))
+
+
+def to_original(found, image, size):
+    """Detections in an image that `fit_inside` brought to `size` -> those in the image itself, as numpy
+    arrays."""
+    h, w = fitting_size(image, size)
+    H, W = image.shape[1:]
+    masks = resize(found["masks"][:, :, :h, :w].float(), (H, W))[:, 0] > 0.5
+    boxes = found["boxes"] * torch.tensor([W / w, H / h, W / w, H / h], device=found["boxes"].device)
+    out = dict(boxes=boxes, masks=masks, labels=found["labels"], scores=found["scores"].float())
+    return {name: value.cpu().numpy() for name, value in out.items()}
+
+
+def boxes_of(masks):
+    """Masks bool [n, H, W] -> boxes [n, 4] around them, (x1, y1, x2, y2) with the far sides outside."""
+    boxes = masks_to_boxes(torch.from_numpy(masks)).numpy() if len(masks) else np.zeros((0, 4), np.float32)
+    return boxes + np.array([0, 0, 1, 1], np.float32)
+
+
+def draw_objects(shown, names):
+    """(image uint8 [3, H, W], detections) of some images -> a picture: boxes, masks, names, scores above
+    0.5."""
+    colours, columns = class_colours(len(names) + 1), dict(image=[], detections=[])
+    for image, found in shown:
+        large, sure = enlarge(image), found["scores"] > 0.5
+        zoom = 256 / max(image.shape[1:])
+        labels, boxes = found["labels"][sure], torch.from_numpy(found["boxes"][sure] * zoom)
+        drawn = large
+        if sure.any():
+            masks = [enlarge(torch.from_numpy(mask)[None].byte())[0] == 1 for mask in found["masks"][sure]]
+            of = [colours[k] for k in labels]
+            texts = [f"{names[k - 1]} {score:.2f}" for k, score in zip(labels, found["scores"][sure])]
+            drawn = draw_segmentation_masks(large, torch.stack(masks), alpha=0.5, colors=of)
+            drawn = draw_bounding_boxes(drawn, boxes, texts, colors=of)
+        columns["image"].append(large / 255)
+        columns["detections"].append(drawn / 255)
+    return picture({title: torch.stack(tiles) for title, tiles in columns.items()}, per_row=2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Average precision as COCO counts it, of boxes and of masks: pycocotools' six figures for the same detections
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+AREA_RANGES = np.square([[0, 1e5], [0, 32], [32, 96], [96, 1e5]])  # pixels: all, small, medium, large
+HIT, MISS, NOT_COUNTED = 1, 0, -1
+
+
+def box_areas(boxes):
+    """[n, 4] (x0, y0, x1, y1) -> [n]."""
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def box_overlaps(boxes, others):
+    """The area that two boxes share: [m, 4], [n, 4] (x0, y0, x1, y1) -> [m, n]."""
+    start = np.maximum(boxes[:, None, :2], others[:, :2])
+    end = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    return (end - start).clip(0).prod(2)
+
+
+def mask_areas(masks):
+    """n masks, bool [H, W] -> [n], pixels."""
+    return np.array([np.count_nonzero(mask) for mask in masks])
+
+
+def mask_overlaps(masks, others, same_class):
+    """Pixels that two masks share: m and n masks, bool [H, W] -> [m, n]; 0 where not same_class, bool [m, n].
+
+    For speed, only the rows and columns that the other mask spans are looked at.
+    """
+    overlaps = np.zeros(same_class.shape)
+    for j, other in enumerate(others):
+        rows = np.flatnonzero(other.any(1))
+        columns = np.flatnonzero(other.any(0))
+        if len(rows) == 0:
+            continue
+        window = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        inside = np.ascontiguousarray(other[window])
+        for i in np.flatnonzero(same_class[:, j]):
+            overlaps[i, j] = np.count_nonzero(masks[i][window] & inside)
+    return overlaps
+
+
+def outside(areas):
+    """Whether areas [n] lie outside each of the ranges: bool [4, n]. A range includes both of its ends."""
+    low, high = AREA_RANGES.T[..., None]
+    return (areas < low) | (areas > high)
+
+
+def match_image(truths, detections, kind="boxes", max_detections=100):
+    """Which detections of one image are hits, for each range of areas and each IoU threshold.
+
+    By falling score, each detection takes the truth of its class with the largest IoU among those that are
+    free and reach the threshold. Crowds and truths outside the range of areas are taken only if no other can
+    be; the detection is then neither hit nor miss. So is one that takes none, if its own area is outside the
+    range. A crowd can be taken many times; the IoU with it is the part of the detection that lies inside it.
+
+    truths: dict of arrays: boxes [n, 4] (x0, y0, x1, y1) or masks bool [n, H, W], labels [n], crowd bool [n],
+        and areas [n] as annotated, which decide the range
+    detections: dict of arrays: boxes [m, 4] or masks bool [m, H, W], labels [m], scores [m]
+    kind: boxes or masks; IoU and the detections' areas are of these
+    max_detections: in each class, only so many with the highest scores count
+    returns: labels [k], scores [k], outcomes int8 [4, 10, k] of the detections that count, by falling score;
+        labels [n] of the truths, and bool [4, n] which of them are to be found
+    """
+    truths = {key: values[::-1] for key, values in truths.items()}  # of equal IoUs, COCO takes the last truth
+    order = np.argsort(-detections["scores"], kind="stable")
+    labels = detections["labels"][order]
+    rank = np.tril(labels[:, None] == labels, -1).sum(1)  # how many of the same class come before
+    order = order[rank < max_detections]
+    labels = detections["labels"][order]
+    same_class = labels[:, None] == truths["labels"]  # [k, n]
+
+    if kind == "masks":
+        masks = [detections["masks"][i] for i in order]
+        areas, truth_areas = mask_areas(masks), mask_areas(truths["masks"])
+        overlaps = mask_overlaps(masks, truths["masks"], same_class)
+    else:
+        boxes, truth_boxes = detections[kind][order].astype(float), truths[kind].astype(float)
+        areas, truth_areas = box_areas(boxes), box_areas(truth_boxes)
+        overlaps = box_overlaps(boxes, truth_boxes) * same_class
+    unions = np.where(truths["crowd"], areas[:, None], areas[:, None] + truth_areas - overlaps)
+    iou = overlaps / np.maximum(unions, 1e-12)
+
+    wanted = ~(truths["crowd"] | outside(truths["areas"]))  # [4, n]
+    free = np.ones((4, 10, len(truths["labels"])), dtype=bool)
+    outcomes = np.where(outside(areas), NOT_COUNTED, MISS).astype(np.int8)
+    outcomes = outcomes[:, None].repeat(10, axis=1)  # [4, 10, k]
+    for i in np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(1)):
+        possible = free & (iou[i] >= IOU_THRESHOLDS[:, None])
+        best = (possible * (iou[i] + wanted[:, None])).argmax(2, keepdims=True)  # those wanted first
+        taken = possible & (best == np.arange(free.shape[2]))  # [4, 10, n]: one truth or none
+        free &= ~taken | truths["crowd"]
+        outcomes[taken.any(2), i] = NOT_COUNTED
+        outcomes[(taken & wanted[:, None]).any(2), i] = HIT
+    return labels, detections["scores"][order], outcomes, truths["labels"], wanted
+
+
+def precision_of_class(outcomes, num_truths):
+    """One class's precision, averaged over the recalls 0, 0.01, ... 1: outcomes [k] by falling score.
+
+    The precision at a recall is the highest at this recall or above, and 0 at recalls that are not reached.
+    """
+    if num_truths == 0:
+        return np.nan
+    hits = np.cumsum(outcomes == HIT)
+    misses = np.cumsum(outcomes == MISS)
+    precision = hits / np.maximum(hits + misses, 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    reached = np.searchsorted(hits / num_truths, RECALLS)
+    return np.append(precision, 0)[reached].mean()
+
+
+def average_precision(records):
+    """What match_image returned for each image -> dict(ap, ap50, ap75, ap_small, ap_medium, ap_large).
+
+    Each is the mean over the classes with truths in its range of areas, in percent; None if no class has any.
+    """
+    joined = [np.concatenate(parts, axis=-1) for parts in zip(*records)]
+    labels, scores, outcomes, truth_labels, wanted = joined
+    order = np.argsort(-scores, kind="stable")
+    labels, outcomes = labels[order], outcomes[..., order]
+    table = []
+    for label in np.unique(truth_labels):
+        totals = wanted[:, truth_labels == label].sum(1)
+        for total, per_threshold in zip(totals, outcomes[..., labels == label]):
+            table.append([precision_of_class(row, total) for row in per_threshold])
+    table = np.reshape(table, (-1, 4, 10))  # [classes, ranges of areas, IoU thresholds]
+    values = dict(ap=table[:, 0], ap50=table[:, 0, 0], ap75=table[:, 0, 5], ap_small=table[:, 1],
+                  ap_medium=table[:, 2], ap_large=table[:, 3])
+    defined = {name: value[~np.isnan(value)] for name, value in values.items()}
+    return {name: 100 * float(value.mean()) if len(value) else None for name, value in defined.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+
+COLOURS = [[0.20, 0.05, 0.35], [0.20, 0.30, 0.60], [0.10, 0.58, 0.58], [0.45, 0.80, 0.35], [1.00, 0.92, 0.20]]
 
 
 def heat(images, attention):
-    """Images [n, 3, H, W] in [0, 1] and maps [n, gh, gw] -> images under the map, black-red-yellow-white."""
-    attention = F.interpolate(attention[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)
+    """Images [n, 3, H, W] in [0, 1] and maps [n, gh, gw] -> grey images under the maps in colour, from violet
+    to yellow.
+
+    The colours get brighter evenly, and the image below has none, so that the map can be read on any
+    photograph.
+    """
+    attention = F.interpolate(attention[:, None], images.shape[-2:], mode="bilinear", align_corners=False)
     attention = attention / attention.amax((2, 3), keepdim=True).clamp_min(1e-12)
-    colour = (3 * attention - torch.arange(3.0, device=images.device).view(3, 1, 1)).clamp(0, 1)
-    return 0.4 * images + 0.6 * colour
+    colours = torch.tensor(COLOURS, device=images.device)
+    places = torch.arange(len(colours), device=images.device).view(-1, 1, 1)
+    weights = (1 - ((len(colours) - 1) * attention - places).abs()).clamp_min(0)  # of the two nearest colours
+    return 0.4 * images.mean(1, keepdim=True) + 0.6 * torch.einsum("nkhw,kc->nchw", weights, colours)
+
+
+def attention_picture(images, maps, more=()):
+    """Images [n, 3, H, W] in [0, 1] and their attention maps [n, heads, gh, gw] -> a picture [3, h, w].
+
+    A row has an image, the mean of its maps over it, each map if there are several, and the columns `more`.
+    """
+    columns = dict(image=images, attention=heat(images, maps.mean(1)))
+    if maps.shape[1] > 1:
+        columns |= {f"head {i + 1}": heat(images, maps[:, i]) for i in range(maps.shape[1])}
+    return picture(columns | dict(more))
 
 
 def object_flow(flow, regions, patch_size):
-    """Rollout [B, 1+N, 1+N] -> mean over the patches of one object of each image, and these: [B, N], [B, N] bool."""
+    """Rollout [B, 1+N, 1+N] -> its mean over the patches of one object of each image, and these: [B, N], [B,
+    N] bool."""
     if regions.is_floating_point():
         regions = (regions > 0.3).long()  # a class activation map, as in ObjMAE
     maps, found = mim.select_objects(regions, 1)
@@ -773,543 +1358,416 @@ def object_flow(flow, regions, patch_size):
     return flow - flow.amin(1, keepdim=True), member
 
 
-def tile_attention(images, maps, beside=()):
-    """A grid: a row has an image, the mean of its attention maps [n, heads, gh, gw] over it, each map if there are
-    several, and the pictures [n, 3, H, W] `beside`."""
-    shown = denormalize(images)
-    if maps.shape[1] > 1:
-        maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
-    over = [heat(image.expand(len(m), -1, -1, -1), m) for image, m in zip(shown, maps)]
-    rows = [torch.cat(parts) for parts in zip(shown[:, None], over, *(b[:, None] for b in beside))]
-    return tile(torch.cat(rows), columns=len(rows[0]))
+@torch.no_grad()
+def attention(encoder, images, regions=None, query: NonNegativeInt | None = None, rollout: bool = False,
+              seed: NonNegativeInt = 0, device="cpu", precision="fp32") -> dict:
+    """A `picture` [3, h, w] of the last block's attention: a row has the image, the mean of the heads, and
+    each head.
 
-
-def attention(encoder, settings, machine):
-    """A picture of the last block's attention: a row has the image, the mean of the heads over it, and each head.
-
-    rollout: instead, the attention rolled out through all blocks; with regions also one object (all else dark) and the
-    rollout of its patches (ObjMAE, Figures 7 and 10).
+    encoder: a mim.ViT. images: [n, 3, H, W], uint8, or floats that are normalised.
+    regions: maps of the images' regions, for rollout: one object (all else dark) and the rollout of its
+        patches are drawn too (ObjMAE, Figures 7 and 10).
+    query: whose attention: 0 the class token, 1+i patch i, which the picture marks (default: the class token;
+        for LoMaR, which does not train it, the patch in the middle)
+    rollout: the attention rolled out through all blocks instead (see mim.ViT.rollout)
+    seed: of the choice of the object
     """
-    device, amp, _ = machine
-    if settings["query"] is None:
-        (gh, gw), relative = encoder.grid, encoder.relative_position
-        settings["query"] = 1 + gh // 2 * gw + gw // 2 if relative else 0
-    if not 0 <= settings["query"] <= encoder.num_patches:
-        raise UsageError(f"--query {settings['query']}: it may be 0 (class token) to {encoder.num_patches} (the last "
-                         "patch)")
-    items, beside = pictured(settings, encoder.image_size, device), ()
-    images = items["images"]
-    torch.manual_seed(settings["seed"])
-    with torch.no_grad(), amp():
-        if settings.get("rollout"):
-            flow = encoder.rollout(images)
-            maps = flow[:, settings["query"], 1:].unflatten(1, encoder.grid)[:, None]
-            maps = maps - maps.amin((2, 3), keepdim=True)
-        else:
-            maps = encoder.last_attention(images, settings["query"]).unflatten(2, encoder.grid)
-    if settings.get("rollout") and "regions" in items:
-        flow, member = object_flow(flow, items["regions"], encoder.patch_size)
-        inside = F.interpolate(member.unflatten(1, encoder.grid)[:, None].float(), images.shape[-2:])
-        shown = denormalize(images)
-        beside = shown * (0.3 + 0.7 * inside), heat(shown, flow.unflatten(1, encoder.grid))
-    write_picture(settings["output"], tile_attention(images, maps, beside))
-    return dict(picture=str(settings["output"]))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Speed
-
-class RandomTokens(nn.Module):
-    """In place of a tokenizer, at no cost: random tokens, by default DALL-E's 8192."""
-
-    def __init__(self, vocab_size=8192):
-        super().__init__()
-        self.vocab_size = vocab_size
-
-    def tokenize(self, images, grid):
-        return torch.randint(self.vocab_size, (len(images), grid[0] * grid[1]), device=images.device)
-
-
-TOKENS = dict(tokenizer=RandomTokens())
-VARIANTS = {  # name: (method, its arguments); "vit" is the encoder alone on all patches
-    "vit": (None, {}),
-    "mae": ("mae", {}), "simmim": ("simmim", {}), "beit": ("beit", TOKENS),
-    "amt": ("amt", {}), "amt-simmim": ("amt", dict(base="simmim")),
-    "lomar": ("lomar", {}),
-    "objmae-1/2": ("objmae", dict(alpha=1 / 2)), "objmae-1/4": ("objmae", dict(alpha=1 / 4)),
-    "objmae-1/8": ("objmae", dict(alpha=1 / 8)), "objmae-1/16": ("objmae", dict(alpha=1 / 16)),
-    "rae": ("rae", {}), "rmae": ("rmae", {}), "rmae-batch": ("rmae", dict(variant="batch")),
-    "cae": ("cae", {}), "cae-token": ("cae", TOKENS),
-}
-
-
-class Plain(nn.Module):
-    """A ViT under a loss, to time its pass over all patches."""
-
-    inputs = ()
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images):
-        return dict(loss=self.encoder(images).square().mean())
-
-
-def synthetic_batch(method, batch_size, device):
-    """Random images and whatever else the method takes in training, as keyword arguments."""
-    H, W = method.encoder.image_size
-    rows, columns = torch.meshgrid(torch.arange(H) * 4 // H, torch.arange(W) * 4 // W, indexing="ij")
-    regions = (1 + 4 * rows + columns).to(torch.uint8).expand(batch_size, 1, -1, -1)  # 16 squares
-    values = dict(regions=regions, index=torch.arange(batch_size), flip=torch.zeros(batch_size, dtype=torch.bool),
-                  box=torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(batch_size, -1))
-    if hasattr(method, "maps_due"):  # masks from maps that are there, as nearly always in training
-        method.maps = torch.rand(batch_size, *method.encoder.grid, device=device).half()
-    if isinstance(method, mim.ObjMAE):
-        values["regions"] = None  # the whole image as the object, which is the most that alpha leaves
-    inputs = {k: values[k] for k in method.inputs if values[k] is not None}
-    return dict(images=torch.randn(batch_size, 3, H, W)) | inputs
-
-
-def make_variant(name, settings, device):
-    """A variant, its batch and a function that takes one training step, AdamW's included, and returns its seconds."""
-    method, options = VARIANTS[name]
-    size, patch_size = settings["image_size"], settings["patch_size"]
-    cls = mim.METHODS.get(method)
-    try:
-        encoder_options = cls.encoder_options if cls else {}
-        encoder = mim.ViT(size, patch_size, **mim.SIZES[settings["model"]], **encoder_options)
-        model = (cls(encoder, **options) if cls else Plain(encoder)).to(device).train()
-    except ValueError as error:
-        raise UsageError(f"--methods {name}: {error}") from None
-    batch = {k: v.to(device) for k, v in synthetic_batch(model, settings["batch_size"], device).items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
-
-    def step(call=model):
-        began = time.perf_counter()
-        with settings["amp"]():
-            call(**batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    return model, batch, step
-
-
-def count_gmac(model, batch):
-    """10^9 multiply-adds of matrix products and convolutions for one image: forward alone, forward and backward."""
-    one = {k: v[:1] for k, v in batch.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # older torch does not count all fused kernels
-        with FlopCounterMode(display=False) as forward:
-            loss = model(**one)["loss"]
-        with FlopCounterMode(display=False) as backward:
-            loss.backward()
-    model.zero_grad()
-    return forward.get_total_flops() / 2e9, (forward.get_total_flops() + backward.get_total_flops()) / 2e9
-
-
-def matmul_peak(device, dtype, seconds=2.0):
-    """The most multiply-adds a second (in 10^9) that a large matrix product reaches here."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, best, until = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return n**3 / best / 1e9
-
-
-def speed(settings, machine):
-    """Parameters, GMAC, training images/s, ratio to the reference, share of the matmul peak, peak memory: a table.
-
-    `rate` is a variant's multiply-adds a second over the reference's: below 1 where more than products takes time. Its
-    steps and the reference's (MAE's) take turns, so that what else the machine does falls on both. The tokenizer of
-    token targets is not part of the time.
-    """
-    device, amp, _ = machine
-    settings["amp"] = amp
-    names = settings["methods"] or list(VARIANTS)
-    for name in names:
-        check_choice("--methods", name, list(VARIANTS))
-    check_choice("--reference", settings["reference"], list(VARIANTS))
-    peak = matmul_peak(device, PRECISIONS[settings["precision"]])
-    print(f"ViT-{settings['model']}/{settings['patch_size']}, {settings['image_size']} pixels, batch "
-          f"{settings['batch_size']}, {settings['precision']}, {device}; matmul peak {peak:.0f} GMAC/s\n"
-          f"{'':12s}{'parameters':>11s}{'GMAC':>8s}{'images/s':>10s}{'x ' + settings['reference']:>7s}{'rate':>7s}"
-          + f"{'of peak':>9s}"
-          + f"{'MiB':>8s}" * (device.type == "cuda")
-          + f"{'compiled':>10s}{'ratio':>7s}" * bool(settings.get("compile")))
-    reference, batch, reference_step = make_variant(settings["reference"], settings, device)
-    _, reference_gmac = count_gmac(reference, batch)
-    rows = []
-    for name in tqdm(names, leave=False, disable=device.type != "cuda"):
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        model, batch, step = make_variant(name, settings, device)
-        gmac, step_gmac = count_gmac(model, batch)
-        row = dict(name=name, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                   gmac=round(gmac, 2))
-        calls = {"": model} | ({"compiled_": torch.compile(model, dynamic=False)} if settings.get("compile") else {})
-        for prefix, call in calls.items():
-            times = [(step(call), reference_step()) for _ in range(settings["repeats"] + 2)][2:]  # two warm up
-            mine, other = (min(t) for t in zip(*times))
-            row |= {prefix + "images_per_s": round(settings["batch_size"] / mine, 2),
-                    prefix + "ratio": round(other / mine, 3)}
-            if not prefix:
-                row["rate"] = round(row["ratio"] * step_gmac / reference_gmac, 3)
-                row["of_peak"] = round(step_gmac * settings["batch_size"] / mine / peak, 3)
-            if not prefix and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
-        cells = [f"{name:12s}{row['parameters'] / 1e6:10.1f}M{gmac:8.2f}{row['images_per_s']:10.2f}{row['ratio']:7.2f}"
-                 f"{row['rate']:7.2f}{100 * row['of_peak']:8.1f}%"]
-        cells += [f"{row['peak_mib']:8d}"] if "peak_mib" in row else []
-        if settings.get("compile"):
-            cells.append(f"{row['compiled_images_per_s']:10.2f}{row['compiled_ratio']:7.2f}")
-        tqdm.write("".join(cells))
-        rows.append(row)
-        del model, batch, step, calls
-    return dict(rows=rows, matmul_peak_gmac_per_s=round(peak))
-
-
-def data(settings, machine):
-    """Images/s of reading, decoding, cropping and flipping on one core: the usual pipeline of Pillow and transforms v1
-    as MAE's code has it, and `Images`, whose normalisation is left to the device. They take turns."""
-    source = load_data(settings["data"], "pretrain", limit=settings["limit"])
-    if source.in_memory or settings["data"] == "shapes":
-        raise UsageError(f"--task data reads image files, and --data {settings['data']} is none: give a folder")
-    transform = transforms.Compose([
-        transforms.RandomResizedCrop(settings["image_size"], (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-
-    def usual(index):
-        try:
-            with open(source.name(index), "rb") as file:
-                return transform(Image.open(file).convert("RGB"))
-        except Exception as error:
-            raise UsageError(f"{source.name(index)} cannot be decoded as an image ({error})") from None
-
-    images = Images(source, settings["image_size"])
-    torch.set_num_threads(1)
-    seconds = dict(usual=[], ours=[])
-    for epoch in range(settings["repeats"] + 1):
-        for name, read in (("usual", usual), ("ours", lambda index: images[epoch, index])):
-            began = time.perf_counter()
-            for index in tqdm(range(len(source)), desc=name, leave=False):
-                read(index)
-            seconds[name].append(time.perf_counter() - began)
-    speed = {name: len(source) / sorted(s[1:])[len(s) // 2 - 1] for name, s in seconds.items()}  # the first warms up
-    print(f"{source.description}: {speed['usual']:.0f} images/s with Pillow and transforms v1, {speed['ours']:.0f} "
-          f"here, {speed['ours'] / speed['usual']:.2f} times as many")
-    return {name: round(x, 1) for name, x in speed.items()} | dict(ratio=round(speed["ours"] / speed["usual"], 3),
-                                                                   data=settings["data"])
-
-
-# Side by side: a table of what each method gives for the same epochs, and for the same compute
-
-COMPARED = {  # name: what train.py is told
-    "mae": "--method mae", "simmim": "--method simmim", "beit": "--method beit --tokenizer",
-    "amt": "--method amt", "amt-simmim": "--method amt --base simmim", "lomar": "--method lomar",
-    "objmae": "--method objmae", "objmae-inter": "--method objmae --selection inter", "rae": "--method rae",
-    "rmae": "--method rmae", "cae": "--method cae", "cae-token": "--method cae --tokenizer",
-}
-MEASURES = ("knn", "linear", "attentive", "finetune")
-
-
-def shared_flags(settings, *names):
-    """Those of these flags that are set, for the commands of --task compare."""
-    given = {k: settings[k] for k in ("data", "seed", "limit", "device", "precision", "workers", *names)
-             if settings.get(k) is not None}
-    return [word for k, v in given.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-
-
-def train_command(name, epochs, settings):
-    """train.py's arguments for a row of the table, but for --output."""
-    words = ["--method", "dvae"] if name == "dvae" else [*COMPARED[name].split(), "--epochs", str(epochs)]
-    if "--tokenizer" in words:
-        words.insert(words.index("--tokenizer") + 1, str(settings["output"] / "dvae" / "checkpoint.pt"))
-    if words[1] == "objmae" and settings.get("small") and default_regions("objmae", settings["data"]) == "cam":
-        words += ["--regions", "fh"]  # a ResNet-50 of ImageNet has no maps of so small images
-    words += shared_flags(settings, *() if name == "dvae" else ("model", "patch_size"))
-    return ["train.py", *words, *["--compile"] * bool(settings.get("compile"))]
-
-
-def eval_commands(checkpoint, settings, output):
-    """eval.py's arguments for the measures of one encoder. All pool by the mean: some methods train no class token."""
-    common = shared_flags(settings, *("model", "patch_size") if checkpoint == "random" else ())
-    mean, probe = ["--pool", "mean"], ["--cache-features", "--epochs", str(settings["probe_epochs"])]
-    to = lambda name: ["--output", str(output / name)]  # noqa: E731
-    special = dict(knn=mean, linear=[*mean, *probe], attentive=[*probe, *to("attentive.png")],
-                   finetune=[*mean, "--epochs", str(settings["finetune_epochs"]), *to("finetune.pt")])
-    return {task: ["eval.py", str(checkpoint), "--task", task, *special[task], *common] for task in MEASURES}
-
-
-def plain_gmac(encoder):
-    """10^9 multiply-adds of an encoder's pass over all patches of an image: forward alone, forward and backward."""
-    return count_gmac(Plain(encoder), dict(images=torch.zeros(1, 3, *encoder.image_size)))
-
-
-def training_gmac(method, epochs):
-    """10^9 multiply-adds that an image costs in pre-training: forward, backward and AMT's passes for its maps.
-
-    Those of a tokenizer are left out, as BEiT's and CAE's papers do.
-    """
-    tokenizer = getattr(getattr(method, "head", None), "tokenizer", None)
-    if tokenizer is not None:
-        method.head.tokenizer = RandomTokens(tokenizer.vocab_size)
-    gmac = count_gmac(method, synthetic_batch(method, 1, torch.device("cpu")))[1]
-    if hasattr(method, "maps_due"):
-        due = sum(method.maps_due(epoch, epochs) for epoch in range(epochs))
-        gmac += plain_gmac(method.encoder)[0] * due / epochs
-    return gmac
-
-
-def carry_out(command, log, settings):
-    """Runs a command unless its log says that it has been; returns the log's last line.
-
-    The log is the command, what it printed, and last its result; beside it, as .err, what went to stderr. UsageError if
-    the command fails, if another row has, or if another command's run is there.
-    """
-    text, errors = "python " + " ".join(command), log.with_suffix(".err")
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else [""]
-    result = lines[-2] if len(lines) > 2 else ""
-    if lines[0] == text and (result.startswith("{") or "epochs done" in result):
-        return result
-    kept = log.parent / {"train.txt": "checkpoint.pt", "finetune.txt": "finetune.pt"}.get(log.name, "no file")
-    resume = kept.exists() and (command[0] == "train.py" or lines[0] == text)
-    if resume and lines[0] != text:
-        raise UsageError(f"{log.parent} holds a run of another command, {lines[0] or 'without a log'}: choose another "
-                         "--output")
-    if settings["stopped"].is_set():
-        raise UsageError("another row of the table has failed")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, cores() // settings["jobs"]))} if settings["jobs"] > 1 else {}
-    words = [sys.executable, str(Path(__file__).parent / command[0]), *command[1:], *["--resume"] * resume]
-    with open(log, "w") as out, open(errors, "w") as err:
-        print(text, file=out, flush=True)
-        code = subprocess.run(words, stdout=out, stderr=err, env=os.environ | threads).returncode
-    if code:
-        said = errors.read_text(errors="replace").strip().splitlines()
-        why = f"killed by signal {-code}" if code < 0 else said[-1] if said else f"it ended with {code}"
-        raise UsageError(f"{text}: {why}")
-    return log.read_text(errors="replace").split("\n")[-2]
-
-
-def pretrain(name, epochs, settings, output):
-    """Carries out a row's pre-training in the folder `output`."""
-    carry_out([*train_command(name, epochs, settings), "--output", str(output)], output / "train.txt", settings)
-
-
-def compare_row(name, epochs, settings):
-    """Pre-trains and measures one encoder -> dict(epochs, seconds of training, an accuracy for each of MEASURES)."""
-    output = settings["output"] / (name if name in ("random", "supervised") else f"{name}-{epochs}")
-    row = dict(name=name, epochs=epochs, seconds=0.0)
-    if name == "supervised":
-        scratch = eval_commands("random", settings | dict(finetune_epochs=epochs), output)["finetune"]
-        commands = dict(finetune=[*scratch, "--layer-decay", "1"])
-    elif name == "random":
-        commands = eval_commands("random", settings, output)
-    else:
-        pretrain(name, epochs, settings, output)
-        lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-        row |= dict(seconds=sum(line["seconds"] for line in lines), loss=round(lines[-1]["loss"], 4))
-        commands = eval_commands(output / "encoder.pt", settings, output)
-    for task, command in commands.items():
-        result = json.loads(carry_out(command, output / f"{task}.txt", settings))
-        row[task] = result["top1"]
-        row["seconds"] += result["seconds"]
-    return row | dict(seconds=round(row["seconds"]))
-
-
-def compare_table(share, done):
-    """The rows done -> Markdown, a line a method; share: its compute an image over MAE's."""
-    lines = [["", "compute", "k-NN", "linear", "attentive", "fine-tuned", "minutes"], ["---"] * 7]
-    for row in done:
-        accuracies = [f"{row[task]:.1f}" if task in row else "" for task in MEASURES]
-        compute = f"{share[row['name']]:.2f}" if row["name"] in share else ""
-        lines.append([row["name"], compute, *accuracies, f"{row['seconds'] / 60:.0f}"])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def compare(settings, machine):
-    """The methods under one budget: pre-trained for the same epochs, four accuracies each, minutes of all a row took.
-
-    Every row is a sequence of train.py and eval.py commands, which its logs in --output show. What is there is not done
-    again, so that the table goes on after an interrupt. `random` is the untrained encoder, its fine-tuning supervised
-    training from scratch; `supervised` is that for the compute of MAE's pre-training and fine-tuning together.
-    """
-    names, epochs, output = settings["methods"] or list(COMPARED), settings["epochs"], settings["output"]
-    for name in names:
-        check_choice("--methods", name, list(COMPARED))
-    train, _ = (labelled_source(settings, split) for split in ("train", "val"))
-    source = load_data(settings["data"], "pretrain", limit=settings.get("limit"))
-    settle = lambda name: settle_recipe(  # noqa: E731
-        parse_run(train_command(name, epochs, settings)[1:]), len(source), source.image_size)
-    mae = settle("mae")  # whose encoder all have
-    settings |= dict(model=mae["model"], patch_size=mae["patch_size"], small=pair_max(mae["image_size"]) <= SMALL)
-    settings["stopped"] = threading.Event()
-    if any("--tokenizer" in COMPARED[name] for name in names):
-        pretrain("dvae", None, settings | dict(jobs=1), output / "dvae")  # alone, so on all cores
-    methods = {name: build_method(settle(name)) for name in dict.fromkeys(("mae", *names))}
-    gmac = {name: training_gmac(method, epochs) for name, method in methods.items()}
-    share = {name: g / gmac["mae"] for name, g in gmac.items()}
-    scratch = epochs * gmac["mae"] * len(source) / (plain_gmac(methods["mae"].encoder)[1] * len(train))
-    rows = [("random", 0), ("supervised", settings["finetune_epochs"] + round(scratch))]
-    rows = list(dict.fromkeys([*rows, *((name, epochs) for name in names)]))
-    print(f"{len(rows)} encoders; the commands and what they print are in {output}/", file=sys.stderr)
-    done = {}
-    with ThreadPoolExecutor(settings["jobs"]) as pool, tqdm(total=len(rows), desc="encoders") as progress:
-        def work(row):
-            try:
-                return compare_row(*row, settings)
-            except BaseException:  # an interrupt ends the commands, and so comes here too
-                settings["stopped"].set()
-                raise
-
-        for result in as_completed([pool.submit(work, row) for row in rows]):
-            row = result.result()
-            done[row["name"], row["epochs"]] = row
-            progress.update()
-            tqdm.write(json.dumps(row), file=sys.stderr)
-    done = [done[row] for row in rows]
-    print(compare_table(share, done))
-    chosen = {k: settings.get(k) for k in ("data", "limit", "model", "patch_size", "compile")}
-    return dict(rows=done, gmac={k: round(v, 4) for k, v in gmac.items()}, **chosen)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Command line
-
-TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, reconstruct=reconstruct,
-             attention=attention, segment=segment, speed=speed, data=data,
-             compare=compare)
-OF_ALL = ("speed", "compare", "data")  # tasks without a checkpoint
-WHOLE = ("reconstruct", "segment")  # tasks of the whole method, not the encoder alone
-OF_ENCODER = ("knn", "linear", "attentive", "finetune", "attention")
-PICTURES = ("attentive", "reconstruct", "attention", "segment")
-WRITES = (*PICTURES, "finetune")
-ONLY_FOR = dict(  # the decoder of reconstruct and segment has its own image size
-    image_size=("knn", "linear", "attentive", "finetune", "attention", "speed", "data"), images=PICTURES,
-    output=(*WRITES, "compare"), resume=("finetune",),
-    limit=("knn", "linear", "attentive", "finetune", "compare", "data"),
-    cache_features=("linear", "attentive"), rollout=("attention",), tokenizer=("reconstruct",),
-    regions=("reconstruct", "attention", "segment"), cam_weights=("reconstruct", "attention"), points=("segment",),
-    background=("segment",), hints=("segment",), model=(*OF_ENCODER, "speed", "compare"),
-    patch_size=(*OF_ENCODER, "speed"), relative_position=OF_ENCODER, methods=("speed", "compare"), reference=("speed",),
-    compile=("speed", "compare"))
-
-
-def parse(argv):
-    """Command line -> what the user gave; arguments of pre-training methods (for reconstruct) in method_options."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`; speed, data and compare need none")
-    parser.add_argument("--task", help=", ".join(TASKS))
-    parser.add_argument("--data", default="shapes", help="as in train.py")
-    parser.add_argument("--limit", type=int, help="use so many of the training images, evenly spread (default: all)")
-    parser.add_argument("--images", nargs="+", help="image files for a picture, instead of --data")
-    parser.add_argument("--model", help="size of an untrained encoder")
-    parser.add_argument("--image-size", type=int, nargs="+", help="pixels (default: the checkpoint's)")
-    parser.add_argument("--patch-size", type=int, help="of an untrained encoder")
-    parser.add_argument("--relative-position", action="store_true", default=None,
-                        help="an untrained encoder with LoMaR's relative positions")
-    parser.add_argument("--rollout", action="store_true", default=None, help="attention: rolled out through all blocks")
-    parser.add_argument("--regions", help="as in train.py, for reconstruct, segment (default: the run's) and --rollout")
-    parser.add_argument("--cam-weights", help="as in train.py")
-    parser.add_argument("--tokenizer", help="reconstruct: as in train.py, if it is not where it was")
-    parser.add_argument("--methods", nargs="+", help=f"speed: some of {', '.join(VARIANTS)}; compare: "
-                                                             f"some of {', '.join(COMPARED)}")
-    parser.add_argument("--reference", help="speed: the variant that the others are compared with (default: mae)")
-    parser.add_argument("--compile", action="store_true", default=None, help="speed: with torch.compile too; "
-                                                                                   "compare: train with it")
-    parser.add_argument("--points", nargs="+", help="segment: x,y ... in pixels, inside the region")
-    parser.add_argument("--background", nargs="+", help="segment: x,y ... outside of it")
-    parser.add_argument("--hints", help="segment: label PNG of the image's size, 0 unknown, 1 background, 2 region")
-    parser.add_argument("--cache-features", action="store_true", help="linear, attentive: encode training images once")
-    parser.add_argument("--output", help="the file of the picture, or of the fine-tuned model (default: TASK.png or "
-                                         "finetune.pt beside the checkpoint); compare: a folder")
-    parser.add_argument("--resume", action="store_true", default=None, help="finetune: go on from --output")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
-    parser.add_argument("--precision")
-    for name, (kind, text) in SETTINGS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=text)
-    options = {k: p for m in mim.METHODS for k, p in method_parameters(m).items()}
-    add_method_flags(parser.add_argument_group("overrides of the run's method, for reconstruct and segment"), options)
-    given = {k: v for k, v in vars(parser.parse_all(argv)).items() if v is not None}
-    if "task" not in given:
-        raise UsageError(f"--task is missing; it may be {', '.join(TASKS)}")
-    check_choice("--task", given["task"], list(TASKS))
-    given["method_options"] = {k: given.pop(k) for k in options if k in given}
-    if "image_size" in given:
-        given["image_size"] = image_size_flag(given["image_size"])
-    return given
-
-
-def check(given):
-    """Raises UsageError for what does not go with the task, or is out of range."""
-    task = given["task"]
-    if given["method_options"] and task not in WHOLE:
-        raise UsageError(f"--{next(iter(given['method_options'])).replace('_', '-')} is for --task reconstruct")
-    for name in SETTINGS.keys() & given.keys() - RECIPES[task].keys():
-        raise UsageError(f"--{name.replace('_', '-')} is no setting of --task {task}")
-    for name, tasks in ONLY_FOR.items():
-        if given.get(name) and task not in tasks:
-            raise UsageError(f"--{name.replace('_', '-')} is for --task {' and '.join(tasks)}")
-    for name, end in (("label_smoothing", 1), ("drop_path", 1), ("seed", 2**63)):
-        if given.get(name, 0) >= end:
-            raise UsageError(f"--{name.replace('_', '-')} must be below {end}, got {given[name]}")
-    if task == "attention" and "regions" in given and not given.get("rollout"):
+    encoder, images = frozen(encoder, device), prepare(images, device)
+    (gh, gw), p, more = encoder.grid, encoder.patch_size, {}
+    if query is None:
+        query = 1 + gh // 2 * gw + gw // 2 if encoder.relative_position else 0
+    if query > gh * gw:
+        raise UsageError(f"--query {query}: it may be 0 (class token) to {gh * gw} (the last patch)")
+    if regions is not None and not rollout:
         raise UsageError("--regions of --task attention is for --rollout")
-    if given.get("image_visible", 0) > 1:
-        raise UsageError(f"--image-visible must be at most 1, got {given['image_visible']}")
-    check_ranges(given, ("epochs", "batch_size", "base_lr", "layer_decay", "k", "temperature", "count", "repeats",
-                         "image_visible", "finetune_epochs", "probe_epochs", "jobs", "limit"),
-                 ("warmup_epochs", "weight_decay", "drop_path", "label_smoothing", "seed"))
-    check_choice("--pool", given.get("pool", "cls"), ["cls", "mean"])
-    if task in OF_ALL:
-        check_choice("--model", given.get("model", "base"), list(mim.SIZES))
-        if "checkpoint" in given:
-            raise UsageError(f"--task {task} takes no checkpoint, got {given['checkpoint']}")
-    elif "checkpoint" not in given:
-        raise UsageError("which checkpoint? Give a file, or `random`")
+    torch.manual_seed(seed)
+    shown = denormalize(images)
+    with autocast(device, precision):
+        flow = encoder.rollout(images) if rollout else None
+        maps = flow[:, query, None, 1:] if rollout else encoder.last_attention(images, query)
+    maps = maps.float().unflatten(2, (gh, gw))
+    if rollout:
+        maps = maps - maps.amin((2, 3), keepdim=True)
+    if rollout and regions is not None:
+        flow, member = object_flow(flow, regions.to(device), p)
+        inside = F.interpolate(member.unflatten(1, (gh, gw))[:, None].float(), images.shape[-2:])
+        more["object"] = shown * (0.3 + 0.7 * inside)
+        more["of the object"] = heat(shown, flow.unflatten(1, (gh, gw)))
+    if query > 0:
+        top, left = (query - 1) // gw * p, (query - 1) % gw * p
+        shown = shown.clone()
+        patch = shown[:, :, top : top + p, left : left + p]
+        patch.copy_(0.5 * patch + 0.5 * torch.tensor([1.0, 0.0, 0.0], device=device).view(3, 1, 1))
+    return dict(query=query, picture=attention_picture(shown, maps, more))
 
 
-def sized(model):
-    """What has the image size: the encoder of a method, or the model itself."""
-    return model if model is None or hasattr(model, "image_size") else model.encoder
+@torch.no_grad()
+def reconstruct(method, images, regions=None, tokenizer=None, seed: NonNegativeInt = 0, device="cpu",
+                precision="fp32") -> dict:
+    """A `picture` [3, h, w] of images, masked images and reconstructions, and the losses of these images.
+
+    loss_full is CAE's of the whole image, encoded and decoded without the regressor.
+
+    method: one of mim.METHODS. images: [n, 3, H, W], uint8, or floats that are normalised.
+    regions, tokenizer: for methods that take them.
+    seed: of the masks
+    """
+    method, images = frozen(method, device), prepare(images, device)
+    inputs = dict(regions=regions.to(device)) if regions is not None and "regions" in method.inputs else {}
+    if tokenizer is not None:
+        tokenizer = frozen(tokenizer, device)
+    torch.manual_seed(seed)
+    with autocast(device, precision):
+        drawn = draw_reconstruction(method, images, tokenizer=tokenizer, **inputs)
+        torch.manual_seed(seed)  # the same masks
+        if tokenizer is not None:
+            inputs["tokens"] = tokenizer.tokenize(images, method.encoder.grid)
+        out = method(images, **inputs)
+        if hasattr(method, "reconstruct_full"):
+            ids = torch.arange(method.encoder.num_patches, device=device).expand(len(images), -1)
+            full = method.reconstruct_full(images)
+            out["loss_full"] = method.head.compare(full, images, inputs.get("tokens"), ids)[0]
+    losses = {k: round(v.item(), 4) for k, v in out.items() if k.startswith("loss") or k == "accuracy"}
+    return losses | dict(picture=drawn)
 
 
-def settle(given, model, precision, on_cuda):
-    """What the user gave, the task's recipe for the rest -> all settings; model: the method or encoder, or None."""
-    task, encoder = given["task"], sized(model)
-    recipe = dict(RECIPES[task])
-    small = task in SMALL_RECIPES and encoder is not None and max(encoder.image_size) <= SMALL
-    if small or task in ("speed", "compare") and not on_cuda:
-        recipe |= SMALL_RECIPES[task]
-    if task == "finetune" and not small and encoder.embed_dim >= mim.SIZES["large"]["embed_dim"]:
-        recipe |= LARGE_FINETUNE | (dict(drop_path=0.3) if encoder.embed_dim >= mim.SIZES["huge"]["embed_dim"] else {})
-    if "epochs" in given and "warmup_epochs" in recipe:  # a shorter run warms up for the same share of it
-        recipe["warmup_epochs"] *= min(1.0, given["epochs"] / recipe["epochs"])
-    settings = recipe | dict(precision=precision) | given
-    if getattr(encoder, "relative_position", False) and "pool" in recipe:  # LoMaR pools by the mean, and
-        settings["pool"] = given.get("pool", "mean")
-        if task == "finetune" and not small:
-            settings["base_lr"] = given.get("base_lr", 1e-3)  # fine-tunes at 1e-3 (its §6.1)
-    if task == "compare":
-        settings["output"] = Path(given.get("output", f"runs/compare-{Path(given['data']).name}"))
-        return settings | dict(precision=given.get("precision"))
-    beside = Path("runs/random") if given.get("checkpoint") == "random" else Path(given.get("checkpoint", "")).parent
-    settings["output"] = Path(given.get("output", beside / f"{task}.{'pt' if task == 'finetune' else 'png'}"))
-    return settings
+# ---------------------------------------------------------------------------------------------------------
+# Interactive segmentation (R-MAE, Figure 6): a region is completed from a few of its patches
 
 
-def try_output(path):
-    """Says at once, and not after an hour, if a file cannot be written there."""
+def draw_patches(first, num_patches, count):
+    """`count` patches of an image, [B, count]: those of `first` [B, n] and random others."""
+    noise = torch.rand(len(first), num_patches, device=first.device).scatter(1, first, 2.0)
+    return noise.argsort(1, descending=True)[:, :count]
+
+
+def hint_patches(patches, count):
+    """Maps in patches [B, N, p*p] -> `count` random patches of each, one of which shows the object, [B,
+    count]."""
+    first = (torch.rand(patches.shape[:2], device=patches.device) + patches.any(-1)).argmax(-1, keepdim=True)
+    return draw_patches(first, patches.shape[1], count)
+
+
+def complete(method, images, maps, ids, image_visible):
+    """method.complete of the hints `ids` [B, n] of maps, for images of which a share of the patches is
+    encoded."""
+    N = method.encoder.num_patches
+    ids_image = draw_patches(ids, N, max(ids.shape[1], int(image_visible * N)))
+    return method.complete(images, maps, ids, ids_image).float()
+
+
+def nearest_hint(patches, ids, grid):
+    """What a patch's nearest shown patch holds: patches [B, N, p*p] with `ids` [B, n] shown -> bool [B, N,
+    p*p]."""
+    place = torch.cartesian_prod(*(torch.arange(float(side), device=ids.device) for side in grid))
+    nearest = torch.cdist(place.expand(len(ids), -1, -1), place[ids]).argmin(2)
+    mostly = mim.take(patches, ids).float().mean(2) > 0.5
+    return mostly.gather(1, nearest)[..., None].expand_as(patches)
+
+
+def hidden_iou(guess, patches, ids):
+    """Intersection over union [B] of two maps in patches [B, N, p*p], outside of the shown patches `ids`; nan
+    if both are empty there."""
+    hidden = torch.ones_like(patches[..., :1]).scatter(1, ids[..., None], False)
+    return (guess & patches & hidden).sum((1, 2)) / ((guess | patches) & hidden).sum((1, 2))
+
+
+def show_hints(maps, ids, patch_size, grid):
+    """Maps [B, 1, H, W] -> a picture [B, 3, H, W] of their patches `ids`, all others grey."""
+    patches = mim.patchify(maps.float(), patch_size)
+    shown = mim.put(torch.full_like(patches, 0.5), ids, mim.take(patches, ids))
+    return mim.unpatchify(shown, patch_size, grid).expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt = 8, seed: NonNegativeInt = 0,
+            device="cpu", precision="fp32", workers=0) -> dict:
+    """Completes objects of which 80, 85 and 90% of the patches are hidden -> mean intersection over union
+    (IoU, in percent) inside the hidden patches, beside it that of copying the nearest shown patch, and a
+    `picture`.
+
+    method: mim.RMAE or RAE. images: datasets.Images with regions, label maps.
+    image_visible: share of the image's patches that are encoded, the hints' among them, 0 to 1; the default
+        is as many as in pre-training
+    count: images in the picture
+    seed: of hints and objects
+    """
+    method = frozen(method, device)
+    encoder, p = method.encoder, method.encoder.patch_size
+    torch.manual_seed(seed)
+    scores, columns, objects = {}, {}, 0
+    for batch in tqdm(make_loader(images, workers, device, batch_size=64), "segment", leave=False):
+        maps, found = mim.select_objects(batch["regions"].to(device), 1)
+        some, maps = prepare(batch["image"], device)[found[:, 0]], maps[found[:, 0]]
+        tiles = dict(image=denormalize(some), region=maps.expand(-1, 3, -1, -1))
+        patches, objects = mim.patchify(maps, p), objects + len(some)
+        for ratio in (80, 85, 90):
+            ids = hint_patches(patches, max(1, round(encoder.num_patches * (1 - ratio / 100))))
+            with autocast(device, precision):
+                completed = complete(method, some, maps, ids, image_visible)
+            guesses = dict(iou=mim.patchify(completed, p) > 0.5)
+            guesses["nearest_hint"] = nearest_hint(patches, ids, encoder.grid)
+            for name, guess in guesses.items():
+                scores.setdefault(f"{name}_{ratio}", []).append(hidden_iou(guess, patches, ids))
+            tiles[f"{ratio}% hidden"] = show_hints(maps, ids, p, encoder.grid)
+            tiles[f"{ratio}% completed"] = completed.expand(-1, 3, -1, -1)
+        for title, tile in tiles.items():
+            columns[title] = torch.cat([*columns.get(title, []), *tile.float()[:, None]])[:count]
+    if not objects:
+        raise UsageError("--task segment: no image has a region of at least 5% of it")
+    means = {name: round(100 * torch.cat(values).nanmean().item(), 2) for name, values in scores.items()}
+    return means | dict(objects=objects, picture=picture(columns))
+
+
+def read_hints(size, grid_size, patch_size, points=(), background=(), hints=None):
+    """An image's hints -> its label map [H, W] int64: 0 unknown, 1 background, 2 region.
+
+    size, grid_size: (height, width) of the image, and of the map; for the rest see `segment_image`.
+    """
+    (height, width), (H, W), p = size, grid_size, patch_size
+    labels = torch.zeros(H, W, dtype=torch.long)
+    if hints is not None:
+        try:
+            drawn = torch.from_numpy(read_ids(hints).astype(int))
+        except Exception as error:  # decoders raise anything
+            raise UsageError(f"--hints {hints}: it is no label PNG ({error})") from None
+        if drawn.shape != (height, width):
+            raise UsageError(f"--hints {hints}: {drawn.shape[1]}x{drawn.shape[0]} pixels, the image has "
+                             f"{width}x{height}")
+        labels = F.interpolate(drawn[None, None].float(), (H, W), mode="nearest-exact")[0, 0]
+        labels = labels.long().clamp(max=2)
+    for flag, label, places in (("points", 2, points), ("background", 1, background)):
+        for place in places or ():
+            try:
+                x, y = (float(number) for number in place.split(","))
+            except ValueError:
+                raise UsageError(f"--{flag} {place}: a point is x,y in pixels") from None
+            if not (0 <= x < width and 0 <= y < height):
+                raise UsageError(f"--{flag} {place} is outside of the image of {width}x{height} pixels")
+            row, column = (int(v) // p * p for v in (y * H / height, x * W / width))
+            labels[row : row + p, column : column + p] = label
+    return labels
+
+
+@torch.no_grad()
+def segment_image(method, image, points: list[str] | None = None, background: list[str] | None = None,
+                  hints: str | None = None, image_visible: Fraction = 0.25, seed: NonNegativeInt = 0,
+                  device="cpu", precision="fp32") -> dict:
+    """Completes the region of one image from the user's hints -> a `picture` and the `mask`, [1, h, w] as the
+    image.
+
+    method: mim.RMAE or RAE. image: uint8 [3, h, w].
+    points: with --images: x,y ... in pixels of the image, inside the region; each shows its whole patch
+    background: with --images: x,y ... in pixels of the image, outside of the region
+    hints: with --images: label PNG of the image's size, 0 unknown, 1 background, 2 region
+    image_visible: see `segment`
+    seed: of the image's patches
+    """
+    method = frozen(method, device)
+    encoder, p = method.encoder, method.encoder.patch_size
+    labels = read_hints(image.shape[1:], encoder.image_size, p, points, background, hints)
+    labels = labels[None, None].to(device)
+    shown = mim.patchify(labels, p).any(-1)
+    if not (labels == 2).any():
+        raise UsageError("--task segment of --images needs hints: --points x,y ... inside the region, or "
+                         "--hints")
+    if shown.all():
+        raise UsageError("--hints: there is no patch left to complete")
+    ids, region = shown.nonzero()[:, 1][None], labels == 2
+    whole = v2.functional.resize(image[None], encoder.image_size, v2.InterpolationMode.BICUBIC)
+    whole = prepare(whole, device)
+    torch.manual_seed(seed)
+    with autocast(device, precision):
+        completed = complete(method, whole, region, ids, image_visible)
+    drawn = denormalize(whole)
+    columns = dict(image=drawn, hints=show_hints(region, ids, p, encoder.grid))
+    columns |= dict(completed=completed.expand(-1, 3, -1, -1), region=drawn * (0.2 + 0.8 * completed))
+    mask = F.interpolate(completed, image.shape[1:], mode="bilinear", align_corners=False)[0] > 0.5
+    return dict(picture=picture(columns), mask=mask.float())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints and images of the command line
+
+
+@contextlib.contextmanager
+def names_file(path):
+    """Makes one line that names the file of what reading it raises."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, RuntimeError, TypeError) as error:
+        message = str(error).splitlines()[0]
+        raise UsageError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def loaded(model, path, missing, left_over):
+    """Says on stderr what a checkpoint lacked and what of it was not used; returns the model."""
+    for what, names in (("missing", missing), ("left over", left_over)):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            print(f"{path}: {what}: {', '.join(names[:4])}{more}", file=sys.stderr)
+    if not all_finite(model):
+        raise UsageError(f"{path}: its weights are not all finite numbers")
+    return model
+
+
+def open_encoder(checkpoint, data="shapes", images=None, image_size: list[PositiveInt] | None = None,
+                 model: Literal[tuple(mim.SIZES)] | None = None, patch_size: PositiveInt | None = None,
+                 relative_position: bool = False, seed: NonNegativeInt = 0):
+    """The ViT of a checkpoint, or an untrained one.
+
+    image_size: pixels, one number or height and width (default: the checkpoint's)
+    model: size of an untrained encoder (default: nano for the scenes, tiny for images of up to 96 pixels,
+        else base)
+    patch_size: of an untrained encoder, pixels (default: 16; of images of up to 96 pixels an eighth)
+    relative_position: an untrained encoder with LoMaR's relative positions
+    seed: of an untrained encoder
+    """
+    size = image_pair(image_size) if image_size else None
+    if checkpoint == "random":
+        size = size or image_pair([load_data(data, "val").image_size])
+        small = max(size) <= SMALL
+        model = model or ("nano" if data == "shapes" else "tiny" if small else "base")
+        torch.manual_seed(seed)
+        with names_file("--image-size"):
+            return mim.ViT(size, patch_size or (max(1, max(size) // 8) if small else 16), **mim.SIZES[model],
+                           relative_position=relative_position)
+    for flag, value in dict(model=model, patch_size=patch_size, relative_position=relative_position).items():
+        if value:
+            flag = flag.replace("_", "-")
+            raise UsageError(f"--{flag} is for an untrained encoder; {checkpoint} brings its own")
+    with names_file(checkpoint):
+        content = mim.load_file(checkpoint)
+        args = content.get("args") if isinstance(content, dict) else None
+        if size is None and isinstance(args, dict):
+            size = args.get("image_size")  # the only record of a grid that is not square
+        if size is None and not any(name.endswith("pos_embed") for name in mim.read_checkpoint(content)):
+            why = f"{checkpoint} has relative positions, which fit any size"
+            if images:
+                raise UsageError(f"--image-size is needed: {why}")
+            size = load_data(data, "val").image_size
+            print(f"{why}: taking the data's, {size}", file=sys.stderr)
+        encoder, names = mim.vit_from_checkpoint(content, size)
+    return loaded(encoder, checkpoint, *names)
+
+
+def read_method(checkpoint, task):
+    """A file with a whole pre-trained model -> (its content, the classes whose arguments may be
+    overridden)."""
+    if checkpoint == "random":
+        raise UsageError(f"--task {task} needs a whole pre-trained model, not random")
+    with names_file(checkpoint):
+        content, classes = mim.load_file(checkpoint), [mim.MAE]
+        args = content.get("args") if isinstance(content, dict) else None
+        if isinstance(args, dict) and "method" in args:
+            content = load_run(checkpoint)
+            names = (args["method"], args.get("base") if args["method"] == "amt" else None)
+            classes = [mim.METHODS[name] for name in names if name in mim.METHODS]
+        elif not any(name.startswith("decoder_blocks.") for name in mim.read_checkpoint(content)):
+            raise ValueError(f"it has an encoder only; --task {task} needs the checkpoint.pt of a run"
+                             + (", or an MAE with its decoder" if task == "reconstruct" else ""))
+    if task == "segment" and not hasattr(classes[0], "complete"):
+        raise UsageError("--task segment is for runs of rae and rmae")
+    return content, classes
+
+
+def open_method(checkpoint, content, tokenizer=None, **overrides):
+    """What `read_method` has read -> (method, tokenizer or None). overrides: arguments of its constructor to
+    change."""
+    args = content.get("args")  # MAE's files hold the options of their training as a Namespace.
+    with names_file(checkpoint):
+        if isinstance(args, dict) and "method" in args:
+            method, tokenizer = method_from_run(content, checkpoint, tokenizer, **overrides)
+            return loaded(method, checkpoint, (), ()), tokenizer
+        state = mim.read_checkpoint(content)
+        encoder, _ = mim.vit_from_checkpoint(state)
+        norm_pix = vars(args).get("norm_pix_loss") if isinstance(args, argparse.Namespace) else None
+        if norm_pix is not None:
+            overrides = dict(norm_pix=bool(norm_pix)) | overrides
+        depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+        options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, decoder_heads=16)
+        method = mim.MAE(encoder, **options | overrides)
+        return loaded(method, checkpoint, *mim.load_mae(method, state)), None
+
+
+def open_labelled(data, size, limit=None, view="center", augment=None, seed=0):
+    """dict(train, val) of --data as datasets.Images; `view` and `augment` are for the training images."""
+    if rank():
+        dist.barrier()  # the first process goes first, as it may download
+    train, val = load_data(data, "train", size, limit), load_data(data, "val", size)
+    if world_size() > 1 and not rank():
+        dist.barrier()
+    if len(train.classes) < 2:
+        raise UsageError(f"this task needs labels: a folder per class; {train.description}")
+    if rank() == 0:
+        print(f"{train.description}; {val.description}", file=sys.stderr)
+    options = dict(crop_scale=(0.08, 1.0), augment=augment, seed=seed)
+    return dict(train=Images(train, size, view, **options), val=Images(val, size, "center"))
+
+
+def open_dense(data, task, size, limit=None, seed=0):
+    """dict(train, val) of --data as `DenseImages`; images of up to 96 pixels are scaled less, and keep
+    colours."""
+    small = max(size) <= SMALL
+    sources = [load_dense(data, task == "detect", split, size, limit if split == "train" else None)
+               for split in ("train", "val")]
+    if rank() == 0:
+        print("; ".join(source.description for source in sources), file=sys.stderr)
+    scale = (0.8, 1.25) if small else (0.1, 2.0) if task == "detect" else (0.5, 2.0)
+    train = DenseImages(sources[0], size, scale, distort=task == "semseg" and not small, seed=seed)
+    return dict(train=train, val=DenseImages(sources[1], size))
+
+
+def open_images(settings, size, images: list[str] | None = None):
+    """What is drawn, as datasets.Images: the files of --images, or the val split of --data.
+
+    images: image files, instead of --data
+    """
+    regions, kind = None, settings.get("regions")
+    for path in images or ():
+        try:
+            small = min(decode(path).shape[1:]) < MIN_SIDE
+        except Exception:  # decoders raise anything
+            reason = "cannot be decoded as an image" if Path(path).is_file() else "no such file"
+            raise UsageError(f"--images {path}: {reason}") from None
+        if small:
+            raise UsageError(f"--images {path}: a side has fewer than {MIN_SIDE} pixels")
+    if images:
+        source = Files("", images, [0] * len(images), [], "")
+    else:
+        source = load_data(settings["data"], "val", size)
+    if kind and images and kind != "fh":
+        raise UsageError(f"--regions {kind}: single images have no regions but fh")
+    if kind:
+        regions = call(open_regions, settings, source=source, split="val")
+    if hasattr(regions, "fill") and not images:
+        regions.fill(settings["workers"])
+    return Images(source, size, "center", regions=regions)
+
+
+def few(dataset, images=None, count: PositiveInt = 8):
+    """The images (and regions) to draw.
+
+    count: images in the picture, spread over those of --data
+    """
+    if images is None and count > len(dataset):
+        raise UsageError(f"--count {count} is more than the {len(dataset)} images that there are")
+    return picture_items(dataset, len(images) if images else count)
+
+
+def open_output(checkpoint, task, output: str | None = None):
+    """The file to write, which is tried at once, and not after an hour.
+
+    output: the file of the picture, or of the fine-tuned model (default: TASK.png, or finetune.pt, beside the
+        checkpoint)
+    """
+    if output == "":
+        raise UsageError("--output '': give the name of a file")
+    beside = Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent
+    ending = ".pt" if "resume" in inspect.signature(TASKS[task]).parameters else ".png"
+    path = Path(output or beside / (task + ending))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -1317,38 +1775,119 @@ def try_output(path):
         raise UsageError(f"--output {path}: {error.strerror}") from None
     if path.is_dir():
         raise UsageError(f"--output {path}: it is a folder; give a file")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+
+TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, semseg=semseg, detect=detect,
+             reconstruct=reconstruct, attention=attention, segment=segment)
+
+
+def parse(argv):
+    """Command line -> (what the user gave, what the checkpoint of a whole method holds, its classes)."""
+    parser = Parser(description=__doc__, epilog="With --task, --help lists its flags.")
+    first = Parser(add_help=False)
+    for one in (first, parser):
+        one.add_argument("checkpoint", nargs="?", help="a file, or `random`")
+        one.add_argument("--task", help=", ".join(TASKS))
+    known = vars(first.parse_known_args(argv)[0])
+    task, content, classes = known.get("task"), None, []
+    if task is not None:
+        check_choice("--task", task, list(TASKS))
+        takes = inspect.signature(TASKS[task]).parameters
+        functions, skip = [TASKS[task], load_data, open_device], {"vocab_size"}
+        if "encoder" in takes:
+            functions += [open_encoder] + [open_regions] * (task == "attention")
+        elif "checkpoint" in known:
+            content, classes = read_method(known["checkpoint"], task)
+            needs_tokens = any("vocab_size" in inspect.signature(cls).parameters for cls in classes)
+            needs_regions = any("regions" in cls.inputs for cls in classes)
+            functions += [*classes, *[load_tokenizer] * needs_tokens, *[open_regions] * needs_regions]
+        functions += [segment_image] * (task == "segment") + [open_images, few] * ("images" in takes)
+        functions += [open_output] * ("images" in takes or "output" in takes)
+        for function in functions:
+            parser.add(function, skip if "train" in takes else skip | {"limit"})
+    given = parser.parse(argv)
+    if task is None:
+        raise UsageError(f"--task is missing; it may be {', '.join(TASKS)}")
+    if "checkpoint" not in given:
+        raise UsageError("which checkpoint? Give a file, or `random`")
+    for flag in ("points", "background", "hints"):
+        if flag in given and "images" not in given:
+            raise UsageError(f"--{flag} needs --images: the hints are of one image")
+    return given, content, classes
+
+
+def open_model(given, content, classes):
+    """The encoder or whole method of the checkpoint -> (dict of it, as a task takes it; settings that
+    follow)."""
+    if "encoder" in inspect.signature(TASKS[given["task"]]).parameters:
+        encoder = call(open_encoder, given)
+        return dict(encoder=encoder), recipe(given["task"], encoder)
+    overrides = {name: given[name] for cls in classes for name in flag_parameters(cls) if name in given}
+    method, tokenizer = open_method(given["checkpoint"], content, given.get("tokenizer"), **overrides)
+    settings = {}
+    if "regions" in method.inputs:  # those of the run
+        settings |= {name: content["args"].get(name) for name in flag_parameters(open_regions)}
+        settings |= dict(regions="fh") if "images" in given else {}
+    return dict(method=method) | ({} if tokenizer is None else dict(tokenizer=tokenizer)), settings
 
 
 def main(argv):
-    """One evaluation, from the command line to its JSON line."""
-    given = parse(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("eval.py runs in one process: start it with python, not with torchrun")
-    task, began = given["task"], time.perf_counter()
-    device, precision, workers = settle_machine(given)
-    check(given)
-    model = None if task in OF_ALL else open_method(given) if task in WHOLE else open_encoder(given)
-    settings = settle(given, model, precision, device.type == "cuda")
-    amp = lambda: torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")  # noqa: E731
-    machine = device, amp, workers
-    if task in WRITES:
-        try_output(settings["output"])
-    for i in range(len(settings.get("images", []))):
-        FileList(settings["images"]).read(i)  # says now what is wrong
-    if task in OF_ALL:
-        result = dict(task=task, **TASKS[task](settings, machine))
-    else:
-        try:
-            result = TASKS[task](model.to(device).eval(), settings, machine)
-        except KeyboardInterrupt:
-            if task != "finetune":
-                raise
-            raise KeyboardInterrupt(f"what {settings['output']} has is kept, --resume continues from it") from None
-        result = dict(task=task, **result, checkpoint=given["checkpoint"], data=given["data"])
-        result |= dict(image_size=list(sized(model).image_size))
-    result |= {k: settings[k] for k in RECIPES[task]}
-    result |= dict(seed=given["seed"], device=str(device), precision=precision)
-    print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1))))
+    """One evaluation, from the command line to its line of JSON."""
+    began = time.perf_counter()
+    given, content, classes = parse(argv)
+    task, run = given["task"], TASKS[given["task"]]
+    takes = inspect.signature(run).parameters
+    device, precision, workers = call(open_device, given)
+    join_processes(device)
+    if world_size() > 1 and "resume" not in takes:
+        raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
+    # What the user gave, else what the model asks for; else the default of the function that takes it
+    fixed, settings = open_model(given, content, classes)
+    size = sized(fixed.get("method", fixed.get("encoder"))).image_size
+    settings = dict(data="shapes", seed=0) | settings | given
+    settings |= dict(device=device, precision=precision, workers=workers)
+    if "images" in takes or "output" in takes:
+        settings["output"] = call(open_output, settings)
+    if task in ("semseg", "detect"):
+        fixed |= call(open_dense, settings, task=task, size=size)
+    elif "train" in takes:
+        fresh = not settings.get("cache_features", task == "knn")
+        fixed |= call(open_labelled, settings, size=size, view="crop" if fresh else "center",
+                      augment=augmentation() if task == "finetune" else None)
+    if "images" in takes:
+        images = call(open_images, settings, settings=settings, size=size)
+        fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
+        if task == "segment" and "images" in given:
+            run, fixed = segment_image, dict(method=fixed["method"], image=images.source[0]["image"])
+    try:
+        result = call(run, settings, **fixed)
+    except KeyboardInterrupt:
+        kept = f"what {settings['output']} has is kept, --resume continues from it"
+        raise KeyboardInterrupt(kept if "resume" in takes else "") from None
+    for name, ending in (("picture", ""), ("mask", "_mask")):
+        if name in result:
+            path = settings["output"].with_stem(settings["output"].stem + ending)
+            path = path.with_suffix(".png") if "resume" in takes else path
+            save_picture(path, result[name])
+            result[name] = str(path)
+    shown = {name: settings.get(name, p.default) for name, p in flag_parameters(run).items()} | result
+    shown.pop("resume", None)
+    if "images" in given:
+        shown["images"] = given["images"]
+    if "train" in takes or "images" not in given:
+        shown["data"] = settings["data"]
+    if "output" in takes:
+        shown["output"] = str(settings["output"])
+    shown |= dict(checkpoint=given["checkpoint"], image_size=list(size), seed=settings["seed"],
+                  device=str(device), precision=precision, seconds=round(time.perf_counter() - began, 1))
+    if rank() == 0:
+        print(json.dumps(dict(task=task) | shown))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,465 @@
+"""What methods cost and what they give; not part of the test suite: `python tests/benchmark.py speed --model
+base`.
+
+speed: what a training step of each method costs. data: what reading images costs. compare: what all methods
+give when they are pre-trained and evaluated alike. Each prints a table, and its numbers as one line of JSON
+last.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import mim  # noqa: E402
+import train  # noqa: E402
+from datasets import MEAN, SMALL, STD, Images, UsageError, default_regions, load_data  # noqa: E402
+from train import NonNegativeInt, Parser, PositiveInt  # noqa: E402
+from train import autocast, call, check_choice, exit_with_one_line  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------
+# speed
+
+VOCABULARY = dict(vocab_size=8192)  # DALL-E's; tokens are drawn at random, so that no tokenizer takes time
+VARIANTS = {  # name: (method, its arguments); "vit" is the encoder alone on all patches
+    "vit": (None, {}),
+    "mae": ("mae", {}), "simmim": ("simmim", {}), "beit": ("beit", VOCABULARY),
+    "amt": ("amt", {}), "amt-simmim": ("amt", dict(base="simmim")),
+    "lomar": ("lomar", {}),
+    "objmae-1/2": ("objmae", dict(alpha=1 / 2)), "objmae-1/4": ("objmae", dict(alpha=1 / 4)),
+    "objmae-1/8": ("objmae", dict(alpha=1 / 8)), "objmae-1/16": ("objmae", dict(alpha=1 / 16)),
+    "rae": ("rae", {}), "rmae": ("rmae", {}), "rmae-batch": ("rmae", dict(variant="batch")),
+    "cae": ("cae", {}), "cae-token": ("cae", VOCABULARY),
+}
+
+
+class Plain(nn.Module):
+    """A ViT under a loss, to time its pass over all patches."""
+
+    inputs = ()
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images):
+        return dict(loss=self.encoder(images).square().mean())
+
+
+def build_variant(name, image_size, patch_size, model):
+    """A variant by its name -> the method (or Plain), for ViT of that size."""
+    method, options = VARIANTS[name]
+    if method is None:
+        return Plain(mim.ViT(image_size, patch_size, **mim.SIZES[model]))
+    return train.build_method(method, image_size, patch_size=patch_size, model=model, **options)
+
+
+def synthetic_batch(method, batch_size, device="cpu"):
+    """Random images and whatever else the method takes in training, as keyword arguments.
+
+    ObjMAE gets no regions: then the whole image is the object, the most work that alpha leaves.
+    """
+    H, W = method.encoder.image_size
+    rows, columns = torch.meshgrid(torch.arange(H) * 4 // H, torch.arange(W) * 4 // W, indexing="ij")
+    regions = (1 + 4 * rows + columns).to(torch.uint8).expand(batch_size, 1, -1, -1)  # 16 squares
+    box, flip = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor(False)
+    values = dict(regions=regions, index=torch.arange(batch_size), flip=flip.expand(batch_size),
+                  box=box.expand(batch_size, -1))
+    names = [name for name in method.inputs if not isinstance(method, mim.ObjMAE)]
+    batch = dict(images=torch.randn(batch_size, 3, H, W)) | {name: values[name] for name in names}
+    if getattr(method, "vocab_size", None):
+        batch["tokens"] = torch.randint(method.vocab_size, (batch_size, method.encoder.num_patches))
+    if hasattr(method, "maps_due"):  # masks from maps that are there, as nearly always in training
+        method.maps = torch.rand(batch_size, *method.encoder.grid, device=device).half()
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def make_step(model, batch, device, precision):
+    """A function that takes one training step, AdamW's included, and returns its seconds."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+
+    def step(call=model):
+        began = time.perf_counter()
+        with autocast(device, precision):
+            call(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return step
+
+
+def count_gmac(model, batch):
+    """10^9 multiply-adds of matrix products and convolutions for one image: forward alone, forward and
+    backward."""
+    one = {name: value[:1] for name, value in batch.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # older torch does not count all fused kernels
+        with FlopCounterMode(display=False) as forward:
+            loss = model(**one)["loss"]
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    model.zero_grad()
+    return forward.get_total_flops() / 2e9, (forward.get_total_flops() + backward.get_total_flops()) / 2e9
+
+
+def matmul_peak(device, dtype, seconds=2.0):
+    """The most multiply-adds a second (in 10^9) that a large matrix product reaches here."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best, until = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return n**3 / best / 1e9
+
+
+def speed(methods: list[str] | None = None, reference: str = "mae",
+          model: Literal[tuple(mim.SIZES)] | None = None, image_size: PositiveInt = 224,
+          patch_size: PositiveInt = 16, batch_size: PositiveInt | None = None, repeats: PositiveInt = 5,
+          compile: bool = False, device="cpu", precision="fp32"):
+    """Parameters, GMAC, training images/s, ratio to the reference, share of the matmul peak, peak memory: a
+    table.
+
+    `rate` is a variant's multiply-adds a second over the reference's: below 1 where more than products takes
+    time. Its steps and the reference's take turns, so that what else the machine does falls on both. The
+    tokenizer of token targets is not part of the time.
+
+    methods: some of the variants (default: all)
+    reference: the variant that the others are compared with
+    model: size of the encoder (default: base on CUDA, else small)
+    image_size: pixels
+    patch_size: pixels
+    batch_size: images a step (default: 64 on CUDA, else 4)
+    repeats: timed steps of each variant
+    compile: with torch.compile too
+    """
+    on_cuda, rows = device.type == "cuda", []
+    model, batch_size = model or ("base" if on_cuda else "small"), batch_size or (64 if on_cuda else 4)
+    for name in methods or ():
+        check_choice("--methods", name, list(VARIANTS))
+    check_choice("--reference", reference, list(VARIANTS))
+    peak = matmul_peak(device, train.PRECISIONS[precision])
+    print(f"ViT-{model}/{patch_size}, {image_size} pixels, batch {batch_size}, {precision}, {device}; matmul "
+          f"peak {peak:.0f} GMAC/s")
+    print(f"{'':12s}{'parameters':>11s}{'GMAC':>8s}{'images/s':>10s}{'x ' + reference:>7s}{'rate':>7s}"
+          + f"{'of peak':>9s}" + f"{'MiB':>8s}" * on_cuda + f"{'compiled':>10s}{'ratio':>7s}" * compile)
+
+    def prepare(name):
+        variant = build_variant(name, image_size, patch_size, model).to(device).train()
+        batch = synthetic_batch(variant, batch_size, device)
+        return variant, make_step(variant, batch, device, precision), count_gmac(variant, batch)
+
+    _, reference_step, (_, reference_gmac) = prepare(reference)
+    for name in tqdm(methods or list(VARIANTS), leave=False, disable=not on_cuda):
+        before = torch.cuda.memory_allocated() if on_cuda else 0
+        variant, step, (gmac, step_gmac) = prepare(name)
+        parameters = sum(p.numel() for p in variant.parameters() if p.requires_grad)
+        row = dict(name=name, parameters=parameters, gmac=round(gmac, 2))
+        calls = {"": variant}
+        if compile:
+            calls["compiled_"] = torch.compile(variant, dynamic=False)
+        for prefix, function in calls.items():
+            times = [(step(function), reference_step()) for _ in range(repeats + 2)][2:]  # two warm up
+            mine, other = (min(some) for some in zip(*times))
+            row[prefix + "images_per_s"] = round(batch_size / mine, 2)
+            row[prefix + "ratio"] = round(other / mine, 3)
+            if not prefix:
+                row["rate"] = round(row["ratio"] * step_gmac / reference_gmac, 3)
+                row["of_peak"] = round(step_gmac * batch_size / mine / peak, 3)
+            if not prefix and on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
+        line = f"{name:12s}{parameters / 1e6:10.1f}M{gmac:8.2f}{row['images_per_s']:10.2f}{row['ratio']:7.2f}"
+        line += f"{row['rate']:7.2f}{100 * row['of_peak']:8.1f}%"
+        line += f"{row['peak_mib']:8d}" if on_cuda else ""
+        line += f"{row['compiled_images_per_s']:10.2f}{row['compiled_ratio']:7.2f}" if compile else ""
+        tqdm.write(line)
+        rows.append(row)
+        del variant, step, calls
+    return dict(rows=rows, matmul_peak_gmac_per_s=round(peak), model=model, image_size=image_size,
+                patch_size=patch_size, batch_size=batch_size, repeats=repeats)
+
+
+# ------------------------------------------------------------------------------------------------------
+# data
+
+
+def data(data: str = "shapes", image_size: PositiveInt = 224, limit: PositiveInt = 200,
+         repeats: PositiveInt = 3):
+    """Images/s of reading, decoding, cropping and flipping on one core: the usual pipeline of Pillow and
+    transforms v1 as MAE's code has it, and `Images`, which leaves normalisation to the device. They take
+    turns.
+
+    data: a folder of image files
+    image_size: pixels
+    limit: so many of the images
+    repeats: timed passes
+    """
+    source = load_data(data, "pretrain", limit=limit)
+    if source.in_memory or data == "shapes":
+        raise UsageError(f"data reads image files, and --data {data} is none: give a folder")
+    transform = transforms.Compose([
+        transforms.RandomResizedCrop(image_size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+    def usual(index):
+        try:
+            with open(source.name(index), "rb") as file:
+                return transform(Image.open(file).convert("RGB"))
+        except Exception as error:
+            raise UsageError(f"{source.name(index)} cannot be decoded as an image ({error})") from None
+
+    images = Images(source, image_size)
+    torch.set_num_threads(1)
+    seconds = dict(usual=[], ours=[])
+    for epoch in range(repeats + 1):
+        for name, read in (("usual", usual), ("ours", lambda index: images[epoch, index])):
+            began = time.perf_counter()
+            for index in tqdm(range(len(source)), desc=name, leave=False):
+                read(index)
+            seconds[name].append(time.perf_counter() - began)
+    # The median of the passes but for the first, which warms up.
+    rates = {name: len(source) / sorted(some[1:])[len(some) // 2 - 1] for name, some in seconds.items()}
+    print(f"{source.description}: {rates['usual']:.0f} images/s with Pillow and transforms v1, "
+          f"{rates['ours']:.0f} here, {rates['ours'] / rates['usual']:.2f} times as many")
+    return {name: round(rate, 1) for name, rate in rates.items()} | dict(
+        ratio=round(rates["ours"] / rates["usual"], 3), data=data)
+
+
+# ------------------------------------------------------------------------------------------------------
+# compare: a table of what each method gives for the same epochs
+
+COMPARED = {  # name: what train.py is told
+    "mae": "--method mae", "simmim": "--method simmim", "beit": "--method beit --tokenizer",
+    "amt": "--method amt", "amt-simmim": "--method amt --base simmim", "lomar": "--method lomar",
+    "objmae": "--method objmae", "objmae-inter": "--method objmae --selection inter", "rae": "--method rae",
+    "rmae": "--method rmae", "cae": "--method cae", "cae-token": "--method cae --tokenizer",
+}
+MEASURES = ("knn", "linear", "attentive", "finetune")
+
+
+def flags(**values):
+    """Keywords -> words of a command line; None: the flag is left out, True: it stands alone."""
+    words = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return words
+
+
+def train_command(name, epochs, output, small=False, compile=False, **common):
+    """train.py's arguments for a row of the table, or for the tokenizer, `dvae`, but for --output."""
+    if name == "dvae":
+        common |= dict(model=None, patch_size=None)
+        return ["train.py", "--method", "dvae", *flags(**common, compile=compile)]
+    words = [*COMPARED[name].split(), "--epochs", str(epochs)]
+    if "--tokenizer" in words:
+        words.insert(words.index("--tokenizer") + 1, str(output / "dvae" / "checkpoint.pt"))
+    if words[1] == "objmae" and small and default_regions("objmae", common["data"]) == "cam":
+        words += ["--regions", "fh"]  # ImageNet's ResNet-50 has no maps of small images
+    return ["train.py", *words, *flags(**common, compile=compile)]
+
+
+def eval_commands(checkpoint, output, finetune_epochs, probe_epochs, **common):
+    """eval.py's arguments for the measures of one encoder. All pool by the mean: some methods train no class
+    token."""
+    probe = flags(cache_features=True, epochs=probe_epochs)
+    own = dict(knn=flags(pool="mean"), linear=[*flags(pool="mean"), *probe],
+               attentive=[*probe, *flags(output=output / "attentive.png")],
+               finetune=flags(pool="mean", epochs=finetune_epochs, output=output / "finetune.pt"))
+    words = flags(**common)
+    return {task: ["eval.py", str(checkpoint), "--task", task, *own[task], *words] for task in MEASURES}
+
+
+def plain_gmac(encoder):
+    """10^9 multiply-adds of an encoder's pass over all patches of an image: forward alone, forward and
+    backward."""
+    return count_gmac(Plain(encoder), dict(images=torch.zeros(1, 3, *encoder.image_size)))
+
+
+def training_gmac(method, epochs):
+    """10^9 multiply-adds that an image costs in pre-training: forward, backward and AMT's passes for its
+    maps.
+
+    Those of a tokenizer are left out, as BEiT's and CAE's papers do.
+    """
+    gmac = count_gmac(method, synthetic_batch(method, 1))[1]
+    if hasattr(method, "maps_due"):
+        due = sum(method.maps_due(epoch, epochs) for epoch in range(epochs))
+        gmac += plain_gmac(method.encoder)[0] * due / epochs
+    return gmac
+
+
+def build_compared(name, source, **command):
+    """The method that a row's command trains, and the settings that its run would take."""
+    given, functions = train.parse(train_command(name, **command)[1:])
+    args = train.settle(given, functions, source)
+    return train.build_method(**args | dict(vocab_size=512 if args.get("tokenizer") else None)), args
+
+
+def carry_out(command, log):
+    """Runs a command unless its log says that it has been; returns the log's last line.
+
+    The log is the command, what it printed, and last its result; beside it, as .err, what went to stderr.
+    UsageError if the command fails, or if another command's run is there.
+    """
+    text, errors = "python " + " ".join(command), log.with_suffix(".err")
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else [""]
+    if lines[0] == text and len(lines) > 2 and (lines[-2].startswith("{") or "next: python" in lines[-2]):
+        return lines[-2]
+    kept = log.parent / {"train.txt": "checkpoint.pt", "finetune.txt": "finetune.pt"}.get(log.name, "no file")
+    resume = kept.exists() and (command[0] == "train.py" or lines[0] == text)
+    if resume and lines[0] != text:
+        before = lines[0] or "without a log"
+        raise UsageError(f"{log.parent} holds a run of another command, {before}: choose another --output")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, str(ROOT / command[0]), *command[1:], *flags(resume=resume)]
+    with open(log, "w") as out, open(errors, "w") as err:
+        print(text, file=out, flush=True)
+        code = subprocess.run(words, stdout=out, stderr=err).returncode
+    if code:
+        said = errors.read_text(errors="replace").strip().splitlines()
+        why = f"killed by signal {-code}" if code < 0 else said[-1] if said else f"it ended with {code}"
+        raise UsageError(f"{text}: {why}")
+    return log.read_text(errors="replace").split("\n")[-2]
+
+
+def compare_row(name, epochs, output, finetune_epochs, probe_epochs, compile, small, **common):
+    """Pre-trains and measures one encoder -> dict(name, epochs, seconds, an accuracy for each measure)."""
+    folder = output / (name if name in ("random", "supervised") else f"{name}-{epochs}")
+    row = dict(name=name, epochs=epochs, seconds=0.0)
+    if name == "random":
+        commands = eval_commands("random", folder, finetune_epochs, probe_epochs, **common)
+    elif name == "supervised":
+        command = eval_commands("random", folder, epochs, probe_epochs, **common)["finetune"]
+        commands = dict(finetune=[*command, *flags(layer_decay=1)])
+    else:
+        command = train_command(name, epochs, output, small, compile, **common)
+        carry_out([*command, *flags(output=folder)], folder / "train.txt")
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        row |= dict(seconds=sum(line["seconds"] for line in lines), loss=round(lines[-1]["loss"], 4))
+        common |= dict(model=None, patch_size=None)  # encoder.pt brings its own
+        commands = eval_commands(folder / "encoder.pt", folder, finetune_epochs, probe_epochs, **common)
+    for task, command in commands.items():
+        result = json.loads(carry_out(command, folder / f"{task}.txt"))
+        row[task] = result["top1"]
+        row["seconds"] += result["seconds"]
+    return row | dict(seconds=round(row["seconds"]))
+
+
+def compare_table(share, rows):
+    """The rows -> Markdown, a line a method; share: its compute an image over MAE's."""
+    lines = [["", "compute", "k-NN", "linear", "attentive", "fine-tuned", "minutes"], ["---"] * 7]
+    for row in rows:
+        measured = [f"{row[task]:.1f}" if task in row else "" for task in MEASURES]
+        compute = f"{share[row['name']]:.2f}" if row["name"] in share else ""
+        lines.append([row["name"], compute, *measured, f"{row['seconds'] / 60:.0f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def compare(methods: list[str] | None = None, data: str = "shapes", limit: PositiveInt | None = None,
+            model: Literal[tuple(mim.SIZES)] | None = None, epochs: PositiveInt | None = None,
+            finetune_epochs: PositiveInt | None = None, probe_epochs: PositiveInt | None = None,
+            compile: bool = False, output: str | None = None, seed: NonNegativeInt = 0, device="cpu",
+            chosen=None):
+    """The methods under one budget: pre-trained for the same epochs, four accuracies each, minutes of all a
+    row took.
+
+    Every row is a sequence of train.py and eval.py commands, which its logs in --output show. What is there
+    is not done again, so that the table goes on after an interrupt; the first failure ends it. `random` is
+    the untrained encoder, its fine-tuning supervised training from scratch; `supervised` is that for the
+    compute of MAE's pre-training and fine-tuning together.
+
+    methods: some of the rows (default: all)
+    data: as in train.py, with labels
+    limit: so many of the training images, evenly spread
+    model: size of the encoders
+    epochs: of pre-training (default: 200 on CUDA, else 10)
+    finetune_epochs: of fine-tuning (default: 30 on CUDA, else 5)
+    probe_epochs: of the linear and the attentive probe (default: 90 on CUDA, else 30)
+    compile: train with torch.compile
+    output: folder of the runs (default: runs/compare-DATA)
+    seed: of everything random
+
+    chosen: those of --device, --precision and --workers that the commands get.
+    """
+    on_cuda = device.type == "cuda"
+    epochs, probe_epochs = epochs or (200 if on_cuda else 10), probe_epochs or (90 if on_cuda else 30)
+    finetune_epochs, names = finetune_epochs or (30 if on_cuda else 5), methods or list(COMPARED)
+    output = Path(output or f"runs/compare-{Path(data).name}")
+    for name in names:
+        check_choice("--methods", name, list(COMPARED))
+    labelled = load_data(data, "train", limit=limit)
+    if len(labelled.classes) < 2:
+        raise UsageError(f"compare needs labels: a folder per class; {labelled.description}")
+    source = load_data(data, "pretrain", limit=limit)
+    small = source.image_size <= SMALL
+    common = dict(data=data, seed=seed, limit=limit, model=model, **chosen or {})
+    methods, gmac = {}, {}
+    for name in dict.fromkeys(("mae", *names)):  # MAE's encoder is that of all
+        command = dict(epochs=epochs, output=output, small=small, **common)
+        methods[name], args = build_compared(name, source, **command)
+        common |= dict(model=args["model"], patch_size=args["patch_size"])
+        gmac[name] = training_gmac(methods[name], epochs)
+    share = {name: some / gmac["mae"] for name, some in gmac.items()}
+    scratch = epochs * gmac["mae"] * len(source) / (plain_gmac(methods["mae"].encoder)[1] * len(labelled))
+    if any("--tokenizer" in COMPARED[name] for name in names):
+        command = train_command("dvae", None, output, small, compile, **common)
+        carry_out([*command, *flags(output=output / "dvae")], output / "dvae" / "train.txt")
+    rows = [("random", 0), ("supervised", finetune_epochs + round(scratch))]
+    rows += [(name, epochs) for name in names]
+    print(f"{len(rows)} encoders; the commands and what they print are in {output}/", file=sys.stderr)
+    done = []
+    for name, count in tqdm(rows, "encoders"):
+        done.append(compare_row(name, count, output, finetune_epochs, probe_epochs, compile, small, **common))
+        tqdm.write(json.dumps(done[-1]), file=sys.stderr)
+    print(compare_table(share, done))
+    return dict(rows=done, gmac={name: round(some, 4) for name, some in gmac.items()}, epochs=epochs,
+                finetune_epochs=finetune_epochs, probe_epochs=probe_epochs, compile=compile, **common)
+
+
+# ------------------------------------------------------------------------------------------------------
+
+BENCHMARKS = dict(speed=speed, data=data, compare=compare)
+
+
+def main(argv):
+    """One benchmark, from the command line to its line of JSON."""
+    began, parser = time.perf_counter(), Parser(description=__doc__)
+    parser.add_argument("benchmark", help=", ".join(BENCHMARKS))
+    if argv and not argv[0].startswith("-"):
+        check_choice("the benchmark", argv[0], list(BENCHMARKS))
+        parser.add(BENCHMARKS[argv[0]])
+        parser.add(train.open_device)
+    given = parser.parse(argv)
+    device, precision, workers = call(train.open_device, given)
+    chosen = {name: given[name] for name in ("device", "precision", "workers") if name in given}
+    machine = dict(device=device, precision=precision, workers=workers, chosen=chosen)
+    result = call(BENCHMARKS[given["benchmark"]], given | machine)
+    result = dict(benchmark=given["benchmark"], **result) | dict(device=str(device), precision=precision)
+    print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1)), default=str))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_with_one_line("benchmark.py", lambda: main(sys.argv[1:])))

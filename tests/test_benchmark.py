@@ -1,0 +1,205 @@
+"""The benchmarks: what they list, count and run, and how a step of every method runs on a device."""
+
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import benchmark
+import eval as evaluation
+import mim
+import train
+from datasets import load_data, render_scene
+
+
+def test_speed_lists_what_was_asked(cli):
+    code, out, err = cli(benchmark, "speed", "--methods", "mae", "objmae-1/4", "rmae", "--model", "nano", "--image-size",
+                         "32", "--patch-size", "4", "--repeats", "1", "--batch-size", "2")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["name"] for row in rows] == ["mae", "objmae-1/4", "rmae"]
+    assert rows[0]["parameters"] == sum(p.numel() for p in mim.MAE(mim.ViT(32, 4, **mim.SIZES["nano"])).parameters() if p.requires_grad)
+    assert all(row["images_per_s"] > 0 and 0 < row["of_peak"] and row["gmac"] > 0 for row in rows)
+    assert len(out.splitlines()) == 6
+
+
+@pytest.mark.parametrize("name", [n for n in benchmark.VARIANTS if n not in ("objmae-1/2", "objmae-1/8", "objmae-1/16", "cae")])
+def test_every_variant_compiles_to_one_graph_once(name):
+    if torch.__version__.startswith("2.6") and name in ("beit", "amt", "amt-simmim", "cae-token"):
+        pytest.skip("torch 2.6 cannot trace Module.to and exponential_, and breaks the graph there")
+    model = benchmark.build_variant(name, 64, 8, "nano").train()
+    step = benchmark.make_step(model, benchmark.synthetic_batch(model, 2), torch.device("cpu"), "fp32")
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    call = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        step(call)
+    assert counter.frame_count == 1
+
+
+def fake_cuda_needs_a_driver():
+    """torch 2.6 asks for one even if no tensor is real."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device="cuda").uniform_()
+    except RuntimeError:
+        return True
+    return False
+
+
+def forward_on_fake_cuda(method, options):
+    """The loss of a bf16 step on CUDA without a GPU: a fake tensor has a device and no values, so that mixing devices or
+    types in an operation raises, and reading a value, which waits for the device, does too."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with FakeTensorMode():
+        try:
+            torch.set_autocast_enabled("cuda", True)  # torch.autocast refuses without a GPU
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            with torch.device("cuda"):
+                sizes = dict(patch_size=8, model="nano")
+                model = (train.build_method(method, 64, **sizes, **options) if method
+                         else benchmark.Plain(mim.ViT(64, 8, **mim.SIZES["nano"])))
+            batch = benchmark.synthetic_batch(model, 2, torch.device("cuda"))
+            if method == "objmae":
+                batch["regions"] = torch.ones(2, 2, 64, 64, dtype=torch.uint8, device="cuda")
+            latents = model.encoder(batch["images"])
+            assert latents.dtype == torch.float32 and model.encoder.blocks[0].attn(latents).dtype == torch.bfloat16
+            return model(**batch)["loss"]
+        finally:
+            torch.set_autocast_enabled("cuda", enabled)
+            torch.set_autocast_dtype("cuda", dtype)
+
+
+MORE_VARIANTS = {
+    "amt-random": ("amt", dict(throw="random")), "objmae-inter": ("objmae", dict(selection="inter")),
+    "objmae-replicate": ("objmae", dict(alignment="replicate")), "objmae-random": ("objmae", dict(alignment="random")),
+    "rmae-channel": ("rmae", dict(variant="channel")), "rmae-one": ("rmae", dict(num_regions=1)),
+}
+
+
+@pytest.mark.skipif(fake_cuda_needs_a_driver(), reason="this torch has no fake CUDA tensors without a driver")
+@pytest.mark.parametrize("name", [*benchmark.VARIANTS, *MORE_VARIANTS])
+def test_every_variant_keeps_to_its_device_and_waits_for_nothing(name):
+    loss = forward_on_fake_cuda(*(benchmark.VARIANTS | MORE_VARIANTS)[name])
+    assert loss.device.type == "cuda" and loss.dtype == torch.float32
+
+
+@pytest.mark.skipif(fake_cuda_needs_a_driver(), reason="this torch has no fake CUDA tensors without a driver")
+def test_throwout_waits_for_the_device():
+    with pytest.raises(DataDependentOutputException):
+        forward_on_fake_cuda("objmae", dict(alignment="throwout"))
+
+
+def test_reading_images_is_timed_against_pillow(cli, tmp_path):
+    for i in range(6):
+        image = render_scene(i, 64)[0].transpose(1, 2, 0)
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg")
+    code, out, err = cli(benchmark, "data", "--data", tmp_path, "--image-size", 32, "--repeats", 1, "--limit", 4)
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result["ratio"] == pytest.approx(result["ours"] / result["usual"], rel=0.01), err
+    assert "6 images, 0 classes, 4 of them" in out
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The commands of `compare` run in this process; the list of them."""
+    commands = []
+
+    def run(words, stdout, stderr):
+        commands.append(words[1:])
+        program = {"train.py": train, "eval.py": evaluation}[Path(words[1]).name]
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            return SimpleNamespace(returncode=train.exit_with_one_line(Path(words[1]).name, lambda: program.main(words[2:])))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    return commands
+
+
+def test_compare_gives_every_method_equal_epochs(cli, folder, tmp_path, in_process):
+    flags = ["--data", folder, "--model", "nano", "--limit", 20, "--epochs", 4, "--finetune-epochs", 1, "--probe-epochs", 2,
+             "--output", tmp_path / "table", "--methods", "cae-token", "objmae"]
+    code, out, err = cli(benchmark, "compare", *flags)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    rows = {(r["name"], r["epochs"]): r for r in result["rows"]}
+    gmac = result["gmac"]
+    assert [name for name, _ in rows] == ["random", "supervised", "cae-token", "objmae"]
+    assert gmac["cae-token"] > gmac["mae"] > gmac["objmae"]
+    for (name, epochs), row in rows.items():
+        assert {"finetune"} | ({"knn", "linear", "attentive"} if name != "supervised" else set()) <= row.keys()
+        assert row["seconds"] >= 0
+        if name not in ("random", "supervised"):
+            assert epochs == 4
+            assert len((tmp_path / "table" / f"{name}-{epochs}" / "log.jsonl").read_text().splitlines()) == epochs
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 2 + 2 and {line.count("|") for line in table} == {8}
+    trained = [c for c in in_process if "train.py" in c[0]]
+    assert any("--tokenizer" in c for c in trained) and all("fh" in c for c in trained if "objmae" in c)
+    first, count = (tmp_path / "table" / "objmae-4" / "knn.txt").read_text().split("\n")[0], len(in_process)
+    assert first.startswith("python eval.py ") and "--task knn --pool mean" in first
+    code, again, _ = cli(benchmark, "compare", *flags)
+    assert code == 0 and len(in_process) == count and json.loads(again.splitlines()[-1])["rows"] == result["rows"]
+    (tmp_path / "table" / "objmae-4" / "linear.txt").write_text(first)  # as after an interrupt
+    assert cli(benchmark, "compare", *flags)[0] == 0 and len(in_process) == count + 1
+
+
+def test_compare_counts_what_training_costs():
+    source, command = load_data("shapes"), dict(epochs=8, output=Path("none"), data="shapes", seed=0)
+    methods = {name: benchmark.build_compared(name, source, **command)[0] for name in ("mae", "amt", "simmim", "objmae")}
+    gmac = {name: benchmark.training_gmac(method, 8) for name, method in methods.items()}
+    dim, n, dec = 128, 64, 64
+    block = lambda tokens, d: 12 * tokens * d * d + 2 * tokens * tokens * d  # noqa: E731
+    patches, pixels = n * dim * 192, 192  # 64 patches of 8x8 RGB
+    encoder = patches + 6 * block(17, dim)
+    decoder = 17 * dim * dec + 2 * block(65, dec) + 48 * dec * pixels
+    assert gmac["mae"] == pytest.approx((3 * (encoder + decoder) - patches) / 1e9, rel=0.01)  # images need no gradient
+    visible = n - int(n * 0.45 + 1e-6) - int(n * 0.40 + 1e-6)
+    amt = 3 * (patches + 6 * block(1 + visible, dim) + (1 + visible) * dim * dec
+               + 2 * block(n - int(n * 0.40) + 1, dec) + 28 * dec * pixels) - patches
+    maps = 3 / 8 * (patches + 6 * block(65, dim))  # before epochs 3, 5 and 7 of 8
+    assert gmac["amt"] == pytest.approx((amt + maps) / 1e9, rel=0.01)
+    assert gmac["simmim"] > 2 * gmac["mae"] > 2 * gmac["objmae"]
+
+
+def test_compare_stops_at_the_first_failure_and_keeps_what_is_there(cli, folder, tmp_path, in_process):
+    flags = ["compare", "--data", folder, "--model", "nano", "--methods", "mae", "--epochs", 1, "--limit", 20,
+             "--finetune-epochs", 1, "--probe-epochs", 1]
+    code, _, err = cli(benchmark, "compare", "--data", folder / "val" / "a", "--methods", "cae-token")
+    assert code == 2 and not in_process and "compare needs labels" in err
+    (tmp_path / "random").mkdir()
+    (tmp_path / "random" / "attentive.png").mkdir()  # where a picture is to be written
+    code, _, err = cli(benchmark, *flags, "--output", tmp_path)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and "python eval.py random --task attentive" in last and "it is a folder" in last
+    assert len(in_process) == 3 and "it is a folder" in (tmp_path / "random" / "attentive.err").read_text()
+    (tmp_path / "random" / "attentive.png").rmdir()
+    assert cli(benchmark, *flags, "--output", tmp_path)[0] == 0
+    count = len(in_process)
+    code, _, err = cli(benchmark, *flags, "--limit", 22, "--output", tmp_path)
+    assert code == 2 and "mae-1 holds a run of another command, python train.py" in err and "--limit 20" in err
+    (tmp_path / "mae-1" / "finetune.txt").write_text((tmp_path / "mae-1" / "finetune.txt").read_text().split("\n")[0] + "\n")
+    assert cli(benchmark, *flags, "--output", tmp_path)[0] == 0
+    assert "finetune" in in_process[-1] and in_process[-1][-1] == "--resume"  # killed there, it goes on there
+    assert not any("train.py" in c[0] for c in in_process[count:])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["speed", "--methods", "mea"], "--methods 'mea' is unknown: did you mean mae"),
+    (["speed", "some.pt"], "unknown argument some.pt"),
+    (["compare", "--methods", "rma"], "--methods 'rma' is unknown: did you mean rmae"),
+    (["compare", "--relative-position"], "unknown argument --relative-position"),
+    (["data", "--image-size", "0", "--data", "{data}"], "--image-size must be positive, got 0"),
+    (["data", "--model", "nano", "--data", "{data}"], "unknown argument --model"),
+    (["data"], "--data shapes is none: give a folder"),
+    (["sped"], "did you mean speed"),
+])
+def test_a_users_mistake_is_one_line(cli, folder, arguments, words):
+    code, _, err = cli(benchmark, *[a.format(data=folder) for a in arguments])
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and words in last and last.startswith("benchmark.py: error: ") and "Traceback" not in err
