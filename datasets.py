@@ -1069,7 +1069,7 @@ def default_regions(method, data):
 
 
 def default_scales(source, data):
-    """FH's scales: R-MAE's (§4) for COCO and ImageNet; for small images ours, in proportion to their area."""
+    """Scales of FH: R-MAE (§4) for COCO and ImageNet; for small images ours, as their area."""
     if source.image_size <= SMALL:
         return [max(4, round(s * source.image_size**2 / 64**2)) for s in (25, 50, 100)]
     return [500, 1000, 1500] if coco_folder(data, "train") else [1000]

@@ -147,7 +147,8 @@ def extract(function, dataset, device="cpu", precision="fp32", workers=0, title=
     """All images through function(images [b, 3, H, W]) -> outputs [n, ...] and labels [n], on the device."""
     outputs, labels = None, []
     loader = make_loader(dataset, workers, device, batch_size=PIECE)
-    for images, some_labels in tqdm(read(loader, dataset, device), title, len(loader), leave=False):
+    batches = tqdm(read(loader, dataset, device), title, len(loader), leave=False, disable=None)
+    for images, some_labels in batches:
         with autocast(device, precision):
             some = function(images)
         if outputs is None:  # Allocated once: patches of many images are too much to hold twice.
@@ -1496,7 +1497,8 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
     encoder, p = method.encoder, method.encoder.patch_size
     torch.manual_seed(seed)
     scores, columns, objects = {}, {}, 0
-    for batch in tqdm(make_loader(images, workers, device, batch_size=64), "segment", leave=False):
+    loader = make_loader(images, workers, device, batch_size=64)
+    for batch in tqdm(loader, "segment", leave=False, disable=None):
         maps, found = mim.select_objects(batch["regions"].to(device), 1)
         some, maps = prepare(batch["image"], device)[found[:, 0]], maps[found[:, 0]]
         tiles = dict(image=denormalize(some), region=maps.expand(-1, 3, -1, -1))
@@ -1512,10 +1514,11 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
             tiles[f"{ratio}% hidden"] = show_hints(maps, ids, p, encoder.grid)
             tiles[f"{ratio}% completed"] = completed.expand(-1, 3, -1, -1)
         for title, tile in tiles.items():
-            columns[title] = torch.cat([*columns.get(title, []), *tile.float()[:, None]])[:count]
+            columns.setdefault(title, []).append(tile.float().cpu())
     if not objects:
         raise UsageError("--task segment: no image has a region of at least 5% of it")
     means = {name: round(100 * torch.cat(values).nanmean().item(), 2) for name, values in scores.items()}
+    columns = {title: torch.cat(tiles)[:count] for title, tiles in columns.items()}
     return means | dict(objects=objects, picture=picture(columns))
 
 

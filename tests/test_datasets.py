@@ -1,7 +1,5 @@
 """Data: what is recognised, what an item holds, and that geometry, order and randomness are what they claim."""
 
-import math
-import os
 import re
 import time
 from pathlib import Path

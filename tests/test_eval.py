@@ -355,12 +355,12 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_completed_regions_are_scored_inside_what_was_hidden(right):
-    source = datasets.load_data("shapes", "val", 32, limit=20)
+    source = datasets.load_data("shapes", "val", 32, limit=70)  # more than a batch
     images = datasets.Images(source, 32, "center", regions=datasets.open_regions("instances", source))
-    result = evaluation.segment(Oracle(right), images, count=4)
+    result = evaluation.segment(Oracle(right), images, count=66)
     assert [result[f"iou_{r}"] for r in (80, 85, 90)] == ([100] * 3 if right else [0] * 3)
-    assert all(0 < result[f"nearest_hint_{r}"] < 100 for r in (80, 85, 90)) and result["objects"] == 20
-    assert result["picture"].shape == picture_shape(4, 8)
+    assert all(0 < result[f"nearest_hint_{r}"] < 100 for r in (80, 85, 90)) and result["objects"] == 70
+    assert result["picture"].shape == picture_shape(66, 8)
 
 
 def test_hidden_iou_by_hand():
