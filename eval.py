@@ -916,7 +916,7 @@ def draw_classes(shown, names):
     """(image uint8 [3, H, W], predicted, true classes [H, W]) of some images -> a picture with a legend."""
     colours, columns = torch.tensor(class_colours(len(names)), dtype=torch.uint8), {}
     if names[0] == "background":
-        colours[0] = 225
+        colours[0] = 190
     for image, labels, truth in shown:
         flat = [torch.where(x == IGNORED, 255, colours[x.clamp(max=len(names) - 1)].permute(2, 0, 1))
                 for x in (labels, truth)]

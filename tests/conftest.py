@@ -33,6 +33,12 @@ def checkout_stays_as_it_is():
     assert state() == before
 
 
+@pytest.fixture(autouse=True)
+def work_elsewhere(tmp_path, monkeypatch):
+    """What a program writes by default, such as runs/ and data/, falls below tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """32 built-in scenes of 32x32 pixels as files: train/ and val/ with the folders a and b."""
