@@ -290,6 +290,8 @@ def main(argv):
         regions = call(open_regions, args, source=source, split="pretrain", device=device)
         if hasattr(regions, "fill"):
             regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
+        if world_size() > 1:
+            dist.barrier()  # each process computes its share, and reads all
     if not given.get("prepare"):
         args["precision"] = precision
         call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer,
