@@ -155,7 +155,8 @@ def relative_buckets(grid):
 
 
 def layer_norm(dim):
-    return nn.LayerNorm(dim, eps=1e-6)  # as the ViTs of all these papers; PyTorch's own is 1e-5
+    """LayerNorm with the 1e-6 of the ViTs of all these papers; PyTorch's own default is 1e-5."""
+    return nn.LayerNorm(dim, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
