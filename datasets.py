@@ -628,7 +628,7 @@ def collate(items):
     return batch
 
 
-def make_loader(dataset, workers=0, device=None, **options):
+def make_loader(dataset, workers=0, device=None, collate_fn=collate, **options):
     """A DataLoader for `Images`. options: batch_sampler=... or batch_size=...
 
     Its workers live as long as it does. For a CUDA device, memory is pinned, so that copies with
@@ -636,7 +636,7 @@ def make_loader(dataset, workers=0, device=None, **options):
     """
     pin_memory = device is not None and torch.device(device).type == "cuda"
     return torch.utils.data.DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                                       pin_memory=pin_memory, collate_fn=collate, **options)
+                                       pin_memory=pin_memory, collate_fn=collate_fn, **options)
 
 
 class DeviceLoader:

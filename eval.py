@@ -1,9 +1,9 @@
 """Evaluation: `python eval.py CHECKPOINT --task linear`, or `linear(encoder, train, val)` in a notebook.
 
 Accuracies: knn, linear, attentive, finetune. Dense transfer: semseg, detect. Pictures: reconstruct,
-attention, segment. Each is a function of
-this file; it takes an encoder (or a whole method), data and keywords, and returns a dict, which the command
-line prints as one line of JSON. Its arguments stay as they were: it works on a copy of the encoder.
+attention, segment. Each is a function of this file; it takes an encoder (or a whole method), data and
+keywords, and returns a dict, which the command line prints as one line of JSON. Its arguments stay as they
+were: it works on a copy of the encoder.
 
 On the command line CHECKPOINT comes first: checkpoint.pt or encoder.pt of a run, a file of the MAE release, a
 timm state dict, or `random` for an untrained encoder. `python eval.py --task knn --help` shows the flags of a
@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
@@ -46,33 +47,33 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
-                      decode, denormalize, load_data, load_dense, make_loader, normalize, open_regions,
-                      read_ids, seed_of)
+                      collate, decode, denormalize, load_data, load_dense, make_loader, normalize,
+                      open_regions, read_ids, seed_of)
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
-                   autocast, call, check_choice, draw_reconstruction, exit_with_one_line, flag_parameters,
-                   image_pair, join_processes, learning_rate, load_run, load_tokenizer, method_from_run,
-                   open_device, parameter_groups, picture, picture_items, rank, restore, save_picture, sized,
-                   train_epoch, world_size, write_atomically)
+                   autocast, call, check_choice, draw_reconstruction, exit_with_one_line,
+                   first_process_first, flag_parameters, half_cosine, image_pair, join_processes,
+                   learning_rate, load_run, load_tokenizer, method_from_run, open_device, parameter_groups,
+                   picture, picture_items, rank, restore, save_picture, sized, train_epoch, world_size,
+                   write_atomically)
 
 PIECE = 256  # images that go through an encoder at a time
 
 # The defaults of the tasks are the papers', for large images. These are ours: for images of up to 96 pixels,
 # and of those for ViTs as small as `nano`. The command line takes them where a flag is not given. With them,
-# every task ends within two minutes for the built-in scenes on two cores.
+# every task ends within five minutes for the built-in scenes on two cores.
 SMALL_RECIPES = {
     "linear": dict(batch_size=256, base_lr=20.0, cache_features=True),
     "attentive": dict(batch_size=256, base_lr=0.05, cache_features=True),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3),
-    "semseg": dict(epochs=5, batch_size=16, base_lr=1e-3, warmup_epochs=0.5, width=64),
-    "detect": dict(epochs=2, batch_size=8, base_lr=2e-3, warmup_epochs=0.2, width=32, norm="batch", rois=32,
-                   head_depth=1, proposals=100),
+    "semseg": dict(epochs=5, base_lr=1e-3, width=64),
+    "detect": dict(epochs=2, batch_size=8, base_lr=2e-3, width=32),
 }
 NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=3)}
 
 
 def recipe(task, encoder):
-    """What differs from a task's defaults for a mim.ViT: keywords for `linear(..., **recipe("linear",
-    vit))`."""
+    """What differs from a task's defaults for a mim.ViT: keywords for `linear(..., **recipe("linear", vit))`.
+    """
     nano, large, huge = (mim.SIZES[name]["embed_dim"] for name in ("nano", "large", "huge"))
     width, relative, changes = encoder.embed_dim, encoder.relative_position, {}
     if max(encoder.image_size) <= SMALL:
@@ -92,10 +93,9 @@ def recipe(task, encoder):
 
 class Pairs(torch.utils.data.Dataset):
     """A dataset of (image, label) pairs, or two tensors (images, labels), with items like those of
-    datasets.Images.
+    datasets.Images: dict(image, label). Keys: an index, or (epoch, index), of which the data get the index.
 
     Images: [3, H, W], uint8, which are normalised later, or floats, which are taken as they are.
-    Keys: an index, or (epoch, index), of which the dataset is given the index.
     """
 
     def __init__(self, data):
@@ -106,14 +106,11 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         item = self.data[key[1] if isinstance(key, tuple) else key]
-        if isinstance(item, dict):
-            return dict(image=item["image"], label=item["label"])
-        return dict(image=item[0], label=item[1])
+        return item if isinstance(item, dict) else dict(image=item[0], label=item[1])
 
 
 def as_items(data):
-    """What a task is given as `train` or `val` -> a Dataset whose items are dicts with `image` and
-    `label`."""
+    """What a task is given as `train` or `val` -> a Dataset whose items are dicts with image and label."""
     return data if isinstance(data, (Images, Pairs)) else Pairs(data)
 
 
@@ -132,40 +129,37 @@ def prepare(images, device):
     return images if images.is_floating_point() else normalize(images)
 
 
-def read(loader, dataset, device):
-    """Goes once through a loader of the dataset: images [b, 3, H, W], labels [b], on the device; names broken
-    files."""
-    broken = BrokenFiles(dataset.source, tqdm.write) if isinstance(dataset, Images) else None
-    for batch in loader:
-        if broken is not None:
-            broken.watch(batch["broken"])
-        yield prepare(batch["image"], device), torch.as_tensor(batch["label"]).to(device, non_blocking=True)
+def watcher(dataset):
+    """A function that names the broken files of a batch, for datasets.Images; for others it does nothing."""
+    if isinstance(dataset, Images):
+        broken = BrokenFiles(dataset.source, tqdm.write)
+        return lambda batch: broken.watch(batch["broken"])
+    return lambda batch: None
 
 
 @torch.no_grad()
 def extract(function, dataset, device="cpu", precision="fp32", workers=0, title="features"):
     """All images through function(images [b, 3, H, W]) -> outputs [n, ...] and labels [n], on the device."""
-    outputs, labels = None, []
+    outputs, labels, watch = [], [], watcher(dataset)
     loader = make_loader(dataset, workers, device, batch_size=PIECE)
-    batches = tqdm(read(loader, dataset, device), title, len(loader), leave=False, disable=None)
-    for images, some_labels in batches:
+    for batch in tqdm(loader, title, leave=False, disable=None):
+        watch(batch)
         with autocast(device, precision):
-            some = function(images)
-        if outputs is None:  # Allocated once: patches of many images are too much to hold twice.
-            try:
-                outputs = some.new_empty(len(dataset), *some.shape[1:])
-            except RuntimeError:
-                raise UsageError(f"there is no memory for the {title} of {len(dataset)} images: give "
-                                 "--no-cache-features, or --limit the images") from None
-        done = sum(map(len, labels))
-        outputs[done : done + len(some)] = some
-        labels.append(some_labels)
-    return outputs, torch.cat(labels)
+            outputs.append(function(prepare(batch["image"], device)))
+        labels.append(batch["label"].to(device))
+    return torch.cat(outputs), torch.cat(labels)
 
 
 def frozen(model, device):
     """A copy of the model on the device in evaluation mode, so that the caller's stays as it is."""
     return copy.deepcopy(model).to(device).eval()
+
+
+def trainable(encoder, drop_path, freeze=False):
+    """A copy of a mim.ViT to train, its position table too, as in MAE's fine-tuning; or to use as it is."""
+    encoder = copy.deepcopy(encoder).requires_grad_(not freeze)
+    mim.set_drop_path(encoder.blocks, 0.0 if freeze else drop_path)
+    return encoder
 
 
 def pooled(encoder, pool):
@@ -180,12 +174,6 @@ def pooled(encoder, pool):
         return latents[:, 0] if pool == "cls" else latents[:, 1:].mean(1)
 
     return features
-
-
-@torch.no_grad()
-def width(features, dataset, device):
-    """The number of channels that `features` gives for images of the dataset."""
-    return features(prepare(dataset[0]["image"][None], device)).shape[-1]
 
 
 def accuracies(logits, labels):
@@ -249,21 +237,40 @@ def cut_batch(batch_size, num_images, accumulate=None):
     return batch_size // pieces * pieces, batch_size // pieces
 
 
-def fit(model, optimizer, read_epoch, compute_losses, *, epochs, steps, batch_size, lr, warmup_epochs=0.0,
-        output=None, resume=False, settings=None, device="cpu", precision="fp32", **options):
-    """Trains `model` for `epochs` of `steps` steps; fine-tuning, the probes and dense tasks share this loop.
+def settings_of(task, arguments):
+    """What a resumed run must have been started with: the plain values among the arguments of a task."""
+    machine = ("output", "resume", "accumulate", "device", "precision", "workers")
+    plain = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
+    return dict(task=task) | {name: value for name, value in plain.items() if name not in machine}
 
-    read_epoch(epoch) -> this process's micro-batches of an epoch, steps * accumulate of them.
-    compute_losses(model, batch) -> dict of scalars: "loss" and, if there are, its parts. The model is an
-        argument because it is wrapped where several processes train it.
-    lr(step) -> learning rate.
+
+def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr, lr_batch=256,
+        warmup_epochs=None, usual_warmup=10, min_lr=0.0, fall=half_cosine, accumulate=None,
+        collate_fn=collate, output=None, resume=False, settings=None, seed=0, device="cpu", precision="fp32",
+        workers=0, title="training"):
+    """Trains `model`: probes, fine-tuning and dense tasks share this loop. Returns what it settled, a dict.
+
+    train: a dataset whose items are dicts with image and label.
+    compute_losses(model, images, labels) -> dict of scalars: "loss" and, if there are, its parts. The model
+        is an argument because it is wrapped where several processes train it. Labels are as collated.
+    base_lr: learning rate per `lr_batch` images of the batch; behind the warm-up it goes to min_lr along
+        `fall`.
+    warmup_epochs: default: `usual_warmup`, but at most a ninth of the epochs.
     output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
-        what a resumed run must have been started with: a dict of plain types with `task`.
+        what a resumed run must have been started with (`settings_of`).
     """
+    warmup_epochs = min(usual_warmup, epochs / 9) if warmup_epochs is None else warmup_epochs
     if warmup_epochs > epochs:
         raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
+    batch_size, micro_batch = cut_batch(batch_size, len(train), accumulate)
+    steps, peak, watch = len(train) // batch_size, base_lr * batch_size / lr_batch, watcher(train)
+    batches = EpochBatches(len(train), batch_size, micro_batch, seed, rank(), world_size())
+    loader = make_loader(train, workers, device, batch_sampler=batches, collate_fn=collate_fn)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
     done = 0
+    if output is not None:
+        settings = settings | dict(batch_size=batch_size, micro_batch=micro_batch, num_images=len(train),
+                                   warmup_epochs=warmup_epochs)
     if resume:
         state = open_kept(output, settings)
         done = state["epoch"]
@@ -271,12 +278,17 @@ def fit(model, optimizer, read_epoch, compute_losses, *, epochs, steps, batch_si
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
 
     def losses(batch, step):
-        return compute_losses(wrapped, batch)
+        watch(batch)
+        return compute_losses(wrapped, prepare(batch["image"], device), batch["label"])
+
+    def lr(step):
+        return learning_rate(step, epochs * steps, warmup_epochs * steps, peak, min_lr, fall)
 
     for epoch in range(done, epochs):
-        train_epoch(wrapped, read_epoch(epoch), optimizer, losses, epoch=epoch, epochs=epochs, steps=steps,
-                    lr=lr, batch_size=batch_size, scaler=scaler, device=device, precision=precision,
-                    **options)
+        batches.epoch = epoch
+        train_epoch(wrapped, loader, optimizer, losses, epoch=epoch, epochs=epochs, steps=steps, lr=lr,
+                    batch_size=batch_size, accumulate=batch_size // micro_batch // world_size(),
+                    scaler=scaler, seed=seed, device=device, precision=precision, title=title)
         if not all_finite(model):
             raise UsageError(f"the weights are no longer finite in epoch {epoch + 1}: try a lower --base-lr")
         if output is not None and rank() == 0:
@@ -284,11 +296,11 @@ def fit(model, optimizer, read_epoch, compute_losses, *, epochs, steps, batch_si
                          scaler=scaler.state_dict(), epoch=epoch + 1, args=settings)
             write_atomically(output, functools.partial(torch.save, state))
     model.eval()
+    return dict(batch_size=batch_size, warmup_epochs=round(warmup_epochs, 3))
 
 
 def open_kept(path, settings):
-    """What `fit` has written to a file; UsageError if it is something else or was made with other
-    settings."""
+    """What `fit` has written to a file; UsageError if it is something else, or of other settings."""
     if not Path(path).exists():
         raise UsageError(f"--resume: there is no {path}")
     with names_file(path):
@@ -364,49 +376,31 @@ class AttentiveProbe(nn.Module):
         return self.attn.weights(self.query.expand(len(patches), -1, -1), patches).squeeze(2)
 
 
-def train_probe(features, make_head, make_optimizer, train, val, *, epochs, batch_size, base_lr,
-                warmup_epochs, cache_features, seed, device, precision, workers):
-    """Trains a head on frozen features -> the head, and its accuracies.
+def train_probe(features, make_head, make_optimizer, train, val, cache_features, *, device, precision,
+                workers, **options):
+    """Trains a head on frozen features -> the head, and a dict of its accuracies. options: those of `fit`.
 
     features: images [b, 3, H, W] -> what the head takes.
-    make_head(num_classes); make_optimizer(parameters, lr).
+    make_head(dim, num_classes); make_optimizer(parameters, lr).
     """
     train, val = as_items(train), as_items(val)
-    batch_size, micro_batch = cut_batch(batch_size, len(train))
-    batches = EpochBatches(len(train), batch_size, batch_size if cache_features else micro_batch, seed)
-    if cache_features:
+    num_classes = count_classes(train)
+    with torch.no_grad():
+        dim = features(prepare(train[0]["image"][None], device)).shape[-1]
+    torch.manual_seed(options["seed"])
+    head = make_head(dim, num_classes).to(device)
+    if cache_features:  # the features take the images' place
         known, labels = extract(features, train, device, precision, workers, "train features")
-    else:
-        loader = make_loader(train, workers, device, batch_sampler=batches)
+        train = Pairs((known.cpu(), labels.cpu()))
 
-    def read_epoch(epoch):
-        """A step's (features, labels) at a time. The images of a large batch are encoded in pieces that
-        fit."""
-        batches.epoch = epoch
-        if cache_features:
-            for keys in batches:
-                ids = torch.tensor([index for _, index in keys], device=device)
-                yield known[ids], labels[ids]
-            return
-        pieces = []
-        for images, some_labels in read(loader, train, device):
+    def compute_losses(head, inputs, labels):
+        if not cache_features:
             with torch.no_grad(), autocast(device, precision):
-                pieces.append((features(images), some_labels))
-            if len(pieces) * micro_batch == batch_size:
-                yield tuple(torch.cat(part) for part in zip(*pieces))
-                pieces = []
+                inputs = features(inputs)
+        return dict(loss=F.cross_entropy(head(inputs), labels.to(device)))
 
-    def compute_losses(head, batch):
-        return dict(loss=F.cross_entropy(head(batch[0]), batch[1]))
-
-    torch.manual_seed(seed)
-    head = make_head(count_classes(train)).to(device)
-    warmup_epochs = min(10, epochs / 9) if warmup_epochs is None else warmup_epochs
-    peak, steps = base_lr * batch_size / 256, len(train) // batch_size
-    lr = functools.partial(learning_rate, steps=epochs * steps, warmup_steps=warmup_epochs * steps, peak=peak)
-    fit(head, make_optimizer(head.parameters(), peak), read_epoch, compute_losses, epochs=epochs, steps=steps,
-        batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs,
-        seed=seed, device=device, title="probe")  # in float32, as the precision is the encoder's
+    settled = fit(head, make_optimizer(head.parameters(), options["base_lr"]), train, compute_losses,
+                  device=device, workers=0 if cache_features else workers, title="probe", **options)
 
     def logits(images):
         inputs = features(images)
@@ -414,8 +408,7 @@ def train_probe(features, make_head, make_optimizer, train, val, *, epochs, batc
             return head(inputs)
 
     result = accuracies(*extract(logits, val, device, precision, workers, "val"))
-    return head, result | dict(features="cached" if cache_features else "augmented", batch_size=batch_size,
-                               warmup_epochs=warmup_epochs)
+    return head, result | settled | dict(features="cached" if cache_features else "augmented")
 
 
 def linear(encoder, train, val, epochs: PositiveInt = 90, batch_size: PositiveInt = 16384,
@@ -424,7 +417,8 @@ def linear(encoder, train, val, epochs: PositiveInt = 90, batch_size: PositiveIn
            device="cpu", precision="fp32", workers=0) -> dict:
     """Linear probe (MAE, Table 10): frozen encoder, batch norm without affine, linear layer, LARS.
 
-    encoder, train, val: as for `knn`. The paper's `train` are random resized crops, flipped.
+    encoder, train, val: as for `knn`. The paper's `train` are random resized crops, flipped. The batch norm
+    takes its mean over a micro-batch, at most 256 images (MAE's code: over the 512 of a GPU).
 
     epochs: passes over the training images
     batch_size: images a step
@@ -436,9 +430,8 @@ def linear(encoder, train, val, epochs: PositiveInt = 90, batch_size: PositiveIn
     seed: of everything random
     """
     features = pooled(frozen(encoder, device), pool)
-    make_head = functools.partial(classifier, width(features, as_items(train), device))
-    return train_probe(features, make_head, LARS, train, val, epochs=epochs, batch_size=batch_size,
-                       base_lr=base_lr, warmup_epochs=warmup_epochs, cache_features=cache_features, seed=seed,
+    return train_probe(features, classifier, LARS, train, val, cache_features, epochs=epochs,
+                       batch_size=batch_size, base_lr=base_lr, warmup_epochs=warmup_epochs, seed=seed,
                        device=device, precision=precision, workers=workers)[1]
 
 
@@ -449,8 +442,8 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
     """Attentive probe (CAE, Appendix A): frozen encoder, `AttentiveProbe`, SGD; its learning rate is 0.4 in
     all.
 
-    Cached, the patches of all training images are on the device, 2 N D bytes each: 1.2 GB for CIFAR-10 at
-    ViT-Ti and 64 patches. Otherwise those of a batch are: 2.5 GB for 8192 at ViT-B/16 and 224 pixels.
+    Cached, the patches of all training images are in memory, 2 N D bytes each: 1.2 GB for CIFAR-10 at ViT-Ti
+    and 64 patches, and twice as much for a moment.
 
     encoder, train, val: as for `knn`.
     images: [n, 3, H, W], of which the result has a `picture` [3, h, w] of where the query looks (for a
@@ -469,11 +462,12 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
     def features(images):
         return encoder(images)[:, 1:].half()
 
-    dim = width(features, as_items(train), device)
-    make_head = functools.partial(AttentiveProbe, dim, getattr(encoder, "num_heads", max(1, dim // 64)))
+    def make_head(dim, num_classes):
+        return AttentiveProbe(dim, getattr(encoder, "num_heads", max(1, dim // 64)), num_classes)
+
     sgd = functools.partial(torch.optim.SGD, momentum=0.9)
-    probe, result = train_probe(features, make_head, sgd, train, val, epochs=epochs, batch_size=batch_size,
-                                base_lr=base_lr, warmup_epochs=warmup_epochs, cache_features=cache_features,
+    probe, result = train_probe(features, make_head, sgd, train, val, cache_features, epochs=epochs,
+                                batch_size=batch_size, base_lr=base_lr, warmup_epochs=warmup_epochs,
                                 seed=seed, device=device, precision=precision, workers=workers)
     if images is not None:
         images = prepare(images, device)
@@ -488,8 +482,7 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
 
 
 class Classifier(nn.Module):
-    """A mim.ViT with a linear classifier on its class token or, behind a new norm, the mean of its
-    patches."""
+    """A mim.ViT with a linear classifier on its class token or, behind a new norm, its patches' mean."""
 
     def __init__(self, encoder, num_classes, pool="mean"):
         super().__init__()
@@ -521,6 +514,12 @@ def layer_groups(encoder, heads, weight_decay, layer_decay):
     tokens = [p for p in encoder.parameters(recurse=False) if p.requires_grad]
     groups.append(dict(params=tokens, weight_decay=0.0, lr_scale=layer_decay ** (depth + 1)))
     return [group for group in groups if group["params"]]
+
+
+def layer_wise_adamw(encoder, heads, weight_decay, layer_decay):
+    """AdamW on `layer_groups`."""
+    groups = layer_groups(encoder, heads, weight_decay, layer_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
 def augmentation():
@@ -555,7 +554,7 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     epochs: passes over the training images
     batch_size: images a step, over all processes
     base_lr: learning rate per 256 images of the batch
-    warmup_epochs: epochs of linear warm-up; default: 5, or a tenth of the epochs if they are fewer than 50
+    warmup_epochs: epochs of linear warm-up; default: 5, or a ninth of the epochs if they are fewer than 45
     weight_decay: of AdamW
     layer_decay: learning rate of a block over that of the one above
     drop_path: stochastic depth of the last block
@@ -565,42 +564,24 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     resume: go on from --output
     seed: of everything random
     """
+    settings = settings_of("finetune", locals())
     train, val = as_items(train), as_items(val)
-    num_classes, size = count_classes(train), list(encoder.image_size)
-    batch_size, micro_batch = cut_batch(batch_size, len(train), accumulate)
-    warmup_epochs = min(5, epochs / 10) if warmup_epochs is None else warmup_epochs
-    settings = dict(task="finetune", epochs=epochs, batch_size=batch_size, micro_batch=micro_batch,
-                    base_lr=base_lr, warmup_epochs=warmup_epochs, weight_decay=weight_decay,
-                    layer_decay=layer_decay, drop_path=drop_path, label_smoothing=label_smoothing, pool=pool,
-                    seed=seed, num_images=len(train), num_classes=num_classes, image_size=size)
+    num_classes = count_classes(train)
     torch.manual_seed(seed)
-    encoder = copy.deepcopy(encoder).requires_grad_(True)  # the position table too, as in MAE's fine-tuning
-    mim.set_drop_path(encoder.blocks, drop_path)
-    model = Classifier(encoder, num_classes, pool).to(device)
-    peak, steps = base_lr * batch_size / 256, len(train) // batch_size
-    lr = functools.partial(learning_rate, steps=epochs * steps, warmup_steps=warmup_epochs * steps, peak=peak,
-                           minimum=1e-6)
-    groups = layer_groups(encoder, [model.fc_norm, model.head], weight_decay, layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
+    model = Classifier(trainable(encoder, drop_path), num_classes, pool).to(device)
+    optimizer = layer_wise_adamw(model.encoder, [model.fc_norm, model.head], weight_decay, layer_decay)
     mixes = [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
     mix = v2.RandomChoice(mixes)
-    batches = EpochBatches(len(train), batch_size, micro_batch, seed, rank(), world_size())
-    loader = make_loader(train, workers, device, batch_sampler=batches)
 
-    def read_epoch(epoch):
-        batches.epoch = epoch
-        return read(loader, train, device)
-
-    def compute_losses(model, batch):
-        images, targets = mix(*batch)
+    def compute_losses(model, images, labels):
+        images, targets = mix(images, labels.to(device))
         logits = model(images).float()
         return dict(loss=F.cross_entropy(logits, targets, label_smoothing=label_smoothing))
 
-    fit(model, optimizer, read_epoch, compute_losses, epochs=epochs, steps=steps, batch_size=batch_size,
-        lr=lr, warmup_epochs=warmup_epochs, accumulate=batch_size // micro_batch // world_size(),
-        output=output, resume=resume, settings=settings, seed=seed, device=device, precision=precision,
-        title="fine-tuning")
-    result = dict(batch_size=batch_size, warmup_epochs=warmup_epochs)
+    result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
+                 base_lr=base_lr, warmup_epochs=warmup_epochs, usual_warmup=5, min_lr=1e-6,
+                 accumulate=accumulate, output=output, resume=resume, settings=settings, seed=seed,
+                 device=device, precision=precision, workers=workers, title="fine-tuning")
     if rank() == 0:
         result |= accuracies(*extract(model, val, device, precision, workers, "val"))
     return result
@@ -695,28 +676,21 @@ class Segmenter(nn.Module):
     head: upernet, on the maps after 1/3, 1/2, 2/3 and all of the blocks (ViT-B: 4, 6, 8, 12, as in BEiT's
         code), or linear, batch norm and one linear layer on the encoder's outputs. Logits are upsampled
         bilinearly.
-    freeze: the encoder stays in evaluation mode and gets no gradients.
     width: channels of UPerNet's maps.
     """
 
-    def __init__(self, encoder, num_classes, head: Literal["upernet", "linear"] = "upernet",
-                 freeze: bool = False, width: int = 512):
+    def __init__(self, encoder, num_classes, head="upernet", width=512):
         super().__init__()
-        self.encoder, self.freeze = encoder.requires_grad_(not freeze), freeze
+        self.encoder = encoder
         self.after = [math.ceil(len(encoder.blocks) * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
         if head == "upernet":
+            encoder.norm.requires_grad_(False)  # it reads the blocks
             self.head = UPerNet(encoder.embed_dim, num_classes, width)
         elif head == "linear":  # a scale and a shift behind the norm would do what the linear layer does
             self.head = nn.Sequential(nn.BatchNorm2d(encoder.embed_dim, affine=False, eps=1e-6),
                                       nn.Conv2d(encoder.embed_dim, num_classes, 1))
         else:
             raise ValueError(f"head must be upernet or linear, got {head!r}")
-        self.train()
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.encoder.train(mode and not self.freeze)
-        return self
 
     def forward(self, images):
         if isinstance(self.head, UPerNet):
@@ -727,22 +701,22 @@ class Segmenter(nn.Module):
 
 
 class DenseImages(torch.utils.data.Dataset):
-    """Images with their dense truth (datasets.load_dense), transformed together: dict(image uint8, truth,
-    index).
+    """Images with their dense truth (datasets.load_dense), transformed together.
 
     size: (height, width) of the images. scale: in training, images are resized by a random factor of this
         range, 1 being the largest that fits; then a random part is cut out or the rest filled up, and half
-        are mirrored. None, for evaluation: as large as fits, the rest filled up; truth as it is.
+        are mirrored. None, for evaluation: as large as fits, the rest filled up; the truth stays as it is.
     distort: whether colours are changed at random, too.
+    Items: dict(image uint8 [3, *size], label, original): the label is a map of classes, or a dict of objects;
+        the original is the image as it was.
     """
 
     def __init__(self, source, size, scale=None, distort=False, seed=0):
         self.source, self.size, self.seed, self.scale = source, list(size), seed, scale
-        fill = {tv_tensors.Mask: IGNORED, "others": [round(255 * m) for m in MEAN]}
-        pad = dict(pad_if_needed=True, fill=fill)
-        parts = [v2.ScaleJitter(self.size, scale or (1, 1)), v2.RandomCrop(self.size, **pad)]
-        parts += [v2.RandomHorizontalFlip()] + [v2.RandomPhotometricDistort()] * distort
-        self.transform = v2.Compose(parts)
+        fill = {tv_tensors.Mask: IGNORED, "others": MEAN_COLOUR}
+        parts = [v2.ScaleJitter(self.size, scale or (1, 1)),
+                 v2.RandomCrop(self.size, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()]
+        self.transform = v2.Compose(parts + [v2.RandomPhotometricDistort()] * distort)
 
     def __len__(self):
         return len(self.source)
@@ -753,23 +727,23 @@ class DenseImages(torch.utils.data.Dataset):
             item = self.source[index]
         except Exception as error:
             raise UsageError(f"{self.source.name(index)} cannot be decoded as an image ({error})") from None
-        image, truth = tv_tensors.Image(item["image"]), self.source.truth(index, item)
+        original, label = item["image"], self.source.truth(index, item)
         if self.scale is None:
-            return dict(image=fit_inside(image, self.size), truth=truth, index=index)
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-        if not isinstance(truth, dict):
-            image, truth = self.transform(image, tv_tensors.Mask(truth))
-        else:  # crowds are no objects to learn; a mask is filled up with nothing
-            keep = ~truth["crowd"]
-            image, masks = self.transform(image, tv_tensors.Mask(truth["masks"][keep].astype(np.uint8)))
-            masks = torch.where(masks == 1, 1, 0).to(torch.uint8)
-            seen = masks.sum((1, 2)) > 1
-            boxes = masks_to_boxes(masks[seen])
-            boxes[:, 2:] += 1  # to the far sides of the last pixels
-            truth = dict(boxes=boxes, masks=masks[seen], labels=torch.from_numpy(truth["labels"][keep])[seen])
-        torch.set_rng_state(state)
-        return dict(image=image, truth=truth, index=index)
+            return dict(image=fit_inside(original, self.size), label=label, original=original)
+        objects = isinstance(label, dict)
+        masks = tv_tensors.Mask(label["masks"].astype(np.uint8) if objects else label)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+            image, masks = self.transform(tv_tensors.Image(original), masks)
+        if not objects:
+            return dict(image=image, label=masks)
+        masks = (masks == 1).to(torch.uint8)  # what a mask is filled up with is not the object's
+        seen = (masks.sum((1, 2)) > 1) & torch.from_numpy(~label["crowd"])  # crowds are no objects to learn
+        labels, masks = torch.from_numpy(label["labels"])[seen], masks[seen]
+        return dict(image=image, label=dict(boxes=boxes_of(masks), masks=masks, labels=labels))
+
+
+MEAN_COLOUR = [round(255 * m) for m in MEAN]
 
 
 def fitting_size(image, size):
@@ -779,63 +753,37 @@ def fitting_size(image, size):
 
 
 def fit_inside(image, size):
-    """A uint8 image [3, H, W], as large as fits into `size`, in its upper left; the rest is the mean
+    """A uint8 image [3, H, W], as large as fits into `size`; what is left right and below is the mean
     colour."""
     h, w = fitting_size(image, size)
     image = v2.functional.resize(image, [h, w], antialias=True)
-    mean = torch.tensor([round(255 * m) for m in MEAN], dtype=torch.uint8)
-    out = mean[:, None, None].repeat(1, *size)
-    out[:, :h, :w] = image
-    return out
+    return v2.functional.pad(image, [0, 0, size[1] - w, size[0] - h], fill=MEAN_COLOUR)
 
 
-def train_dense(task, model, encoder, heads, train, losses, *, epochs, batch_size, base_lr, lr_at,
-                weight_decay, layer_decay, warmup_epochs, output, resume, seed, device, precision, workers,
-                **settings):
-    """Trains a dense model, with layer-wise decay of the encoder's rate (`layer_groups`).
+def boxes_of(masks):
+    """Masks [n, H, W] -> boxes [n, 4] around them: (x1, y1, x2, y2) in pixels, the far sides outside."""
+    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
-    losses: function (model, images, batch of items) -> dict of losses. lr_at: function (share of the training
-    done) -> factor of the rate behind the warm-up. settings: what else a resumed run must agree in.
-    """
-    batch_size, micro_batch = cut_batch(batch_size, len(train))
-    settings |= dict(task=task, epochs=epochs, batch_size=batch_size, base_lr=base_lr, seed=seed,
-                     weight_decay=weight_decay, layer_decay=layer_decay, warmup_epochs=warmup_epochs,
-                     num_images=len(train))
-    groups = layer_groups(encoder, heads, weight_decay, layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=base_lr, betas=(0.9, 0.999), fused=True)
-    batches = EpochBatches(len(train), batch_size, micro_batch, seed, rank(), world_size())
-    loader = torch.utils.data.DataLoader(train, num_workers=workers, batch_sampler=batches, collate_fn=list)
-    steps = len(train) // batch_size
 
-    def read_epoch(epoch):
-        batches.epoch = epoch
-        return loader
-
-    def compute_losses(model, items):
-        images = normalize(torch.stack([item["image"] for item in items]).to(device, non_blocking=True))
-        return losses(model, images, items)
-
-    def lr(step):
-        warmup = min(1.0, (step + 1) / max(1, warmup_epochs * steps))
-        return base_lr * batch_size / 16 * warmup * lr_at(step / (epochs * steps))
-
-    fit(model, optimizer, read_epoch, compute_losses, epochs=epochs, steps=steps, batch_size=batch_size,
-        lr=lr, warmup_epochs=warmup_epochs, accumulate=batch_size // micro_batch // world_size(),
-        output=output, resume=resume, settings=settings, seed=seed, device=device, precision=precision,
-        title=task)
+def collate_dense(items):
+    """Items of `DenseImages` -> their images as one tensor, their labels as a list."""
+    images = torch.stack([item["image"] for item in items])
+    return dict(image=images, label=[item["label"] for item in items])
 
 
 @torch.no_grad()
-def predict_dense(model, dataset, device, precision, workers, title):
-    """Yields (item of the source, truth, what the model gives for its image) of a dataset's images in
-    order."""
+def predict_dense(model, dataset, device, precision, workers):
+    """Yields (item, what the model gives for its image) for the images of a dataset in order."""
     loader = torch.utils.data.DataLoader(dataset, 16, num_workers=workers, collate_fn=list)
-    for items in tqdm(loader, title, leave=False, disable=None):
-        images = normalize(torch.stack([item["image"] for item in items]).to(device))
+    for items in tqdm(loader, "val", leave=False, disable=None):
         with autocast(device, precision):
-            outputs = model(images)
-        for item, output in zip(items, outputs):
-            yield dataset.source[item["index"]]["image"], item["truth"], output
+            outputs = model(prepare(torch.stack([item["image"] for item in items]), device))
+        yield from zip(items, outputs)
+
+
+def falling(progress):
+    """The factor of the learning rate for segmentation: from 1 to 0 on a line."""
+    return 1 - progress
 
 
 def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", freeze: bool = False,
@@ -854,7 +802,8 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
     epochs: passes over the training images (127 of ADE20K are the papers' 160,000 steps)
     batch_size: images a step, over all processes
     base_lr: learning rate per 16 images of the batch; it falls linearly to 0
-    warmup_epochs: epochs of linear warm-up; default: 1.2 of 127, the papers' 1,500 steps, or as large a share
+    warmup_epochs: epochs of linear warm-up; default: 1.2 (of ADE20K, the papers' 1,500 steps), or a ninth of
+        the epochs if they are fewer than 11
     weight_decay: of AdamW
     layer_decay: learning rate of a block over that of the one above
     drop_path: stochastic depth of the last block
@@ -862,41 +811,34 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
     resume: go on from --output
     seed: of everything random
     """
-    warmup_epochs = epochs * 1.2 / 127 if warmup_epochs is None else warmup_epochs
+    settings, names = settings_of("semseg", locals()), train.source.classes
     torch.manual_seed(seed)
-    encoder, names = copy.deepcopy(encoder).requires_grad_(True), train.source.classes
-    mim.set_drop_path(encoder.blocks, drop_path)
-    encoder.norm.requires_grad_(head == "linear")  # UPerNet reads the blocks
-    model = Segmenter(encoder, len(names), head, freeze, width).to(device)
+    model = Segmenter(trainable(encoder, drop_path, freeze), len(names), head, width).to(device)
+    optimizer = layer_wise_adamw(model.encoder, [model.head], weight_decay, layer_decay)
 
-    def losses(model, images, items):
-        truth = torch.stack([torch.as_tensor(item["truth"]) for item in items]).to(device, torch.long)
+    def compute_losses(model, images, maps):
+        truth = torch.stack(maps).to(device).long()
         return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
 
-    def falling(done):
-        return 1 - done
-
-    train_dense("semseg", model, encoder, [model.head], train, losses, lr_at=falling, epochs=epochs,
-                head=head, freeze=freeze, width=width, batch_size=batch_size, base_lr=base_lr,
-                weight_decay=weight_decay, layer_decay=layer_decay, drop_path=drop_path,
-                warmup_epochs=warmup_epochs, output=output, resume=resume, seed=seed, device=device,
-                precision=precision, workers=workers)
+    result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
+                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, usual_warmup=1.2, fall=falling,
+                 collate_fn=collate_dense, output=output, resume=resume, settings=settings, seed=seed,
+                 device=device, precision=precision, workers=workers, title="semseg")
     if rank() > 0:
-        return {}
+        return result
     pairs, shown = torch.zeros(len(names), len(names), dtype=torch.long), []
-    for image, truth, logits in predict_dense(model, val, device, precision, workers, "val"):
+    for item, logits in predict_dense(model, val, device, precision, workers):
+        image, truth = item["original"], torch.as_tensor(item["label"]).long()
         h, w = fitting_size(image, val.size)
-        labels = resize(logits[None, :, :h, :w].float(), image.shape[1:])[0].argmax(0).cpu()
-        truth = torch.as_tensor(truth).long()
+        found = resize(logits[None, :, :h, :w].float(), image.shape[1:])[0].argmax(0).cpu()
         counted = truth != IGNORED
-        pairs += (truth * len(names) + labels)[counted].bincount(minlength=pairs.numel()).view_as(pairs)
-        shown += [(image, labels, truth)] * (len(shown) < 6)
+        pairs += (truth * len(names) + found)[counted].bincount(minlength=pairs.numel()).view_as(pairs)
+        shown += [(image, found, truth)] * (len(shown) < 6)
     hits, occurs = pairs.diag(), pairs.sum(1) > 0
     iou = hits / (pairs.sum(0) + pairs.sum(1) - hits).clamp_min(1)
-    return dict(miou=round(100 * iou[occurs].mean().item(), 2), classes=int(occurs.sum()),
-                warmup_epochs=round(warmup_epochs, 3),
-                pixel_accuracy=round(100 * (hits.sum() / pairs.sum()).item(), 2),
-                picture=draw_classes(shown, names))
+    return result | dict(miou=round(100 * iou[occurs].mean().item(), 2), classes=int(occurs.sum()),
+                         pixel_accuracy=round(100 * (hits.sum() / pairs.sum()).item(), 2),
+                         picture=draw_classes(shown, names))
 
 
 def class_colours(count):
@@ -914,38 +856,22 @@ def enlarge(image, side=256):
 
 def draw_classes(shown, names):
     """(image uint8 [3, H, W], predicted, true classes [H, W]) of some images -> a picture with a legend."""
-    colours, columns = torch.tensor(class_colours(len(names)), dtype=torch.uint8), {}
-    if names[0] == "background":
-        colours[0] = 190
-    for image, labels, truth in shown:
-        flat = [torch.where(x == IGNORED, 255, colours[x.clamp(max=len(names) - 1)].permute(2, 0, 1))
-                for x in (labels, truth)]
+    colours = class_colours(len(names))
+    table = torch.full((256, 3), 255, dtype=torch.uint8)  # ignored pixels are white
+    table[:len(names)] = torch.tensor(colours, dtype=torch.uint8)
+    columns = dict(image=[], prediction=[], truth=[], classes=[])
+    for image, found, truth in shown:
         legend = Image.new("RGB", (256, 256), "white")
-        here = dict.fromkeys(truth.unique().tolist() + labels.unique().tolist())  # the truth first
-        here.pop(IGNORED, None)
-        for line, k in enumerate(here):
-            ImageDraw.Draw(legend).text((4, 4 + 14 * line), names[k], fill=tuple(colours[k].tolist()))
-        tiles = [enlarge(image), *(enlarge(x.byte()) for x in flat), v2.functional.pil_to_tensor(legend)]
-        for title, tile in zip(("image", "prediction", "truth", "classes"), tiles):
-            columns.setdefault(title, []).append(tile / 255)
+        for line, k in enumerate(set(truth.unique().tolist()) - {IGNORED}):
+            ImageDraw.Draw(legend).text((4, 4 + 14 * line), names[k], fill=colours[k])
+        maps = (table[classes].permute(2, 0, 1) for classes in (found, truth))
+        for column, tile in zip(columns.values(), (image, *maps, v2.functional.pil_to_tensor(legend))):
+            column.append(enlarge(tile) / 255)
     return picture({title: torch.stack(tiles) for title, tiles in columns.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Dense transfer: object detection
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of every position of a map, [B, C, h, w] -> [B, C, h, w]."""
-
-    def __init__(self, channels):
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-NORMS = {"layer": ChannelNorm, "batch": nn.BatchNorm2d}
 
 
 def split_windows(x, window):
@@ -963,6 +889,9 @@ def merge_windows(windows, window, grid):
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :gh, :gw]
 
 
+layer_norm_2d = functools.partial(LayerNorm2d, eps=1e-6)  # over the channels of every position
+
+
 class ViTDet(nn.Module):
     """Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022,
     arXiv:2203.16527.
@@ -974,41 +903,32 @@ class ViTDet(nn.Module):
     grid: what torchvision asks of a backbone, with `out_channels`. The class token is left out.
 
     width: channels of the maps.
-    window: patches on a window's side; no more than the grid has.
-    freeze: the encoder stays in evaluation mode and gets no gradients.
-    norm: of the pyramid, layer (over channels) or batch.
+    window: patches on a window's side; no more than the grid has. As in the released code, zeros fill up the
+        windows at the edges, and are attended to.
+    norm: of the pyramid, a function of the channels.
 
-    Departs from the released code: tokens that pad windows are masked (there zeros are attended to), and
-    positions are the encoder's own (there learned relative ones are added).
+    Departs from the released code: positions are the encoder's own (there learned relative ones are added).
     """
 
-    def __init__(self, encoder, width=256, window=14, freeze=False, norm="layer"):
+    def __init__(self, encoder, width=256, window=14, norm=layer_norm_2d):
         super().__init__()
-        self.encoder, self.freeze, self.out_channels = encoder.requires_grad_(not freeze), freeze, width
-        self.global_blocks = [math.ceil(len(encoder.blocks) * quarter / 4) for quarter in (1, 2, 3, 4)]
+        encoder.norm.requires_grad_(False)  # the pyramid reads the last block
+        self.encoder, self.out_channels, depth = encoder, width, len(encoder.blocks)
+        self.global_blocks = [math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)]
         self.window = tuple(min(window, side) for side in encoder.grid)
-        keep = split_windows(torch.ones(1, *encoder.grid, 1), self.window)[..., 0].bool()
         buckets = mim.relative_buckets(self.window)[1:, 1:] if encoder.relative_position else None
-        self.register_buffer("keep", None if keep.all() else keep, persistent=False)
         self.register_buffer("window_buckets", buckets, persistent=False)
-        D, norm = encoder.embed_dim, NORMS[norm]
+        D = encoder.embed_dim
         self.rescalers = rescalers(D, D // 2, D // 4, norm)
-        self.outputs = nn.ModuleList([
-            nn.Sequential(Conv2dNormActivation(dim, width, 1, norm_layer=norm, activation_layer=None),
-                          Conv2dNormActivation(width, width, 3, norm_layer=norm, activation_layer=None))
-            for dim in (D // 4, D // 2, D, D)])
-        self.train()
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.encoder.train(mode and not self.freeze)
-        return self
+        plain = functools.partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
+        self.outputs = nn.ModuleList([nn.Sequential(plain(dim, width, 1), plain(width, width, 3))
+                                      for dim in (D // 4, D // 2, D, D)])
 
     def windowed(self, block, x):
         """A block that attends inside windows, [B, N, D] -> [B, N, D]; drop path still drops whole images."""
-        grid, keep = self.encoder.grid, None if self.keep is None else self.keep.repeat(len(x), 1)
+        grid = self.encoder.grid
         windows = split_windows(block.norm1(x).unflatten(1, grid), self.window)
-        windows = block.attn(windows, self.window_buckets, keep)
+        windows = block.attn(windows, self.window_buckets)
         x = x + block.drop_path(block.ls1(merge_windows(windows, self.window, grid).flatten(1, 2)))
         return x + block.drop_path(block.ls2(block.mlp(block.norm2(x))))
 
@@ -1028,9 +948,7 @@ class ViTDet(nn.Module):
         return OrderedDict((str(level), x) for level, x in enumerate(maps))
 
 
-def make_detector(encoder, num_classes, width: int = 256, window: int = 14, freeze: bool = False,
-                  norm: Literal["layer", "batch"] = "layer", rois: int = 512, head_depth: int = 4,
-                  proposals: int = 1000):
+def make_detector(encoder, num_classes, width=256, window=14):
     """Mask R-CNN (He et al., ICCV 2017, arXiv:1703.06870), torchvision's, with ViTDet's backbone and heads.
 
     In training model(images, targets) -> dict of losses to add up; otherwise model(images) -> a dict per
@@ -1041,16 +959,17 @@ def make_detector(encoder, num_classes, width: int = 256, window: int = 14, free
     num_classes: of objects, without the background.
     width: channels of all maps; the box head's linear layer has 4 * width.
     window: patches on the side of the windows that most blocks attend in.
-    freeze: the encoder stays in evaluation mode and gets no gradients.
-    norm: of pyramid and heads: layer, as in the paper, or batch, which learns faster on many images a step.
-    rois: regions per image that train the box head; those with an object, at most a quarter, the mask head.
-    head_depth: convolutions of the box head and of the mask head.
-    proposals: regions per image that the region proposal network passes on.
+
+    Ours, for images of up to 96 pixels: batch norm, which learns faster on many images a step, shallower
+    heads, fewer regions.
     """
     (H, W), p = encoder.image_size, encoder.patch_size
     if p % 4 or H % (2 * p) or W % (2 * p):
-        raise ValueError("detection needs a patch_size divisible by 4, and an image_size divisible by twice "
+        raise UsageError("detection needs a patch_size divisible by 4, and an image_size divisible by twice "
                          f"the patch_size, got {p} and {H}x{W}")
+    small = max(H, W) <= SMALL
+    norm = nn.BatchNorm2d if small else layer_norm_2d
+    rois, proposals, convs = (32, 100, [width]) if small else (512, 1000, 4 * [width])
     strides = [p // 4, p // 2, p, 2 * p, 4 * p]
 
     def roi_pool(size):
@@ -1061,27 +980,30 @@ def make_detector(encoder, num_classes, width: int = 256, window: int = 14, free
         pool.map_levels = LevelMapper(0, 3, canonical_scale=14 * p, canonical_level=2)
         return pool
 
-    convs = head_depth * [width]
     return MaskRCNN(
-        ViTDet(encoder, width, window, freeze, norm),
+        ViTDet(encoder, width, window, norm),
         fixed_size=(W, H), size_divisible=1, image_mean=3 * [0.0], image_std=3 * [1.0],  # images are ready
         rpn_anchor_generator=AnchorGenerator([(8 * stride,) for stride in strides], 5 * [(0.5, 1.0, 2.0)]),
         rpn_head=RPNHead(width, 3, conv_depth=2),
         rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
         rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
         box_roi_pool=roi_pool(7), box_batch_size_per_image=rois,
-        box_head=FastRCNNConvFCHead((width, 7, 7), convs, [4 * width], NORMS[norm]),
+        box_head=FastRCNNConvFCHead((width, 7, 7), convs, [4 * width], norm),
         box_predictor=FastRCNNPredictor(4 * width, num_classes + 1),
-        mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, NORMS[norm]),
+        mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, norm),
         mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1))
+
+
+def stepwise(progress):
+    """The factor of the learning rate for detection: a tenth from 90%, a hundredth from 95% on."""
+    return 0.1 ** ((progress >= 0.9) + (progress >= 0.95))
 
 
 def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100, batch_size: PositiveInt = 64,
            base_lr: PositiveFloat = 2.5e-5, warmup_epochs: NonNegativeFloat | None = None,
            weight_decay: NonNegativeFloat = 0.1, layer_decay: PositiveFloat = 0.7, drop_path: Fraction = 0.1,
-           width: PositiveInt = 256, window: PositiveInt = 14, norm: Literal["layer", "batch"] = "layer",
-           rois: PositiveInt = 512, head_depth: PositiveInt = 4, proposals: PositiveInt = 1000, output=None,
-           resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
+           width: PositiveInt = 256, window: PositiveInt = 14, output=None, resume: bool = False,
+           seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
     """Object detection and instance segmentation, as ViTDet's on COCO (R-MAE, §4.1): Mask R-CNN.
 
     encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=True)`. Returns COCO's six
@@ -1091,57 +1013,45 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     epochs: passes over the training images
     batch_size: images a step, over all processes
     base_lr: learning rate per 16 images of the batch (1e-4 at 64); a tenth from 90%, a hundredth from 95% on
-    warmup_epochs: epochs of linear warm-up; default: 0.14 of 100, the paper's 250 steps, or as large a share
+    warmup_epochs: epochs of linear warm-up; default: 0.14 (of COCO, the paper's 250 steps)
     weight_decay: of AdamW
     layer_decay: learning rate of a block over that of the one above
     drop_path: stochastic depth of the last block
-    width: channels of the feature pyramid
+    width: channels of the feature pyramid and the heads
     window: patches on the side of the windows that most blocks attend in
-    norm: of pyramid and heads: layer, as in the paper, or batch, which learns faster on many images a step
-    rois: regions per image that train the heads
-    head_depth: convolutions of the box head and of the mask head
-    proposals: regions per image that the region proposal network passes on
     resume: go on from --output
     seed: of everything random
     """
-    warmup_epochs = epochs * 0.14 / 100 if warmup_epochs is None else warmup_epochs
+    settings, names = settings_of("detect", locals()), train.source.classes
     torch.manual_seed(seed)
-    encoder, names = copy.deepcopy(encoder).requires_grad_(True), train.source.classes
-    mim.set_drop_path(encoder.blocks, drop_path)
-    encoder.norm.requires_grad_(False)  # the pyramid reads the last block
-    options = dict(width=width, window=window, freeze=freeze, norm=norm, rois=rois, head_depth=head_depth,
-                   proposals=proposals)
-    try:
-        model = make_detector(encoder, len(names), **options).to(device)
-    except ValueError as error:
-        raise UsageError(f"--task detect: {error}") from None
+    model = make_detector(trainable(encoder, drop_path, freeze), len(names), width, window).to(device)
+    backbone = model.backbone
+    heads = [backbone.rescalers, backbone.outputs, model.rpn, model.roi_heads]
+    optimizer = layer_wise_adamw(backbone.encoder, heads, weight_decay, layer_decay)
 
-    def losses(model, images, items):
-        targets = [{k: v.to(device) for k, v in item["truth"].items()} for item in items]
+    def compute_losses(model, images, objects):
+        targets = [{name: value.to(device) for name, value in some.items()} for some in objects]
         parts = model(images, targets)
         return dict(loss=sum(parts.values()), **parts)
 
-    def stepwise(done):
-        return 0.1 ** ((done >= 0.9) + (done >= 0.95))
-
-    backbone = model.backbone
-    heads = [backbone.rescalers, backbone.outputs, model.rpn, model.roi_heads]
-    train_dense("detect", model, encoder, heads, train, losses, lr_at=stepwise, epochs=epochs,
-                drop_path=drop_path, batch_size=batch_size, base_lr=base_lr, weight_decay=weight_decay,
-                layer_decay=layer_decay, warmup_epochs=warmup_epochs, output=output, resume=resume, seed=seed,
-                device=device, precision=precision, workers=workers, **options)
+    result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
+                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, usual_warmup=0.14, fall=stepwise,
+                 collate_fn=collate_dense, output=output, resume=resume, settings=settings, seed=seed,
+                 device=device, precision=precision, workers=workers, title="detect")
     if rank() > 0:
-        return {}
+        return result
     records, shown = dict(box=[], mask=[]), []
-    for image, truth, found in predict_dense(model, val, device, precision, workers, "val"):
+    for item, found in predict_dense(model, val, device, precision, workers):
+        image, truth = item["original"], item["label"]
         found = to_original(found, image, val.size)
-        truth = truth | dict(boxes=boxes_of(truth["masks"]))
-        for name, kind in (("box", "boxes"), ("mask", "masks")):
-            records[name].append(match_image(truth, found, kind))
+        truth = truth | dict(boxes=boxes_of(torch.from_numpy(truth["masks"])).numpy())
+        records["box"].append(match_image(truth, found, "boxes"))
+        records["mask"].append(match_image(truth, found, "masks"))
         shown += [(image, found)] * (len(shown) < 6)
-    result = {f"{name}_{figure}": None if value is None else round(value, 2) for name in records
-              for figure, value in average_precision(records[name]).items()}
-    return result | dict(warmup_epochs=round(warmup_epochs, 3), picture=draw_objects(shown, names))
+    for name, record in records.items():
+        for figure, value in average_precision(record).items():
+            result[f"{name}_{figure}"] = None if value is None else round(value, 2)
+    return result | dict(picture=draw_objects(shown, names))
 
 
 def to_original(found, image, size):
@@ -1150,15 +1060,9 @@ def to_original(found, image, size):
     h, w = fitting_size(image, size)
     H, W = image.shape[1:]
     masks = resize(found["masks"][:, :, :h, :w].float(), (H, W))[:, 0] > 0.5
-    boxes = found["boxes"] * torch.tensor([W / w, H / h, W / w, H / h], device=found["boxes"].device)
-    out = dict(boxes=boxes, masks=masks, labels=found["labels"], scores=found["scores"].float())
-    return {name: value.cpu().numpy() for name, value in out.items()}
-
-
-def boxes_of(masks):
-    """Masks bool [n, H, W] -> boxes [n, 4] around them, (x1, y1, x2, y2) with the far sides outside."""
-    boxes = masks_to_boxes(torch.from_numpy(masks)).numpy() if len(masks) else np.zeros((0, 4), np.float32)
-    return boxes + np.array([0, 0, 1, 1], np.float32)
+    boxes = found["boxes"].cpu() * torch.tensor([W / w, H / h, W / w, H / h])
+    found = dict(boxes=boxes, masks=masks, labels=found["labels"], scores=found["scores"].float())
+    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def draw_objects(shown, names):
@@ -1166,17 +1070,16 @@ def draw_objects(shown, names):
     0.5."""
     colours, columns = class_colours(len(names) + 1), dict(image=[], detections=[])
     for image, found in shown:
-        large, sure = enlarge(image), found["scores"] > 0.5
-        zoom = 256 / max(image.shape[1:])
-        labels, boxes = found["labels"][sure], torch.from_numpy(found["boxes"][sure] * zoom)
-        drawn = large
+        columns["image"].append(enlarge(image) / 255)
+        sure = found["scores"] > 0.5
+        drawn, labels = enlarge(image), found["labels"][sure]
         if sure.any():
             masks = [enlarge(torch.from_numpy(mask)[None].byte())[0] == 1 for mask in found["masks"][sure]]
-            of = [colours[k] for k in labels]
+            boxes = torch.from_numpy(found["boxes"][sure] * 256 / max(image.shape[1:]))
             texts = [f"{names[k - 1]} {score:.2f}" for k, score in zip(labels, found["scores"][sure])]
-            drawn = draw_segmentation_masks(large, torch.stack(masks), alpha=0.5, colors=of)
+            of = [colours[k] for k in labels]
+            drawn = draw_segmentation_masks(drawn, torch.stack(masks), alpha=0.5, colors=of)
             drawn = draw_bounding_boxes(drawn, boxes, texts, colors=of)
-        columns["image"].append(large / 255)
         columns["detections"].append(drawn / 255)
     return picture({title: torch.stack(tiles) for title, tiles in columns.items()}, per_row=2)
 
@@ -1319,9 +1222,6 @@ def average_precision(records):
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 
-COLOURS = [[0.20, 0.05, 0.35], [0.20, 0.30, 0.60], [0.10, 0.58, 0.58], [0.45, 0.80, 0.35], [1.00, 0.92, 0.20]]
-
-
 def heat(images, attention):
     """Images [n, 3, H, W] in [0, 1] and maps [n, gh, gw] -> grey images under the maps in colour, from violet
     to yellow.
@@ -1329,12 +1229,10 @@ def heat(images, attention):
     The colours get brighter evenly, and the image below has none, so that the map can be read on any
     photograph.
     """
-    attention = F.interpolate(attention[:, None], images.shape[-2:], mode="bilinear", align_corners=False)
+    attention = resize(attention[:, None], images.shape[-2:])
     attention = attention / attention.amax((2, 3), keepdim=True).clamp_min(1e-12)
-    colours = torch.tensor(COLOURS, device=images.device)
-    places = torch.arange(len(colours), device=images.device).view(-1, 1, 1)
-    weights = (1 - ((len(colours) - 1) * attention - places).abs()).clamp_min(0)  # of the two nearest colours
-    return 0.4 * images.mean(1, keepdim=True) + 0.6 * torch.einsum("nkhw,kc->nchw", weights, colours)
+    violet, yellow = torch.tensor([[0.2, 0.05, 0.4], [1.0, 0.9, 0.2]], device=images.device)[..., None, None]
+    return 0.4 * images.mean(1, keepdim=True) + 0.6 * torch.lerp(violet, yellow, attention)
 
 
 def attention_picture(images, maps, more=()):
@@ -1389,16 +1287,15 @@ def attention(encoder, images, regions=None, query: NonNegativeInt | None = None
     maps = maps.float().unflatten(2, (gh, gw))
     if rollout:
         maps = maps - maps.amin((2, 3), keepdim=True)
-    if rollout and regions is not None:
+    if regions is not None:
         flow, member = object_flow(flow, regions.to(device), p)
         inside = F.interpolate(member.unflatten(1, (gh, gw))[:, None].float(), images.shape[-2:])
         more["object"] = shown * (0.3 + 0.7 * inside)
         more["of the object"] = heat(shown, flow.unflatten(1, (gh, gw)))
     if query > 0:
         top, left = (query - 1) // gw * p, (query - 1) % gw * p
-        shown = shown.clone()
-        patch = shown[:, :, top : top + p, left : left + p]
-        patch.copy_(0.5 * patch + 0.5 * torch.tensor([1.0, 0.0, 0.0], device=device).view(3, 1, 1))
+        red = torch.tensor([1.0, 0.0, 0.0], device=device).view(3, 1, 1)
+        shown[:, :, top : top + p, left : left + p].lerp_(red, 0.5)
     return dict(query=query, picture=attention_picture(shown, maps, more))
 
 
@@ -1414,15 +1311,14 @@ def reconstruct(method, images, regions=None, tokenizer=None, seed: NonNegativeI
     seed: of the masks
     """
     method, images = frozen(method, device), prepare(images, device)
-    inputs = dict(regions=regions.to(device)) if regions is not None and "regions" in method.inputs else {}
-    if tokenizer is not None:
-        tokenizer = frozen(tokenizer, device)
-    torch.manual_seed(seed)
+    inputs = dict(regions=regions.to(device)) if "regions" in method.inputs else {}
+    tokenizer = None if tokenizer is None else frozen(tokenizer, device)
     with autocast(device, precision):
+        torch.manual_seed(seed)
         drawn = draw_reconstruction(method, images, tokenizer=tokenizer, **inputs)
-        torch.manual_seed(seed)  # the same masks
         if tokenizer is not None:
             inputs["tokens"] = tokenizer.tokenize(images, method.encoder.grid)
+        torch.manual_seed(seed)  # the same masks
         out = method(images, **inputs)
         if hasattr(method, "reconstruct_full"):
             ids = torch.arange(method.encoder.num_patches, device=device).expand(len(images), -1)
@@ -1451,10 +1347,14 @@ def hint_patches(patches, count):
 
 def complete(method, images, maps, ids, image_visible):
     """method.complete of the hints `ids` [B, n] of maps, for images of which a share of the patches is
-    encoded."""
-    N = method.encoder.num_patches
+    encoded -> completed maps, and the hints on grey, both as pictures [B, 3, H, W]."""
+    N, p = method.encoder.num_patches, method.encoder.patch_size
     ids_image = draw_patches(ids, N, max(ids.shape[1], int(image_visible * N)))
-    return method.complete(images, maps, ids, ids_image).float()
+    completed = method.complete(images, maps, ids, ids_image).float()
+    patches = mim.patchify(maps.float(), p)
+    hints = mim.put(torch.full_like(patches, 0.5), ids, mim.take(patches, ids))
+    hints = mim.unpatchify(hints, p, method.encoder.grid)
+    return completed.expand(-1, 3, -1, -1), hints.expand(-1, 3, -1, -1)
 
 
 def nearest_hint(patches, ids, grid):
@@ -1471,13 +1371,6 @@ def hidden_iou(guess, patches, ids):
     if both are empty there."""
     hidden = torch.ones_like(patches[..., :1]).scatter(1, ids[..., None], False)
     return (guess & patches & hidden).sum((1, 2)) / ((guess | patches) & hidden).sum((1, 2))
-
-
-def show_hints(maps, ids, patch_size, grid):
-    """Maps [B, 1, H, W] -> a picture [B, 3, H, W] of their patches `ids`, all others grey."""
-    patches = mim.patchify(maps.float(), patch_size)
-    shown = mim.put(torch.full_like(patches, 0.5), ids, mim.take(patches, ids))
-    return mim.unpatchify(shown, patch_size, grid).expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -1506,13 +1399,12 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
         for ratio in (80, 85, 90):
             ids = hint_patches(patches, max(1, round(encoder.num_patches * (1 - ratio / 100))))
             with autocast(device, precision):
-                completed = complete(method, some, maps, ids, image_visible)
-            guesses = dict(iou=mim.patchify(completed, p) > 0.5)
-            guesses["nearest_hint"] = nearest_hint(patches, ids, encoder.grid)
-            for name, guess in guesses.items():
-                scores.setdefault(f"{name}_{ratio}", []).append(hidden_iou(guess, patches, ids))
-            tiles[f"{ratio}% hidden"] = show_hints(maps, ids, p, encoder.grid)
-            tiles[f"{ratio}% completed"] = completed.expand(-1, 3, -1, -1)
+                completed, hints = complete(method, some, maps, ids, image_visible)
+            guess = mim.patchify(completed[:, :1], p) > 0.5
+            near = nearest_hint(patches, ids, encoder.grid)
+            scores.setdefault(f"iou_{ratio}", []).append(hidden_iou(guess, patches, ids))
+            scores.setdefault(f"nearest_hint_{ratio}", []).append(hidden_iou(near, patches, ids))
+            tiles |= {f"{ratio}% hidden": hints, f"{ratio}% completed": completed}
         for title, tile in tiles.items():
             columns.setdefault(title, []).append(tile.float().cpu())
     if not objects:
@@ -1522,12 +1414,12 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
     return means | dict(objects=objects, picture=picture(columns))
 
 
-def read_hints(size, grid_size, patch_size, points=(), background=(), hints=None):
+def read_hints(image, grid_size, patch_size, points=(), background=(), hints=None):
     """An image's hints -> its label map [H, W] int64: 0 unknown, 1 background, 2 region.
 
-    size, grid_size: (height, width) of the image, and of the map; for the rest see `segment_image`.
+    image: [3, h, w]. grid_size: (height, width) of the map. For the rest see `segment_image`.
     """
-    (height, width), (H, W), p = size, grid_size, patch_size
+    (height, width), (H, W), p = image.shape[1:], grid_size, patch_size
     labels = torch.zeros(H, W, dtype=torch.long)
     if hints is not None:
         try:
@@ -1568,25 +1460,19 @@ def segment_image(method, image, points: list[str] | None = None, background: li
     """
     method = frozen(method, device)
     encoder, p = method.encoder, method.encoder.patch_size
-    labels = read_hints(image.shape[1:], encoder.image_size, p, points, background, hints)
-    labels = labels[None, None].to(device)
-    shown = mim.patchify(labels, p).any(-1)
-    if not (labels == 2).any():
+    labels = read_hints(image, encoder.image_size, p, points, background, hints)[None, None].to(device)
+    shown, region = mim.patchify(labels, p).any(-1), labels == 2
+    if not region.any() or shown.all():
         raise UsageError("--task segment of --images needs hints: --points x,y ... inside the region, or "
-                         "--hints")
-    if shown.all():
-        raise UsageError("--hints: there is no patch left to complete")
-    ids, region = shown.nonzero()[:, 1][None], labels == 2
+                         "--hints; and patches without one to complete")
     whole = v2.functional.resize(image[None], encoder.image_size, v2.InterpolationMode.BICUBIC)
     whole = prepare(whole, device)
     torch.manual_seed(seed)
     with autocast(device, precision):
-        completed = complete(method, whole, region, ids, image_visible)
-    drawn = denormalize(whole)
-    columns = dict(image=drawn, hints=show_hints(region, ids, p, encoder.grid))
-    columns |= dict(completed=completed.expand(-1, 3, -1, -1), region=drawn * (0.2 + 0.8 * completed))
-    mask = F.interpolate(completed, image.shape[1:], mode="bilinear", align_corners=False)[0] > 0.5
-    return dict(picture=picture(columns), mask=mask.float())
+        completed, drawn = complete(method, whole, region, shown.nonzero()[:, 1][None], image_visible)
+    columns = dict(image=denormalize(whole), hints=drawn, completed=completed)
+    columns["region"] = columns["image"] * (0.2 + 0.8 * completed)
+    return dict(picture=picture(columns), mask=(resize(completed[:, :1], image.shape[1:])[0] > 0.5).float())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1605,7 +1491,7 @@ def names_file(path):
         raise UsageError(message if str(path) in message else f"{path}: {message}") from None
 
 
-def loaded(model, path, missing, left_over):
+def loaded(model, path, missing=(), left_over=()):
     """Says on stderr what a checkpoint lacked and what of it was not used; returns the model."""
     for what, names in (("missing", missing), ("left over", left_over)):
         if names:
@@ -1614,6 +1500,12 @@ def loaded(model, path, missing, left_over):
     if not all_finite(model):
         raise UsageError(f"{path}: its weights are not all finite numbers")
     return model
+
+
+def run_settings(content):
+    """The settings in a checkpoint.pt of train.py; of other files none, {}."""
+    args = content.get("args") if isinstance(content, dict) else None
+    return args if isinstance(args, dict) and "method" in args else {}
 
 
 def open_encoder(checkpoint, data="shapes", images=None, image_size: list[PositiveInt] | None = None,
@@ -1633,25 +1525,22 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
         size = size or image_pair([load_data(data, "val").image_size])
         small = max(size) <= SMALL
         model = model or ("nano" if data == "shapes" else "tiny" if small else "base")
+        patch_size = patch_size or (max(1, max(size) // 8) if small else 16)
         torch.manual_seed(seed)
         with names_file("--image-size"):
-            return mim.ViT(size, patch_size or (max(1, max(size) // 8) if small else 16), **mim.SIZES[model],
-                           relative_position=relative_position)
+            return mim.ViT(size, patch_size, **mim.SIZES[model], relative_position=relative_position)
     for flag, value in dict(model=model, patch_size=patch_size, relative_position=relative_position).items():
         if value:
             flag = flag.replace("_", "-")
             raise UsageError(f"--{flag} is for an untrained encoder; {checkpoint} brings its own")
     with names_file(checkpoint):
         content = mim.load_file(checkpoint)
-        args = content.get("args") if isinstance(content, dict) else None
-        if size is None and isinstance(args, dict):
-            size = args.get("image_size")  # the only record of a grid that is not square
+        # A run's settings are the only record of a grid that is not square.
+        size = size or run_settings(content).get("image_size")
         if size is None and not any(name.endswith("pos_embed") for name in mim.read_checkpoint(content)):
-            why = f"{checkpoint} has relative positions, which fit any size"
             if images:
-                raise UsageError(f"--image-size is needed: {why}")
+                raise UsageError(f"--image-size is needed: {checkpoint} has relative positions")
             size = load_data(data, "val").image_size
-            print(f"{why}: taking the data's, {size}", file=sys.stderr)
         encoder, names = mim.vit_from_checkpoint(content, size)
     return loaded(encoder, checkpoint, *names)
 
@@ -1661,16 +1550,16 @@ def read_method(checkpoint, task):
     overridden)."""
     if checkpoint == "random":
         raise UsageError(f"--task {task} needs a whole pre-trained model, not random")
+    classes = [mim.MAE]
     with names_file(checkpoint):
-        content, classes = mim.load_file(checkpoint), [mim.MAE]
-        args = content.get("args") if isinstance(content, dict) else None
-        if isinstance(args, dict) and "method" in args:
+        content = mim.load_file(checkpoint)
+        args = run_settings(content)
+        if args:
             content = load_run(checkpoint)
-            names = (args["method"], args.get("base") if args["method"] == "amt" else None)
-            classes = [mim.METHODS[name] for name in names if name in mim.METHODS]
+            classes = [mim.METHODS[args["method"]]] + [mim.METHODS[args["base"]]] * (args["method"] == "amt")
         elif not any(name.startswith("decoder_blocks.") for name in mim.read_checkpoint(content)):
-            raise ValueError(f"it has an encoder only; --task {task} needs the checkpoint.pt of a run"
-                             + (", or an MAE with its decoder" if task == "reconstruct" else ""))
+            raise ValueError(f"it has an encoder only; --task {task} needs the checkpoint.pt of a run, or an "
+                             "MAE with its decoder")
     if task == "segment" and not hasattr(classes[0], "complete"):
         raise UsageError("--task segment is for runs of rae and rmae")
     return content, classes
@@ -1679,56 +1568,47 @@ def read_method(checkpoint, task):
 def open_method(checkpoint, content, tokenizer=None, **overrides):
     """What `read_method` has read -> (method, tokenizer or None). overrides: arguments of its constructor to
     change."""
-    args = content.get("args")  # MAE's files hold the options of their training as a Namespace.
     with names_file(checkpoint):
-        if isinstance(args, dict) and "method" in args:
+        if run_settings(content):
             method, tokenizer = method_from_run(content, checkpoint, tokenizer, **overrides)
-            return loaded(method, checkpoint, (), ()), tokenizer
-        state = mim.read_checkpoint(content)
-        encoder, _ = mim.vit_from_checkpoint(state)
-        norm_pix = vars(args).get("norm_pix_loss") if isinstance(args, argparse.Namespace) else None
-        if norm_pix is not None:
-            overrides = dict(norm_pix=bool(norm_pix)) | overrides
+            return loaded(method, checkpoint), tokenizer
+        state, args = mim.read_checkpoint(content), content.get("args")
+        if isinstance(args, argparse.Namespace):  # the options of the MAE release's training
+            overrides = dict(norm_pix=bool(getattr(args, "norm_pix_loss", True))) | overrides
         depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
         options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, decoder_heads=16)
-        method = mim.MAE(encoder, **options | overrides)
+        method = mim.MAE(mim.vit_from_checkpoint(state)[0], **options | overrides)
         return loaded(method, checkpoint, *mim.load_mae(method, state)), None
 
 
-def open_labelled(data, size, limit=None, view="center", augment=None, seed=0):
-    """dict(train, val) of --data as datasets.Images; `view` and `augment` are for the training images."""
-    if rank():
-        dist.barrier()  # the first process goes first, as it may download
-    train, val = load_data(data, "train", size, limit), load_data(data, "val", size)
-    if world_size() > 1 and not rank():
-        dist.barrier()
-    if len(train.classes) < 2:
-        raise UsageError(f"this task needs labels: a folder per class; {train.description}")
+def open_pair(data, task, size, limit=None, cache_features=False, seed=0):
+    """dict(train, val) of --data for a task that trains or compares: datasets.Images, or `DenseImages`."""
+    dense, small = task in ("semseg", "detect"), max(size) <= SMALL
+    with first_process_first():
+        if dense:
+            train, val = (load_dense(data, task == "detect", split, size, limit if split == "train" else None)
+                          for split in ("train", "val"))
+        else:
+            train, val = load_data(data, "train", size, limit), load_data(data, "val", size)
     if rank() == 0:
         print(f"{train.description}; {val.description}", file=sys.stderr)
-    options = dict(crop_scale=(0.08, 1.0), augment=augment, seed=seed)
-    return dict(train=Images(train, size, view, **options), val=Images(val, size, "center"))
+    if dense:  # small images are scaled less, and keep their colours
+        scale = (0.8, 1.25) if small else (0.1, 2.0) if task == "detect" else (0.5, 2.0)
+        distort = task == "semseg" and not small
+        return dict(train=DenseImages(train, size, scale, distort, seed), val=DenseImages(val, size))
+    if len(train.classes) < 2:
+        raise UsageError(f"this task needs labels: a folder per class; {train.description}")
+    view = "center" if cache_features or task == "knn" else "crop"
+    augment = augmentation() if task == "finetune" else None
+    train = Images(train, size, view, crop_scale=(0.08, 1.0), augment=augment, seed=seed)
+    return dict(train=train, val=Images(val, size, "center"))
 
 
-def open_dense(data, task, size, limit=None, seed=0):
-    """dict(train, val) of --data as `DenseImages`; images of up to 96 pixels are scaled less, and keep
-    colours."""
-    small = max(size) <= SMALL
-    sources = [load_dense(data, task == "detect", split, size, limit if split == "train" else None)
-               for split in ("train", "val")]
-    if rank() == 0:
-        print("; ".join(source.description for source in sources), file=sys.stderr)
-    scale = (0.8, 1.25) if small else (0.1, 2.0) if task == "detect" else (0.5, 2.0)
-    train = DenseImages(sources[0], size, scale, distort=task == "semseg" and not small, seed=seed)
-    return dict(train=train, val=DenseImages(sources[1], size))
-
-
-def open_images(settings, size, images: list[str] | None = None):
+def open_images(data, size, settings, images: list[str] | None = None):
     """What is drawn, as datasets.Images: the files of --images, or the val split of --data.
 
     images: image files, instead of --data
     """
-    regions, kind = None, settings.get("regions")
     for path in images or ():
         try:
             small = min(decode(path).shape[1:]) < MIN_SIDE
@@ -1737,14 +1617,12 @@ def open_images(settings, size, images: list[str] | None = None):
             raise UsageError(f"--images {path}: {reason}") from None
         if small:
             raise UsageError(f"--images {path}: a side has fewer than {MIN_SIDE} pixels")
-    if images:
-        source = Files("", images, [0] * len(images), [], "")
-    else:
-        source = load_data(settings["data"], "val", size)
-    if kind and images and kind != "fh":
-        raise UsageError(f"--regions {kind}: single images have no regions but fh")
-    if kind:
-        regions = call(open_regions, settings, source=source, split="val")
+    source = Files("", images, [0] * len(images), [], "") if images else load_data(data, "val", size)
+    if not settings.get("regions"):
+        return Images(source, size, "center")
+    if images and settings["regions"] != "fh":
+        raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
+    regions = call(open_regions, settings, source=source, split="val")
     if hasattr(regions, "fill") and not images:
         regions.fill(settings["workers"])
     return Images(source, size, "center", regions=regions)
@@ -1763,21 +1641,19 @@ def few(dataset, images=None, count: PositiveInt = 8):
 def open_output(checkpoint, task, output: str | None = None):
     """The file to write, which is tried at once, and not after an hour.
 
-    output: the file of the picture, or of the fine-tuned model (default: TASK.png, or finetune.pt, beside the
+    output: the file of the picture, or of the fine-tuned model (default: TASK.png, or TASK.pt, beside the
         checkpoint)
     """
-    if output == "":
-        raise UsageError("--output '': give the name of a file")
     beside = Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent
     ending = ".pt" if "resume" in inspect.signature(TASKS[task]).parameters else ".png"
-    path = Path(output or beside / (task + ending))
+    path = Path(beside / (task + ending) if output is None else output)
+    if path.is_dir():
+        raise UsageError(f"--output {output}: it is a folder; give a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UsageError(f"--output {path}: {error.strerror}") from None
-    if path.is_dir():
-        raise UsageError(f"--output {path}: it is a folder; give a file")
     return path
 
 
@@ -1791,27 +1667,25 @@ TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, sem
 def parse(argv):
     """Command line -> (what the user gave, what the checkpoint of a whole method holds, its classes)."""
     parser = Parser(description=__doc__, epilog="With --task, --help lists its flags.")
-    first = Parser(add_help=False)
-    for one in (first, parser):
-        one.add_argument("checkpoint", nargs="?", help="a file, or `random`")
-        one.add_argument("--task", help=", ".join(TASKS))
-    known = vars(first.parse_known_args(argv)[0])
-    task, content, classes = known.get("task"), None, []
+    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`")
+    parser.add_argument("--task", help=", ".join(TASKS))
+    known = parser.known(argv, "checkpoint", "--task")
+    task, content, classes, functions = known.get("task"), None, [], []
     if task is not None:
         check_choice("--task", task, list(TASKS))
         takes = inspect.signature(TASKS[task]).parameters
-        functions, skip = [TASKS[task], load_data, open_device], {"vocab_size"}
+        functions = [TASKS[task], load_data, open_device]
         if "encoder" in takes:
             functions += [open_encoder] + [open_regions] * (task == "attention")
         elif "checkpoint" in known:
             content, classes = read_method(known["checkpoint"], task)
-            needs_tokens = any("vocab_size" in inspect.signature(cls).parameters for cls in classes)
-            needs_regions = any("regions" in cls.inputs for cls in classes)
-            functions += [*classes, *[load_tokenizer] * needs_tokens, *[open_regions] * needs_regions]
+            tokens = any("vocab_size" in inspect.signature(cls).parameters for cls in classes)
+            regions = any("regions" in cls.inputs for cls in classes)
+            functions += [*classes, *[load_tokenizer] * tokens, *[open_regions] * regions]
         functions += [segment_image] * (task == "segment") + [open_images, few] * ("images" in takes)
         functions += [open_output] * ("images" in takes or "output" in takes)
-        for function in functions:
-            parser.add(function, skip if "train" in takes else skip | {"limit"})
+    for function in functions:
+        parser.add(function, ("vocab_size",) if "train" in takes else ("vocab_size", "limit"))
     given = parser.parse(argv)
     if task is None:
         raise UsageError(f"--task is missing; it may be {', '.join(TASKS)}")
@@ -1833,7 +1707,7 @@ def open_model(given, content, classes):
     method, tokenizer = open_method(given["checkpoint"], content, given.get("tokenizer"), **overrides)
     settings = {}
     if "regions" in method.inputs:  # those of the run
-        settings |= {name: content["args"].get(name) for name in flag_parameters(open_regions)}
+        settings = {name: content["args"].get(name) for name in flag_parameters(open_regions)}
         settings |= dict(regions="fh") if "images" in given else {}
     return dict(method=method) | ({} if tokenizer is None else dict(tokenizer=tokenizer)), settings
 
@@ -1850,17 +1724,13 @@ def main(argv):
         raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
     # What the user gave, else what the model asks for; else the default of the function that takes it
     fixed, settings = open_model(given, content, classes)
-    size = sized(fixed.get("method", fixed.get("encoder"))).image_size
+    size = sized(*list(fixed.values())[:1]).image_size
     settings = dict(data="shapes", seed=0) | settings | given
     settings |= dict(device=device, precision=precision, workers=workers)
     if "images" in takes or "output" in takes:
         settings["output"] = call(open_output, settings)
-    if task in ("semseg", "detect"):
-        fixed |= call(open_dense, settings, task=task, size=size)
-    elif "train" in takes:
-        fresh = not settings.get("cache_features", task == "knn")
-        fixed |= call(open_labelled, settings, size=size, view="crop" if fresh else "center",
-                      augment=augmentation() if task == "finetune" else None)
+    if "train" in takes:
+        fixed |= call(open_pair, settings, size=size)
     if "images" in takes:
         images = call(open_images, settings, settings=settings, size=size)
         fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
@@ -1871,24 +1741,21 @@ def main(argv):
     except KeyboardInterrupt:
         kept = f"what {settings['output']} has is kept, --resume continues from it"
         raise KeyboardInterrupt(kept if "resume" in takes else "") from None
-    for name, ending in (("picture", ""), ("mask", "_mask")):
+    for name in ("picture", "mask"):
         if name in result:
-            path = settings["output"].with_stem(settings["output"].stem + ending)
-            path = path.with_suffix(".png") if "resume" in takes else path
+            stem = settings["output"].stem + "_mask" * (name == "mask")
+            path = settings["output"].with_name(stem + ".png")
             save_picture(path, result[name])
             result[name] = str(path)
-    shown = {name: settings.get(name, p.default) for name, p in flag_parameters(run).items()} | result
-    shown.pop("resume", None)
-    if "images" in given:
-        shown["images"] = given["images"]
-    if "train" in takes or "images" not in given:
-        shown["data"] = settings["data"]
+    shown = {name: settings.get(name, p.default) for name, p in flag_parameters(run).items()} | given | result
+    shown |= dict(data=settings["data"], image_size=list(size), seed=settings["seed"], device=str(device),
+                  precision=precision, seconds=round(time.perf_counter() - began, 1))
     if "output" in takes:
         shown["output"] = str(settings["output"])
-    shown |= dict(checkpoint=given["checkpoint"], image_size=list(size), seed=settings["seed"],
-                  device=str(device), precision=precision, seconds=round(time.perf_counter() - began, 1))
+    for name in ("resume", "data" if "images" in given else "resume"):
+        shown.pop(name, None)
     if rank() == 0:
-        print(json.dumps(dict(task=task) | shown))
+        print(json.dumps(shown))
     if dist.is_initialized():
         dist.destroy_process_group()
 

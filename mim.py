@@ -583,7 +583,7 @@ class MAE(nn.Module):
 
     inputs = ()
     encoder_options = {}
-    picture = ("image", "masked", "filled")
+    picture = ("image", "masked", "reconstruction")
 
     def __init__(
         self,
@@ -668,7 +668,7 @@ class SimMIM(nn.Module):
 
     inputs = ()
     encoder_options = dict(drop_path=0.1, layer_scale=0.1)
-    picture = ("image", "masked", "filled")
+    picture = ("image", "masked", "reconstruction")
     norm_pix = False
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.6, unit_size: int = 2):  # both §4.1
@@ -792,7 +792,7 @@ class AMT(nn.Module):
 
     inputs = ("index", "box", "flip")
     encoder_options = {}  # those of the base
-    picture = ("image", "masked", "filled")
+    picture = ("image", "masked", "reconstruction")
 
     def __init__(self, base, mask_ratio: float | None = None, throw_ratio: float | None = None,
                  throw: Throw = "middle", interval: int | None = None):
@@ -934,7 +934,7 @@ class LoMaR(nn.Module):
 
     inputs = ()
     encoder_options = dict(relative_position=True)
-    picture = ("image", "region", "masked", "filled")  # Figure 7
+    picture = ("image", "region", "masked", "reconstruction")  # Figure 7
 
     def __init__(
         self,
@@ -1110,7 +1110,7 @@ class ObjMAE(MAE):
     """
 
     inputs = ("regions",)
-    picture = ("image", "region", "source", "target", "filled")  # Figures 4 and 8
+    picture = ("image", "region", "source", "target", "reconstruction")  # Figures 4 and 8
 
     def __init__(
         self,
@@ -1393,7 +1393,7 @@ class RMAE(MAE):
     """
 
     inputs = ("regions",)
-    picture = ("masked", "filled", "image", "region_masked", "region_filled", "region_true")  # Figure 5
+    picture = ("image", "masked", "reconstruction", "true region", "masked region", "completed")  # Figure 5
 
     def __init__(
         self,
@@ -1484,7 +1484,7 @@ class RAE(RMAE):
     Its dict has neither `pred` nor `loss_pixel`. The image still feeds the regions: this trains the encoder.
     """
 
-    picture = ("image", "masked", "region_masked", "region_filled", "region_true")
+    picture = ("image", "masked", "true region", "masked region", "completed")
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.75, num_regions: int = 8,
                  variant: Variant = "length", region_dim: int = 128, region_heads: int = 8,
@@ -1761,7 +1761,7 @@ class BEiT(nn.Module):
 
     inputs = ()
     encoder_options = dict(drop_path=0.1, layer_scale=0.1)
-    picture = ("image", "masked", "filled")
+    picture = ("image", "masked", "reconstruction")
 
     def __init__(
         self,
@@ -1842,7 +1842,7 @@ class CAE(nn.Module):
 
     inputs = ()
     encoder_options = dict(drop_path=0.1, layer_scale=0.1)  # Appendix A, and the authors' code
-    picture = ("image", "masked", "filled", "full")
+    picture = ("image", "masked", "reconstruction", "from all patches")
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import mim
@@ -87,15 +87,14 @@ NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch
                    decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64)
 SMALL_DVAE_RECIPE = dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0,
                          hidden_dim=32, groups=3, vocab_size=512)
-
 # Types of flags: see `Parser`
-Range = typing.NamedTuple("Range", [("low", float), ("high", float)])
-TINY = sys.float_info.min
-PositiveInt = Annotated[int, Range(1, 2**63 - 1)]
-NonNegativeInt = Annotated[int, Range(0, 2**63 - 1)]
-PositiveFloat = Annotated[float, Range(TINY, sys.float_info.max)]
-NonNegativeFloat = Annotated[float, Range(0, sys.float_info.max)]
-Fraction = Annotated[float, Range(0, 1)]
+Range = typing.NamedTuple("Range", [("low", float), ("high", float), ("words", str)])
+LARGEST = sys.float_info.max
+PositiveInt = Annotated[int, Range(1, 2**63 - 1, "a positive whole number")]
+NonNegativeInt = Annotated[int, Range(0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")]
+PositiveFloat = Annotated[float, Range(sys.float_info.min, LARGEST, "a positive number")]
+NonNegativeFloat = Annotated[float, Range(0, LARGEST, "0 or a positive number")]
+Fraction = Annotated[float, Range(0, 1, "a number from 0 to 1")]
 
 LOGGED = ("accuracy", "perplexity", "codes_used")  # of tokens; logged beside the losses
 
@@ -110,16 +109,16 @@ def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, step
     """One pass over the data -> the means of the losses, the last learning rate, images_per_s. Pre-training,
     probes, fine-tuning and dense tasks all train by it.
 
-    model: what is trained, perhaps wrapped in DistributedDataParallel. loader: gives steps * accumulate
-        micro-batches.
+    model: what is trained, perhaps wrapped in DistributedDataParallel
+    loader: gives steps * accumulate micro-batches
     compute_losses: function (micro-batch, step) -> dict of scalars: `loss`, which is minimised, and others to
-        log.
-    lr: function step -> learning rate; a parameter group with `lr_scale` gets that much of it.
-    batch_size: images of a step over all processes, for the display.
+        log
+    lr: function step -> learning rate; a parameter group with `lr_scale` gets that much of it
+    batch_size: images of a step over all processes, for the display
     """
     model.train()
     scaler = scaler or torch.amp.GradScaler(torch.device(device).type, enabled=False)
-    micro_batches, totals, began = iter(loader), {}, time.perf_counter()
+    micro_batches, history, began = iter(loader), [], time.perf_counter()
     progress = tqdm(range(steps), f"{title} {epoch + 1}/{epochs}", disable=rank() > 0 or None, leave=False)
     for i in progress:
         step, sums = epoch * steps + i, 0
@@ -142,15 +141,16 @@ def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, step
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        means = dict(zip(losses, sums.tolist()))  # the step's one wait for the device
-        if not math.isfinite(means["loss"]):
-            raise UsageError(f"the loss is {means['loss']} at step {step + 1} (epoch {epoch + 1}), learning "
-                             f"rate {lr(step):.3g}; the files of the epochs before are kept. Try a lower "
-                             "learning rate or --precision fp32")
-        totals = {name: totals.get(name, 0.0) + mean / steps for name, mean in means.items()}
+        history.append(sums.tolist())  # the step's one wait for the device
+        loss = history[-1][list(losses).index("loss")]
+        if not math.isfinite(loss):
+            raise UsageError(f"the loss is {loss} at step {step + 1} (epoch {epoch + 1}), learning rate "
+                             f"{lr(step):.3g}; the files of the epochs before are kept. Try a lower learning "
+                             "rate or --precision fp32")
         speed = (i + 1) * batch_size / (time.perf_counter() - began)
-        progress.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
-    return average_over_processes(totals, device) | dict(lr=lr(step), images_per_s=round(speed, 1))
+        progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+    means = torch.tensor(gather(history), dtype=torch.float64).mean((0, 1)).tolist()
+    return dict(zip(losses, means)) | dict(lr=lr(step), images_per_s=round(speed, 1))
 
 
 def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: PositiveInt = 800,
@@ -184,19 +184,18 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     seed: of everything random
     """
     # Data: random crops, in an order that follows from (seed, epoch)
+    device, output = torch.device(device), Path(output)
     image_size = sized(method).image_size
     dataset = Images(source, image_size, "crop", crop_scale, flip, seed, regions=regions)
     examples = picture_items(Images(source, image_size, "center", regions=regions))
     accumulate = accumulate or split_batch(batch_size)
     micro_batch, steps = batch_size // world_size() // accumulate, len(dataset) // batch_size
     batches = EpochBatches(len(dataset), batch_size, micro_batch, seed, rank(), world_size())
-    device, output = torch.device(device), Path(output)
-    if loader is None and device.type == "cuda" and source.in_memory and regions is None:
-        loader = "device"
-    if loader == "device" and (regions is not None or not source.in_memory):
+    can_crop = source.in_memory and regions is None
+    if loader == "device" and not can_crop:
         raise UsageError("--loader device is for shapes, cifar10, cifar100 and stl10, and for methods without"
                          " regions")
-    if loader == "device":
+    if loader == "device" or loader is None and can_crop and device.type == "cuda":
         loader = DeviceLoader(dataset, batches, device)
     else:
         loader = make_loader(dataset, workers, device, batch_sampler=batches)
@@ -212,7 +211,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     # Resume
     epoch, log = 0, []
     if state is not None:
-        epoch, log = state["epoch"], read_log(output / "log.jsonl", state["epoch"])
+        epoch = state["epoch"]
+        log = (output / "log.jsonl").read_text().splitlines()[:epoch]  # a kill may leave a line too many
         restore(state, method, optimizer, scaler, device)
 
     model = method
@@ -235,12 +235,9 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     def lr_at(step):
         return learning_rate(step, epochs * steps, warmup_epochs * steps, peak, min_lr)
 
-    def save():
-        write_checkpoint(output, method, optimizer, scaler, epoch, args, tokenizer)
-
-    make_folder(output)
-    if epoch == 0:
-        save()  # says now, and not after the first epoch, if the disk refuses
+    output.mkdir(parents=True, exist_ok=True)
+    if epoch == 0:  # says now, and not after the first epoch, if the disk refuses
+        write_checkpoint(output, method, optimizer, scaler, epoch, args)
     while epoch < epochs:
         began, batches.epoch = time.perf_counter(), epoch
         if hasattr(method, "maps_due") and method.maps_due(epoch, epochs):
@@ -252,9 +249,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
             raise UsageError(f"the weights are no longer finite after epoch {epoch + 1}; "
                              f"{output}/checkpoint.pt is of epoch {epoch}: try a lower --lr or --clip-grad")
         epoch += 1
-        if world_size() > 1:  # a file is broken for all
-            broken.found = set().union(*gather(broken.found))
-            broken.check()
+        broken.found = set().union(*gather(broken.found))  # a file is broken for all processes
+        broken.check()
         line = dict(epoch=epoch, step=epoch * steps, **line, seconds=round(time.perf_counter() - began, 3))
         if broken.found:
             line["broken_images"] = len(broken.found)
@@ -263,7 +259,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
             tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
             write_atomically(output / "log.jsonl", lambda to: to.write_text("\n".join(log) + "\n"))
             draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed)
-        save()
+        write_checkpoint(output, method, optimizer, scaler, epoch, args)
     return log
 
 
@@ -275,14 +271,15 @@ def main(argv):
         given = resumed(given, state)
     device, precision, workers = call(open_device, given)
     join_processes(device)
-    source = load_everywhere(given)
-    args = settle_resumed(given, source, state) if state else settle(given, functions, source)
-    tokenizer = load_tokenizer(args["tokenizer"]).to(device) if args.get("tokenizer") else None
-    if state is not None and tokenizer_id(tokenizer) != state["tokenizer_id"]:
-        raise UsageError(f"--resume: --tokenizer {args['tokenizer']} is not what the run was started with")
+    with first_process_first():
+        source = call(load_data, given, split="pretrain")
+    args = settle_resumed(given, source) if state else settle(given, functions, source)
+    tokenizer = call(load_tokenizer, args)
+    if tokenizer is not None:
+        tokenizer.to(device)
+        args |= dict(vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest)
     torch.manual_seed(args["seed"])
-    vocab_size = tokenizer.vocab_size if tokenizer else args.get("vocab_size")
-    method = build_method(**dict(args, vocab_size=vocab_size)).to(device)
+    method = build_method(**args).to(device)
     if rank() == 0:
         report(source, method, args, device=device, precision=precision, workers=workers)
     regions = None
@@ -290,17 +287,15 @@ def main(argv):
         regions = call(open_regions, args, source=source, split="pretrain", device=device)
         if hasattr(regions, "fill"):
             regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
-        if world_size() > 1:
-            dist.barrier()  # each process computes its share, and reads all
+        gather(None)  # each process computes its share, and reads all
     if not given.get("prepare"):
         args["precision"] = precision
         call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer,
              output=output, device=device, precision=precision, workers=workers, args=args, state=state)
         if rank() == 0:
+            file, task = ("encoder.pt", "linear") if source.classes else ("checkpoint.pt", "reconstruct")
             print(f"{args['epochs']} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and "
                   "reconstruction.png")
-            task = "reconstruct" if source.classes == [] or args["method"] == "dvae" else "linear"
-            file = "checkpoint.pt" if task == "reconstruct" else "encoder.pt"
             print(f"next: python eval.py {output}/{file} --task {task} --data {args['data']}")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -310,12 +305,18 @@ def main(argv):
 # Optimization
 
 
-def learning_rate(step, steps, warmup_steps, peak, minimum=0.0):
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum` at the last of `steps`."""
+def half_cosine(progress):
+    """From 1 to 0 as the progress goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate(step, steps, warmup_steps, peak, minimum=0.0, fall=half_cosine):
+    """Linear warm-up from 0 to `peak`, then along `fall` (progress in 0..1 -> 1..0) to `minimum` after
+    `steps`."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * fall(progress)
 
 
 def parameter_groups(module, weight_decay):
@@ -333,8 +334,8 @@ def add_lookahead(optimizer, k=5, alpha=0.5):
     After every k-th step of the torch optimizer the slow weights move `alpha` of the way to the weights,
     which then return to them. The slow weights are part of the optimizer's state, and so of its state dict.
     """
-    if k < 1 or not 0 < alpha <= 1:
-        raise ValueError(f"k={k} must be at least 1 and alpha={alpha} in (0, 1]")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     start = [p.clone() for p in weights]
 
@@ -353,16 +354,13 @@ def add_lookahead(optimizer, k=5, alpha=0.5):
 def split_batch(batch_size):
     """The fewest micro-batches per process that hold at most 256 images; UsageError if the batch does not
     split well."""
-    for accumulate in range(1, batch_size + 1):
-        share, rest = divmod(batch_size, world_size() * accumulate)
-        if not rest and share <= 256:
-            break
-    if rest:
-        raise UsageError(f"--batch-size {batch_size} is not divisible by {world_size()} processes")
-    if accumulate > 1 and share < 64:
-        raise UsageError(f"--batch-size {batch_size} can only be split into micro-batches of {share} images: "
-                         "take a multiple of 256 for each process, or give --accumulate")
-    return accumulate
+    share, rest = divmod(batch_size, world_size())
+    fewest = next((n for n in range(1, share + 1) if share % n == 0 and share // n <= 256), 0)
+    if rest or fewest > 1 and share // fewest < 64:
+        raise UsageError(f"--batch-size {batch_size} does not split into equal micro-batches of 64 to 256 "
+                         f"images for {world_size()} processes: take a multiple of 256 for each, or give "
+                         "--accumulate")
+    return fewest
 
 
 def all_finite(module):
@@ -407,19 +405,21 @@ def join_processes(device):
 
 
 def gather(value):
-    """What each process has for `value`, a list in the order of their ranks."""
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    """What each process has for `value`, a list in the order of their ranks; waits for all."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
-def average_over_processes(totals, device):
-    """The mean of a dict of floats over all processes."""
-    if world_size() == 1:
-        return totals
-    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return dict(zip(totals, (values / world_size()).tolist()))
+@contextlib.contextmanager
+def first_process_first():
+    """The first process goes through the block before the others, as it may download."""
+    if rank():
+        dist.barrier()
+    yield
+    if world_size() > 1 and not rank():
+        dist.barrier()
 
 
 def cores():
@@ -440,13 +440,11 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
                 workers: NonNegativeInt | None = None):
     """(device, precision, workers) of this machine; a CUDA device becomes the current one.
 
-    device: cuda, cuda:1, cpu, ...; default: cuda if there is one
+    device: cuda, cuda:1, cpu, ...; default: cuda if there is one; each process of torchrun takes its own
     precision: of autocast; default: bf16 or fp16 on CUDA, else fp32
     workers: data loading processes; default: on CUDA as many as cores, at most 16, else 0
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise UsageError(f"--device {name}: torchrun gives every process its own GPU; leave the flag out")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -458,31 +456,11 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
     if on_cuda:
         torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
         torch.set_float32_matmul_precision("high")
-    if precision is None:
-        precision = "fp32"
-        if on_cuda:
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    most = max(16, 4 * cores())
-    if workers is not None and workers > most:
-        raise UsageError(f"--workers {workers}: at most {most} on this machine of {cores()} cores")
+    if precision is None and on_cuda:
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if workers is None:
         workers = min(16, cores()) if on_cuda else 0
-    return device, precision, workers
-
-
-def load_everywhere(given):
-    """The images that --data names. One process goes first, as it may download; all must see the same."""
-    if rank():
-        dist.barrier()
-    source = call(load_data, given, split="pretrain")
-    if world_size() > 1:
-        if not rank():
-            dist.barrier()
-        found = set(gather((len(source), *(Path(source.name(i)).name for i in (0, len(source) - 1)))))
-        if len(found) > 1:
-            seen = "; ".join("{} from {} to {}".format(*x) for x in sorted(found))
-            raise UsageError(f"--data: the processes do not see the same images: {seen}")
-    return source
+    return device, precision or "fp32", workers
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -496,7 +474,7 @@ def sized(method):
 
 def build_method(method, image_size: list[PositiveInt] | None = None, *,
                  model: Literal[tuple(mim.SIZES)] = "base", patch_size: PositiveInt = 16,
-                 base: Literal["mae", "simmim"] = "mae", vocab_size=None, **options):
+                 base: Literal["mae", "simmim"] = "mae", **options):
     """A method of mim.METHODS with its encoder, by name. options: arguments of its constructor; others are
     left out.
 
@@ -506,17 +484,12 @@ def build_method(method, image_size: list[PositiveInt] | None = None, *,
     base: the method that AMT masks for
     """
     cls = mim.METHODS[method]
-    if cls is mim.BEiT and not vocab_size:
+    inner = mim.METHODS[base] if cls is mim.AMT else cls
+    if cls is mim.BEiT and not options.setdefault("vocab_size"):
         raise UsageError("--method beit predicts tokens and needs --tokenizer FILE; --method dvae trains one")
-    options["vocab_size"] = vocab_size
     try:
         if cls is mim.DVAE:
             return call(cls, options, image_size=image_size)
-        height, width = mim.pair(image_size)
-        if (height // patch_size) * (width // patch_size) > 2**16:
-            raise UsageError(f"--image-size {height} {width} makes more than {2**16} patches of {patch_size}x"
-                             f"{patch_size} pixels")
-        inner = mim.METHODS[base] if cls is mim.AMT else cls
         encoder_options = dict(inner.encoder_options)
         if "layer_scale" in encoder_options and model in ("large", "huge"):
             encoder_options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
@@ -524,19 +497,22 @@ def build_method(method, image_size: list[PositiveInt] | None = None, *,
         if cls is not mim.AMT:
             return call(cls, options, encoder=encoder)
         own = inspect.signature(mim.AMT).parameters
-        return call(mim.AMT, options, base=call(
-            inner, {k: v for k, v in options.items() if k not in own}, encoder=encoder))
+        of_base = {name: value for name, value in options.items() if name not in own}
+        return call(mim.AMT, options, base=call(inner, of_base, encoder=encoder))
     except ValueError as error:
-        named = isinstance(error, UsageError)
-        raise UsageError(str(error) if named else f"--method {method}: {error}") from None
+        raise UsageError(f"--method {method}: {error}") from None
 
 
-def load_tokenizer(tokenizer: str):
-    """A tokenizer from its file; UsageError if there is none in it.
+def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
+    """A tokenizer from its file, with the file's `digest`; UsageError if there is none in it.
 
     tokenizer: file of the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state dict
         of DALL-E's encoder; default: pixels are the target
+
+    tokenizer_digest: what the digest has to be; None: any.
     """
+    if tokenizer is None:
+        return None
     try:
         content = mim.load_file(tokenizer)
         if isinstance(content, dict) and isinstance(content.get("args"), dict):
@@ -546,22 +522,12 @@ def load_tokenizer(tokenizer: str):
             module.load_state_dict(content["model"])
         else:
             module = mim.DVAE.from_encoder(mim.read_checkpoint(content))
-    except KeyError as error:
-        raise UsageError(f"--tokenizer {tokenizer}: it lacks {error}") from None
-    except (ValueError, RuntimeError, TypeError) as error:
-        message = str(error).splitlines()[0].removeprefix(f"cannot read {tokenizer}: ")
-        raise UsageError(f"--tokenizer {tokenizer}: {message}") from None
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise UsageError(f"--tokenizer {tokenizer}: {str(error).splitlines()[0]}") from None
+    module.digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    if tokenizer_digest not in (None, module.digest):
+        raise UsageError(f"--tokenizer {tokenizer} is not the file that the run was started with")
     return module.eval().requires_grad_(False)
-
-
-def tokenizer_id(tokenizer):
-    """What tells one tokenizer from another: a digest of its encoder's weights. None of None."""
-    if tokenizer is None:
-        return None
-    digest = hashlib.sha256()
-    for value in tokenizer.encoder.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -578,15 +544,12 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None)
-        if reason is None:
-            writable = os.access(Path(path).parent, os.W_OK)
-            reason = "the disk may be full" if writable else "its folder cannot be written to"
+        reason = getattr(error, "strerror", None) or "the disk may be full, or the folder read-only"
         kept = "; what was there before is kept" if Path(path).exists() else ""
         raise UsageError(f"cannot write {path}: {reason}{kept}") from None
 
 
-def write_checkpoint(output, method, optimizer, scaler, epoch, args, tokenizer=None):
+def write_checkpoint(output, method, optimizer, scaler, epoch, args):
     """Writes encoder.pt, a plain state dict with timm's names, and last checkpoint.pt, all that an exact
     resume needs.
 
@@ -594,9 +557,8 @@ def write_checkpoint(output, method, optimizer, scaler, epoch, args, tokenizer=N
     """
     if rank() > 0:
         return
-    state = dict(model=method.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    state |= dict(epoch=epoch, args=args, maps=getattr(method, "maps", None))
-    state["tokenizer_id"] = tokenizer_id(tokenizer)
+    state = dict(model=method.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                 epoch=epoch, args=args, maps=getattr(method, "maps", None))
     if epoch:
         write_atomically(output / "encoder.pt", lambda to: torch.save(method.encoder.state_dict(), to))
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
@@ -606,14 +568,14 @@ def load_run(path):
     """A checkpoint.pt of ours, whole; UsageError if it is something else."""
     try:
         state = mim.load_file(path)
+        args = state["args"] if {"model", "optimizer", "epoch"} <= state.keys() else {}
+        if "method" in args and "method_options" not in args:  # earlier versions kept method_options
+            return state
     except ValueError as error:
         raise UsageError(str(error)) from None
-    ours = isinstance(state, dict) and {"model", "optimizer", "epoch", "args"} <= state.keys()
-    if not ours or not isinstance(state["args"], dict) or "method" not in state["args"]:
-        raise UsageError(f"{path} is not a checkpoint of train.py")
-    if "method_options" in state["args"]:
-        raise UsageError(f"{path} is of an earlier version of train.py; encoder.pt can still be evaluated")
-    return state
+    except (TypeError, KeyError, AttributeError):
+        pass
+    raise UsageError(f"{path} is not a checkpoint of train.py, or of an earlier version")
 
 
 def method_from_run(state, path, tokenizer=None, **overrides):
@@ -623,22 +585,14 @@ def method_from_run(state, path, tokenizer=None, **overrides):
         change.
     """
     args = state["args"] | overrides
-    file, found = tokenizer or args.get("tokenizer"), None
-    if file and not args.get("tokenizer"):
+    if tokenizer and not args.get("tokenizer"):
         raise UsageError(f"--tokenizer: the {args['method']} run of {path} has pixels as its target")
-    if file:
-        found = load_tokenizer(file)
-        if tokenizer_id(found) != state["tokenizer_id"]:
-            raise UsageError(f"--tokenizer {file} is not what {path} was trained with")
-        args["vocab_size"] = found.vocab_size
     method = build_method(**args)
     try:
         method.load_state_dict(state["model"])
     except RuntimeError:
-        flags = ", ".join("--" + k.replace("_", "-") for k in overrides)
-        raise UsageError(f"{flags}: makes another model than the one in {path}" if overrides else
-                         f"{path}: its weights do not fit its settings") from None
-    return method, found
+        raise UsageError(f"{path}: its weights do not fit {overrides or 'its settings'}") from None
+    return method, call(load_tokenizer, args, tokenizer=tokenizer or args.get("tokenizer"))
 
 
 def restore(state, method, optimizer, scaler, device):
@@ -655,17 +609,6 @@ def restore(state, method, optimizer, scaler, device):
         method.maps = state["maps"].to(device)
 
 
-def read_log(path, epochs):
-    """The lines of log.jsonl that are of the first `epochs` epochs: a run killed between two writes logs one
-    more."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["epoch"] <= epochs:
-                lines.append(line)
-    return lines
-
-
 def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,
                 prepare: bool = False):
     """(folder of the run, checkpoint to continue or None). Refuses to overwrite a run.
@@ -675,60 +618,40 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     overwrite: start anew where --output already holds a run
     prepare: compute the regions of all images, and stop
     """
-    if output == "":
-        raise UsageError("--output '': give the name of a folder")
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    output = Path(output or f"runs/{method}")
-    path = output / "checkpoint.pt"
-    state = load_run(path) if path.exists() and not (overwrite or prepare) else None
-    if state is None and not overwrite and read_log(output / "log.jsonl", math.inf):
-        raise UsageError(f"{output} holds the log of a run but no checkpoint.pt: --overwrite starts anew, "
-                         "--output writes elsewhere")
+    output = Path(f"runs/{method}" if output is None else output)
+    if output == Path() or output.is_file():
+        raise UsageError(f"--output {output}: give the name of a folder")
+    path, state = output / "checkpoint.pt", None
+    choices = "--overwrite starts anew, --output writes elsewhere"
+    if overwrite or prepare:
+        return output, None
+    if path.exists():
+        state = load_run(path)
+    elif (output / "log.jsonl").exists():
+        raise UsageError(f"{output} holds the log of a run but no checkpoint.pt: {choices}")
     if state and state["epoch"] and not resume:
         raise UsageError(f"{output} already holds a run of {state['epoch']} epochs: --resume continues it, "
-                         "--overwrite starts anew, --output writes elsewhere")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output}: it is a file; give a folder")
+                         f"{choices}")
     return output, state if resume else None
-
-
-def make_folder(path):
-    """Makes a folder, and those above it; UsageError if it cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {path}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 
-# The tiles of a reconstruction, in the order and under the titles in which they are shown
-TILES = dict(image="image", region="region", source="source", target="target", masked="masked",
-             filled="reconstruction", full="from all patches", region_true="true region",
-             region_masked="masked region", region_filled="completed")
-
-
-def picture(columns, per_row=1, bar=14, gap=16):
+def picture(columns, per_row=1):
     """Tiles by title, {title: [n, 3, h, w] in 0..1} -> one picture [3, H, W], a sample a row, or per_row of
     them.
 
     Titles stand over the columns; tiles of fewer than 128 pixels are enlarged.
     """
-    tiles = torch.stack([tile.float().cpu() for tile in columns.values()], dim=1)
-    n, k, zoom = *tiles.shape[:2], max(1, 128 // tiles.shape[-1])
-    tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=zoom, mode="nearest")
-    tiles = F.pad(tiles, (0, 2, 0, 2), value=1.0)  # white lines between tiles
-    per_row, width = min(per_row, n), tiles.shape[-1]
-    samples = tiles.unflatten(0, (n, k)).permute(0, 2, 3, 1, 4).flatten(3)  # [n, 3, h, k * w]
-    samples = F.pad(samples, (0, gap, 0, 0, 0, 0, 0, -n % per_row), value=1.0)
-    canvas = samples.unflatten(0, (-1, per_row)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    image = TF.to_pil_image(F.pad(canvas, (0, 0, bar, 0), value=1.0))
-    draw = ImageDraw.Draw(image)
-    for sample in range(per_row):
-        for column, title in enumerate(columns):
-            draw.text((sample * samples.shape[-1] + column * width + 2, 1), title, (60, 60, 60))
+    tiles = torch.stack([tile.float().cpu() for tile in columns.values()], dim=1)  # [n, columns, 3, h, w]
+    tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=max(1, 128 // tiles.shape[-1]), mode="nearest")
+    grid = make_grid(tiles, nrow=per_row * len(columns), padding=4, pad_value=1.0)
+    image = TF.to_pil_image(F.pad(grid, (0, 0, 12, 0), value=1.0))
+    for place, title in enumerate(per_row * list(columns)):
+        ImageDraw.Draw(image).text((4 + place * (tiles.shape[-1] + 4), 1), title, (60, 60, 60))
     return TF.pil_to_tensor(image).float() / 255
 
 
@@ -760,10 +683,8 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
     if tokenizer is not None:
         inputs["tokens"] = tokenizer.tokenize(images, grid)
     out = method(images, **inputs)
-    ids_visible, ids_masked, pred = out["ids_visible"], out["ids_masked"], out.get("pred")
-    if hasattr(method, "num_windows"):
-        windows = (x.chunk(method.num_windows, dim=1) for x in (ids_visible, ids_masked, pred))
-        ids_visible, ids_masked, pred = (x[0] for x in windows)
+    windows = getattr(method, "num_windows", 1)
+    ids_visible, ids_masked = (out[name].chunk(windows, dim=1)[0] for name in ("ids_visible", "ids_masked"))
     image = mim.patchify(denormalize(images), p)
     black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
 
@@ -784,62 +705,66 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
     visible = show(black, ids_visible, image)
     tiles = dict(image=image, source=visible, target=show(black, ids_masked, image),
                  region=show(visible, ids_masked, image), masked=show(visible, ids_masked, grey))
-    if "filled" in method.picture:
-        tiles["filled"] = show(visible, ids_masked, predicted(pred, ids_masked))
-    if "full" in method.picture:
+    if "reconstruction" in method.picture:
+        pred = out["pred"].chunk(windows, dim=1)[0]
+        tiles["reconstruction"] = show(visible, ids_masked, predicted(pred, ids_masked))
+    if "from all patches" in method.picture:
         everything = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
-        tiles["full"] = predicted(method.reconstruct_full(images), everything)
-    if "region_filled" in method.picture:
+        tiles["from all patches"] = predicted(method.reconstruct_full(images), everything)
+    if "completed" in method.picture:
         maps = out["region_maps"]
-        filled = mim.reconstruct_regions(maps, out["pred_regions"], ids_masked, p)
-        true, filled = (mim.patchify(x[:, :1].float().expand(-1, 3, -1, -1), p) for x in (maps, filled))
-        tiles |= dict(region_true=true, region_masked=show(true, ids_masked, grey), region_filled=filled)
-    shown = [name for name in TILES if name in method.picture]
-    return picture({TILES[name]: mim.unpatchify(tiles[name], p, grid) for name in shown}, per_row=2)
+        completed = mim.reconstruct_regions(maps, out["pred_regions"], ids_masked, p)
+        true, completed = (mim.patchify(x[:, :1].float().expand(-1, 3, -1, -1), p) for x in (maps, completed))
+        tiles |= {"true region": true, "masked region": show(true, ids_masked, grey), "completed": completed}
+    return picture({title: mim.unpatchify(tiles[title], p, grid) for title in method.picture}, per_row=2)
 
 
 def draw_examples(path, method, items, tokenizer, device, seed=0):
     """Draws and writes reconstruction.png with the same masks each time."""
-    training = method.training
-    method.eval()
     torch.manual_seed(seed)
+    method.eval()
     items = {name: value.to(device) for name, value in items.items()}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it was compiled for batches of one size
-        image = draw_reconstruction(method, **items, tokenizer=tokenizer)
-    method.train(training)
-    save_picture(path, image)
+        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings: what the user gave, then the recipe, then the functions' defaults
 
 
+def recipe_of(method, base="mae"):
+    """The papers' settings of a method."""
+    return RECIPES[f"amt-{base}" if method == "amt" else method]
+
+
 def parse(argv):
     """Command line -> (dict of what the user gave, the functions whose annotated arguments are the flags)."""
-    first = Parser(add_help=False)
-    first.add_argument("--method")
-    first.add_argument("--base", default="mae")
-    known, _ = first.parse_known_args(argv)
-    method = getattr(known, "method", None)
     about, more = __doc__.split("\n")[0], "With --method, --help lists its own flags too."
     parser = Parser(description=about, epilog=more)
     parser.add_argument("--method", help=", ".join(mim.METHODS))
-    functions, skip, recipe = [load_data, pretrain, open_device, open_output, build_method], set(), {}
+    known = parser.known(argv, "--method", "--base")
+    method, base = known.get("method"), known.get("base", "mae")
+    functions, skip, recipe = [load_data, pretrain, open_device, open_output, build_method], {"base"}, {}
     if method is not None:
         check_choice("--method", method, list(mim.METHODS))
-        check_choice("--base", known.base, ["mae", "simmim"])
-        cls, recipe = mim.METHODS[method], RECIPES[f"amt-{known.base}" if method == "amt" else method]
-        functions += [cls, mim.METHODS[known.base]] if method == "amt" else [cls]
-        functions += [open_regions] if "regions" in cls.inputs else []
-        if method != "dvae" and "vocab_size" in inspect.signature(cls).parameters:
-            functions.append(load_tokenizer)
-            skip.add("vocab_size")
-        skip |= set() if method == "amt" else {"base"}
-        skip |= {"model", "patch_size"} if method == "dvae" else set()
+        check_choice("--base", base, ["mae", "simmim"])
+        recipe = recipe_of(method, base)
+        functions += [mim.METHODS[method]]
+        if method == "dvae":
+            skip |= {"model", "patch_size"}
+        else:
+            skip |= {"vocab_size"}  # the tokenizer's
+        if method == "amt":
+            functions += [mim.METHODS[base]]
+            skip -= {"base"}
+        if "regions" in mim.METHODS[method].inputs:
+            functions += [open_regions]
+        if method != "dvae" and "vocab_size" in inspect.signature(mim.METHODS[method]).parameters:
+            functions += [load_tokenizer]
     for function in functions:
         parser.add(function, skip, **recipe)
     given = parser.parse(argv)
-    if "method" not in given:
+    if method is None:
         raise UsageError(f"--method is missing; it may be {', '.join(mim.METHODS)}")
     if "image_size" in given:
         given["image_size"] = image_pair(given["image_size"])
@@ -857,106 +782,101 @@ def resumed(given, state):
         if name not in MAY_CHANGE and saved.get(name) != value:
             raise UsageError(f"--{name.replace('_', '-')} {value}: the run to resume was made with "
                              f"{saved.get(name)}; leave the flag out or write to another --output")
-    if given.get("epochs", saved["epochs"]) != saved["epochs"] and "0" == os.environ.get("RANK", "0"):
+    if given.get("epochs", saved["epochs"]) != saved["epochs"]:
         print(f"--epochs {given['epochs']}: from epoch {state['epoch'] + 1} on, the learning rate follows the"
               f" cosine of so many epochs; before, it followed that of {saved['epochs']}")
-    return {k: v for k, v in saved.items() if k not in ("device", "workers")} | given
+    own = {name: value for name, value in saved.items() if name not in ("device", "workers")}
+    micro_batches = dict(micro_batches=saved["world_size"] * saved["accumulate"])
+    return own | given | micro_batches
 
 
-def settle_resumed(given, source, state):
+def settle_resumed(given, source):
     """The settings of a run that is continued, perhaps by another number of processes."""
-    saved = state["args"]
-    if saved["num_images"] != len(source):
-        raise UsageError(f"--resume: the run had {saved['num_images']} images, --data {given['data']} has "
+    if given["num_images"] != len(source):
+        raise UsageError(f"--resume: the run had {given['num_images']} images, --data {given['data']} has "
                          f"{len(source)}")
-    # A step keeps its micro-batches, and so its masks, if the processes can share them out.
-    micro_batches = saved["world_size"] * saved["accumulate"]
-    accumulate = given["accumulate"]
-    if accumulate == saved["accumulate"]:
-        accumulate = micro_batches // world_size() or 1
-    if world_size() * accumulate != micro_batches and rank() == 0:
-        print(f"--resume: a step no longer has {micro_batches} micro-batches: its masks differ from now on")
-    if given["batch_size"] % (world_size() * accumulate):
-        accumulate = split_batch(given["batch_size"])
-    return given | dict(accumulate=accumulate, world_size=world_size())
+    # A step keeps its micro-batches, and so its masks: the processes share them out.
+    micro_batches = given["micro_batches"]
+    if micro_batches % world_size():
+        raise UsageError(f"--resume: a step of the run has {micro_batches} micro-batches, which "
+                         f"{world_size()} processes cannot share out evenly")
+    return given | dict(accumulate=micro_batches // world_size(), world_size=world_size())
 
 
 def settle(given, functions, source):
     """Every setting of a new run, in plain types: the user's, else the recipe's, else the function's
     default."""
-    method, num_images = given["method"], len(source)
-    recipe = dict(RECIPES[f"amt-{given.get('base', 'mae')}" if method == "amt" else method])
+    recipe = dict(recipe_of(given["method"], given.get("base", "mae")))
     natural = source.image_size if source.image_size <= SMALL else recipe.get("image_size", source.image_size)
-    size = given.get("image_size") or [natural, natural]
+    size = given.get("image_size", [natural, natural])
     if max(size) <= SMALL:
         nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
-        recipe |= SMALL_DVAE_RECIPE if method == "dvae" else NANO_RECIPE if nano else SMALL_RECIPE
+        recipe |= NANO_RECIPE if nano else SMALL_RECIPE
+        if given["method"] == "dvae":
+            recipe |= SMALL_DVAE_RECIPE
         sides = range(1, max(1, max(size) // 8) + 1)  # an eighth of the image, or the next that divides it
         recipe["patch_size"] = max(p for p in sides if math.gcd(*size) % p == 0)
     # A shorter run warms up for the same share of it.
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
     args = dict(lr_batch=256, betas=(), crop_scale=(), flip=True)  # in the recipes alone
     for function in functions:
-        for name, p in flag_parameters(function).items():
-            args.setdefault(name, None if p.default is p.empty else p.default)
-    args |= {k: v for k, v in recipe.items() if k in args} | given
-    args |= dict(image_size=size, num_images=num_images, world_size=world_size())
-    args.pop("base" if method != "amt" else None, None)
+        args |= {name: p.default for name, p in flag_parameters(function).items() if name not in args}
+    args |= {name: value for name, value in recipe.items() if name in args} | given
+    args |= dict(image_size=size, num_images=len(source), world_size=world_size())
     if "lr" in given and "base_lr" in given:
         raise UsageError("--lr and --base-lr exclude each other")
-    fit_batch(args, "batch_size" in given, num_images)
+    fit_batch(args, "batch_size" in given)
     if args["warmup_epochs"] > args["epochs"]:
         raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
     if args["min_lr"] > args["lr"]:
         raise UsageError(f"--min-lr {args['min_lr']} is above the peak learning rate, {args['lr']:.3g}")
     if open_regions in functions:
-        args["regions"] = args["regions"] or default_regions(method, args["data"])
-        if args["regions"] == "cam" and method != "objmae":
+        args["regions"] = args["regions"] or default_regions(args["method"], args["data"])
+        if args["regions"] == "cam" and args["method"] != "objmae":
             raise UsageError("--regions cam is for objmae; rae, rmae take fh, panoptic, instances, folders")
     return args
 
 
 def image_pair(size):
     """--image-size's one or two numbers -> [height, width]."""
-    if len(size) > 2 or min(size) < 1:
-        raise UsageError(f"--image-size takes one positive number, or height and width; got {size}")
+    if len(size) > 2:
+        raise UsageError(f"--image-size takes one number, or height and width; got {size}")
     return list(size * 2)[:2]
 
 
-def fit_batch(args, chosen, num_images):
+def fit_batch(args, chosen):
     """Settles batch size, micro-batches and learning rate, and says so if they are not the recipe's.
 
     Where the user has not chosen it, few images get a batch that makes at least 16 steps an epoch, or has 8
     images. The rate is then that of lr_batch images, as a batch of a few would shrink it to nothing.
     """
-    batch = recipe_batch = args["batch_size"]
-    rate_batch = batch
-    if not chosen and 16 * batch > num_images:
-        batch = min(batch, num_images, max(world_size(), 2 ** int(math.log2(max(8, num_images / 16)))))
-        batch -= batch % world_size()
-        rate_batch = min(recipe_batch, max(batch, args["lr_batch"]))
-    if not 1 <= batch <= num_images:
-        raise UsageError(f"--batch-size {batch} is more than the {num_images} images that there are")
-    if batch % (world_size() * (args["accumulate"] or 1)):
+    images, wanted = args["num_images"], args["batch_size"]
+    batch = rate_batch = wanted
+    if not chosen and 16 * wanted > images:
+        batch = min(wanted, images, 2 ** int(math.log2(max(8, images / 16))))
+        batch = max(batch // world_size(), 1) * world_size()
+        rate_batch = min(wanted, max(batch, args["lr_batch"]))
+    if batch > images:
+        raise UsageError(f"--batch-size {batch} is more than the {images} images that there are")
+    args["accumulate"] = args["accumulate"] or split_batch(batch)
+    if batch % (world_size() * args["accumulate"]):
         raise UsageError(f"--batch-size {batch} is not divisible by {world_size()} processes x "
-                         f"{args['accumulate'] or 1} micro-batches")
-    args["batch_size"], args["accumulate"] = batch, args["accumulate"] or split_batch(batch)
-    args["lr"] = args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
-    if batch != recipe_batch and rank() == 0:
-        print(f"{num_images} images are few for the recipe's batch of {recipe_batch}: taking {batch}, which "
-              f"makes {num_images // batch} steps an epoch, and a learning rate of {args['lr']:.3g}; "
-              "--batch-size and --lr set others")
+                         f"{args['accumulate']} micro-batches")
+    args["batch_size"], args["lr"] = batch, args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
+    if batch != wanted and rank() == 0:
+        print(f"{images} images are few for the recipe's batch of {wanted}: taking {batch}, which makes "
+              f"{images // batch} steps an epoch, and a learning rate of {args['lr']:.3g}; --batch-size and "
+              "--lr set others")
 
 
 def report(source, method, args, **machine):
     """Prints what the run took, with what None came to."""
     print(source.description)
-    shown = {name: getattr(method, name, None) if value is None else value for name, value in args.items()}
+    args = args | machine
     if hasattr(method, "interval_for"):
-        shown["interval"] = method.interval_for(args["epochs"])
-    if "vocab_size" in inspect.signature(type(method)).parameters:
-        shown["target"] = f"tokens of {args['tokenizer']}" if args.get("tokenizer") else "pixels"
-    for name, value in (shown | machine).items():
+        args["interval"] = method.interval_for(args["epochs"])
+    for name, value in args.items():
+        value = getattr(method, name, None) if value is None else value
         if value is not None:
             print(f"  {name:16s} {value}")
 
@@ -968,14 +888,14 @@ def report(source, method, args, **machine):
 def call(function, flags, **fixed):
     """function(**fixed), and with those of the dict `flags` that it takes by name."""
     names = inspect.signature(function).parameters
-    return function(**{k: v for k, v in flags.items() if k in names and k not in fixed}, **fixed)
+    return function(**{name: value for name, value in flags.items() if name in names} | fixed)
 
 
 def flag_parameters(function):
     """The annotated arguments of a function that have a default, which are flags: name ->
     inspect.Parameter."""
     return {name: p for name, p in inspect.signature(function).parameters.items()
-            if p.annotation is not p.empty and (p.default is not p.empty or function is load_tokenizer)}
+            if p.annotation is not p.empty and p.default is not p.empty}
 
 
 def flag_help(function):
@@ -992,33 +912,10 @@ def number(kind, limits):
     """The argparse type of numbers within limits (a Range)."""
 
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be of type {kind.__name__}, got {text!r}") from None
-        if not limits.low <= value <= limits.high:
-            must = "not be negative" if limits.low == 0 else "be positive"
-            must = f"be at most {limits.high}" if value > limits.high else must
-            raise argparse.ArgumentTypeError(f"must {must}, got {text}")
-        return value
-
-    return convert
-
-
-def unknown(value, choices):
-    """What to say of a value that is none of the choices, with the nearest."""
-    near = difflib.get_close_matches(str(value), choices, 1)
-    hint = f": did you mean {near[0]}?" if near else f"; it may be {', '.join(choices)}"
-    return f"{value!r} is unknown{hint}"
-
-
-def choice(choices):
-    """The argparse type of one of several words."""
-
-    def convert(text):
-        if text not in choices:
-            raise argparse.ArgumentTypeError(unknown(text, choices))
-        return text
+        with contextlib.suppress(ValueError):
+            if limits.low <= kind(text) <= limits.high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {limits.words}, got {text!r}")
 
     return convert
 
@@ -1030,16 +927,16 @@ def flag_options(annotation):
     if origin is Annotated:
         return dict(type=number(*inner), metavar=inner[0].__name__.upper())
     if origin is Literal:
-        return dict(type=choice(inner), metavar="{" + ",".join(inner) + "}")
+        return dict(choices=inner)
     if origin is list:
         return flag_options(inner[0]) | dict(nargs="+")
     if inner:  # X | None
         return flag_options(inner[0])
     if annotation is bool:
         return dict(action=argparse.BooleanOptionalAction)
-    limits = Range(-sys.float_info.max, sys.float_info.max)  # neither nan nor inf
-    kind = number(annotation, limits) if annotation in (int, float) else annotation
-    return dict(type=kind, metavar=annotation.__name__.upper())
+    if annotation in (int, float):  # neither nan nor inf
+        return flag_options(Annotated[annotation, Range(-LARGEST, LARGEST, "a finite number")])
+    return dict(metavar=annotation.__name__.upper())
 
 
 class Parser(argparse.ArgumentParser):
@@ -1059,28 +956,40 @@ class Parser(argparse.ArgumentParser):
             if name in skip or flag in self._option_string_actions:
                 continue
             text = texts.get(name, "").replace("%", "%%")
-            if default not in (None, parameter.empty, False):
+            if default not in (None, False):
                 text += f" (default: {default})"
             self.add_argument(flag, dest=name, help=text, **flag_options(parameter.annotation))
 
     def error(self, message):
         raise UsageError(re.sub(r"^argument (--[\w-]+): ", r"\1 ", message))
 
+    @staticmethod
+    def known(argv, *flags):
+        """What the command line has for these flags alone: other flags depend on them."""
+        parser = Parser(add_help=False)
+        for flag in flags:
+            parser.add_argument(flag, nargs=None if flag.startswith("-") else "?")
+        return vars(parser.parse_known_args(argv)[0])
+
     def parse(self, argv):
         """Command line -> dict of what was given."""
         arguments, rest = self.parse_known_args(argv)
         if rest:
             flag = rest[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff=0.7)
-            hint = f": did you mean {near[0]}?" if near else "; --help lists them"
-            raise UsageError(f"unknown argument {flag}{hint}")
+            raise UsageError(f"unknown argument {flag}{nearest(flag, self._option_string_actions)}")
         return vars(arguments)
+
+
+def nearest(word, words):
+    """What to say behind a word that is none of `words`."""
+    near = difflib.get_close_matches(word, words, 1)
+    return f": did you mean {near[0]}?" if near else f"; it may be {', '.join(words)}"
 
 
 def check_choice(flag, value, choices):
     """Raises UsageError, with the nearest choice, if value is none of them."""
     if value not in choices:
-        raise UsageError(f"{flag} {unknown(value, choices)}")
+        raise UsageError(f"{flag} {value!r} is unknown{nearest(value, choices)}")
 
 
 def exit_with_one_line(program, main):
@@ -1091,14 +1000,12 @@ def exit_with_one_line(program, main):
         return 0
     except UsageError as error:  # from a worker process it brings a traceback; its last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory: use a smaller --batch-size ({str(error).splitlines()[0]})"
     except OSError as error:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
     except RuntimeError as error:
         if "alloc" not in str(error):
             raise
-        message = f"out of memory: use smaller images or a smaller batch ({str(error).splitlines()[0]})"
+        message = f"out of memory: use fewer or smaller images a step ({str(error).splitlines()[0]})"
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the workers' end
         kept = "the last epoch's checkpoint is kept, --resume continues from it"
