@@ -18,6 +18,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -1222,6 +1223,7 @@ def average_precision(records):
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 
+
 def heat(images, attention):
     """Images [n, 3, H, W] in [0, 1] and maps [n, gh, gw] -> grey images under the maps in colour, from violet
     to yellow.
@@ -1422,10 +1424,7 @@ def read_hints(image, grid_size, patch_size, points=(), background=(), hints=Non
     (height, width), (H, W), p = image.shape[1:], grid_size, patch_size
     labels = torch.zeros(H, W, dtype=torch.long)
     if hints is not None:
-        try:
-            drawn = torch.from_numpy(read_ids(hints).astype(int))
-        except Exception as error:  # decoders raise anything
-            raise UsageError(f"--hints {hints}: it is no label PNG ({error})") from None
+        drawn = torch.from_numpy(read_ids(hints).astype(int))
         if drawn.shape != (height, width):
             raise UsageError(f"--hints {hints}: {drawn.shape[1]}x{drawn.shape[0]} pixels, the image has "
                              f"{width}x{height}")
@@ -1433,13 +1432,11 @@ def read_hints(image, grid_size, patch_size, points=(), background=(), hints=Non
         labels = labels.long().clamp(max=2)
     for flag, label, places in (("points", 2, points), ("background", 1, background)):
         for place in places or ():
-            try:
-                x, y = (float(number) for number in place.split(","))
-            except ValueError:
-                raise UsageError(f"--{flag} {place}: a point is x,y in pixels") from None
-            if not (0 <= x < width and 0 <= y < height):
-                raise UsageError(f"--{flag} {place} is outside of the image of {width}x{height} pixels")
-            row, column = (int(v) // p * p for v in (y * H / height, x * W / width))
+            point = re.fullmatch(r"(\d+),(\d+)", place)
+            x, y = map(int, point.groups()) if point else (width, height)
+            if x >= width or y >= height:
+                raise UsageError(f"--{flag} {place}: a point is x,y in pixels of the image of {width}x{height}")
+            row, column = (place // p * p for place in (y * H // height, x * W // width))
             labels[row : row + p, column : column + p] = label
     return labels
 
@@ -1495,8 +1492,7 @@ def loaded(model, path, missing=(), left_over=()):
     """Says on stderr what a checkpoint lacked and what of it was not used; returns the model."""
     for what, names in (("missing", missing), ("left over", left_over)):
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            print(f"{path}: {what}: {', '.join(names[:4])}{more}", file=sys.stderr)
+            print(f"{path}: {len(names)} {what}: {', '.join(names)[:200]}", file=sys.stderr)
     if not all_finite(model):
         raise UsageError(f"{path}: its weights are not all finite numbers")
     return model
@@ -1556,7 +1552,7 @@ def read_method(checkpoint, task):
         args = run_settings(content)
         if args:
             content = load_run(checkpoint)
-            classes = [mim.METHODS[args["method"]]] + [mim.METHODS[args["base"]]] * (args["method"] == "amt")
+            classes = [mim.METHODS[name] for name in (args["method"], args.get("base")) if name]
         elif not any(name.startswith("decoder_blocks.") for name in mim.read_checkpoint(content)):
             raise ValueError(f"it has an encoder only; --task {task} needs the checkpoint.pt of a run, or an "
                              "MAE with its decoder")
@@ -1611,11 +1607,10 @@ def open_images(data, size, settings, images: list[str] | None = None):
     """
     for path in images or ():
         try:
-            small = min(decode(path).shape[1:]) < MIN_SIDE
-        except Exception:  # decoders raise anything
-            reason = "cannot be decoded as an image" if Path(path).is_file() else "no such file"
-            raise UsageError(f"--images {path}: {reason}") from None
-        if small:
+            sides = decode(path).shape[1:]
+        except Exception as error:  # decoders raise anything
+            raise UsageError(f"--images {path}: {str(error).splitlines()[0]}") from None
+        if min(sides) < MIN_SIDE:
             raise UsageError(f"--images {path}: a side has fewer than {MIN_SIDE} pixels")
     source = Files("", images, [0] * len(images), [], "") if images else load_data(data, "val", size)
     if not settings.get("regions"):

@@ -823,6 +823,8 @@ def settle(given, functions, source):
         args |= {name: p.default for name, p in flag_parameters(function).items() if name not in args}
     args |= {name: value for name, value in recipe.items() if name in args} | given
     args |= dict(image_size=size, num_images=len(source), world_size=world_size())
+    if args["method"] != "amt":
+        del args["base"]
     if "lr" in given and "base_lr" in given:
         raise UsageError("--lr and --base-lr exclude each other")
     fit_batch(args, "batch_size" in given)
