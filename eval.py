@@ -843,8 +843,9 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
 
 
 def class_colours(count):
-    """`count` colours that differ, as (red, green, blue) in 0..255: hues at steps of the golden ratio."""
-    colours = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.75, 0.95 - 0.3 * (k % 2)) for k in range(count)]
+    """`count` colours that differ, as (red, green, blue) in 0..255: grey for the first class, mostly the
+    background, then hues at steps of the golden ratio."""
+    colours = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.75 * (k > 0), 0.95 - 0.3 * (k % 2)) for k in range(count)]
     return [tuple(round(255 * part) for part in colour) for colour in colours]
 
 

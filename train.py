@@ -211,8 +211,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     # Resume
     epoch, log = 0, []
     if state is not None:
-        epoch = state["epoch"]
-        log = (output / "log.jsonl").read_text().splitlines()[:epoch]  # a kill may leave a line too many
+        epoch, path = state["epoch"], output / "log.jsonl"
+        log = path.read_text().splitlines()[:epoch] if path.exists() else []  # a kill may leave one line more
         restore(state, method, optimizer, scaler, device)
 
     model = method

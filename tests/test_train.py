@@ -274,6 +274,10 @@ def test_resume_starts_where_nothing_was_kept(call):
     *_, whole = call("mae", out="whole")
     *_, output = call("mae", "--resume")
     assert_same_run(whole, output)
+    with interrupted_after(0):  # in the first epoch
+        *_, early = call("mae", out="early")
+    assert call("mae", "--resume", out="early")[0] == 0
+    assert_same_run(whole, early)
     (output / "checkpoint.pt").unlink()
     (output / "log.jsonl").unlink()  # killed in the first save: an encoder.pt that no finished epoch wrote
     assert call("mae", "--resume")[0] == 0
