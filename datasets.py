@@ -2,7 +2,7 @@
 
 Contents: constants and normalisation; sources (the built-in scenes, torchvision's small sets, folders); items
 and batches (crops, loaders, broken files); regions (instances, COCO, masks from a folder, computed ones);
-Felzenszwalb-Huttenlocher segments.
+dense truth (classes of pixels, objects); Felzenszwalb-Huttenlocher segments.
 
 A *source* reads one image as it is. `Images` makes items of them: cropped, flipped, uint8. `normalize` does
 the rest on the device, a batch at a time. All randomness of an item follows from (seed, epoch, index). So a
@@ -10,18 +10,18 @@ run is the same for any number of workers and processes, and a resumed run equal
 """
 
 import collections
-import dataclasses
+import contextlib
 import difflib
-import functools
+import glob
 import hashlib
 import io
 import json
 import math
-import operator
 import os
 import pickle
 import random
-from array import array
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -51,10 +52,23 @@ class UsageError(ValueError):
     """A mistake of the user, told in one line: which file or flag, what it was, what it may be."""
 
 
-def did_you_mean(name, choices):
-    """The end of an error message: the choice that is spelled most like `name`, or nothing."""
-    near = difflib.get_close_matches(str(name), choices, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+def check_folder(flag, path, choices):
+    """UsageError if there is no such folder, with the nearest of the names that `flag` may have instead."""
+    if not os.path.isdir(path):
+        near = difflib.get_close_matches(str(path), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{flag} {path}: no such folder, and not one of {', '.join(choices)}{hint}")
+
+
+@contextlib.contextmanager
+def explained(what, problem):
+    """Whatever is raised inside becomes a UsageError, which names the missing file, or tells the problem."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UsageError(f"{what}: there is no {error.filename}") from None
+    except Exception as error:  # decoders raise anything from OSError to SyntaxError
+        raise UsageError(f"{what}: {problem} ({repr(error)[:200]})") from None
 
 
 def seed_of(*keys):
@@ -62,13 +76,13 @@ def seed_of(*keys):
     return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
 
 
-@functools.cache
+@cache
 def statistics(device):
-    """ImageNet's mean and standard deviation, [3, 1, 1] each.
+    """ImageNet's mean and standard deviation, [2, 3, 1, 1].
 
     They are copied to a device once, because each copy makes the CPU wait for the GPU.
     """
-    return tuple(torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+    return torch.tensor((MEAN, STD), device=device).view(2, 3, 1, 1)
 
 
 def normalize(images):
@@ -84,13 +98,27 @@ def denormalize(images):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Sources. A source has:
-#   len(source)
-#   source[i] -> dict(image uint8 [3, H, W], label int); the built-in scenes also give instances, shapes
-#   source.name(i) for messages; source.file(i), a relative path that names what is kept of image i
-#   source.classes, a list of names; source.image_size, its natural size; source.description, one line
-#   source.in_memory: the images are few, small and of one size
-# `order` lists the images of a source; --limit shortens it.
+# Sources
+
+
+class Source:
+    """Where images come from. Besides its length a source has:
+
+    source[i] -> dict(image uint8 [3, H, W], label int); the built-in scenes also give instances and shapes
+    name(i): what image i is called in messages
+    file(i): a relative path, under which maps of image i are kept
+    classes: list of the classes' names
+    image_size: the images' natural size in pixels
+    description: one line
+    in_memory: whether the images are few, small and of one size
+    order: array, the images' places in what is stored; --limit shortens it
+    """
+
+    in_memory = False
+
+    def __len__(self):
+        return len(self.order)
+
 
 # The built-in scenes: 3 to 5 objects in soft colours, partly over one another, on a background that fades
 # from one colour to another. The largest, near the centre, is the main object, and its shape is the label;
@@ -154,8 +182,8 @@ def palette(codes):
     return [np.array([*bytes.fromhex(code)], np.float32)[:, None, None] for code in codes.split()]
 
 
-# The background's two colours are of one palette, the objects' of the two others, so that they stand out
-# against it.
+# The background's two colours are of one palette. The objects' are of the two others, so that they stand
+# out against it.
 PALETTES = (
     palette("fbf1df fad7c1 bddcee bfe3cd dacaf1"),  # pale: cream, peach, sky, mint, lilac
     palette("e4826c e9b45c 7db398 5e9bc4 a187c4 df94ae"),  # medium: coral, honey, sage, blue, lavender, rose
@@ -192,8 +220,7 @@ def render_scene(seed, size=64):
     Returns the image (uint8, [3, size, size]), the class of the main object (an index into SHAPE_CLASSES),
     the instance map (uint8, [size, size]) and the classes of the instances, a list: instance k is of class
     shapes[k - 1], and no two are of the same. The map marks visible pixels: 0 is background, 1 the main
-    object, 2.. the others in drawing order. From 32 pixels on nothing is hidden entirely, so no number is
-    missing.
+    object, 2.. the others in drawing order. From 32 pixels on no object is hidden entirely.
     """
     rng = random.Random(int(seed))
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
@@ -219,7 +246,7 @@ def render_scene(seed, size=64):
     return image.clip(0, 255).astype(np.uint8), shapes[0], instances, shapes
 
 
-class Shapes:
+class Shapes(Source):
     """The built-in scenes as a source; see `render_scene`. The val split shares no scene with the others."""
 
     classes = list(SHAPE_CLASSES)
@@ -231,15 +258,12 @@ class Shapes:
         self.description = (f"shapes: {len(self)} built-in scenes of {image_size}x{image_size}, "
                             f"{len(self.classes)} classes")
 
-    def __len__(self):
-        return len(self.order)
-
     def __getitem__(self, index):
         if index in self.kept:
             return self.kept[index]
         image, label, instances, shapes = render_scene(self.order[index], self.image_size)
-        image, instances = torch.from_numpy(image), torch.from_numpy(instances)
-        item = dict(image=image, label=label, instances=instances, shapes=shapes)
+        item = dict(image=torch.from_numpy(image), label=label, instances=torch.from_numpy(instances),
+                    shapes=shapes)
         if self.in_memory:
             self.kept[index] = item
         return item
@@ -251,7 +275,7 @@ class Shapes:
         return f"scene {self.order[index]}"
 
 
-class Arrays:
+class Arrays(Source):
     """A torchvision dataset with its images in one array: CIFAR [N, 32, 32, 3], STL-10 [N, 3, 96, 96]."""
 
     in_memory = True
@@ -265,9 +289,6 @@ class Arrays:
         self.description = (f"{title}: {len(self)} images of {self.image_size}x{self.image_size}, "
                             f"{len(self.classes)} classes")
 
-    def __len__(self):
-        return len(self.order)
-
     def __getitem__(self, index):
         place = self.order[index]
         return dict(image=self.images[place].contiguous(), label=int(self.labels[place]))
@@ -279,30 +300,26 @@ class Arrays:
         return f"{self.title} image {self.order[index]}"
 
 
-class Files:
+class Files(Source):
     """Image files below a folder, with their labels.
 
-    paths: relative to root. turn: whether EXIF rotations are applied.
+    paths: relative to root. labels: [] for none. turn: whether EXIF rotations are applied.
     """
-
-    in_memory = False
 
     def __init__(self, root, paths, labels, classes, description, turn=True):
         self.root, self.classes, self.description, self.turn = root, classes, description, turn
         # Arrays: processes share their memory; of a list, each worker would soon have a copy.
-        self.paths, self.labels = np.array([os.fsencode(p) for p in paths]), np.asarray(labels)
+        self.paths = np.array([os.fsencode(p) for p in paths])
+        self.labels = np.array(labels if len(labels) else [0] * len(paths))
         self.order = np.arange(len(paths))
         side = np.median([longer_side(self.name(i)) for i in np.linspace(0, len(paths) - 1, 9).astype(int)])
         self.image_size = int(side) if MIN_SIDE <= side <= SMALL else 224
-
-    def __len__(self):
-        return len(self.order)
 
     def __getitem__(self, index):
         return dict(image=decode(self.name(index), self.turn), label=int(self.labels[self.order[index]]))
 
     def path(self, index):
-        return os.fsdecode(self.paths[self.order[index]].item())
+        return os.fsdecode(self.paths[self.order[index]])
 
     def name(self, index):
         return os.path.join(self.root, self.path(index))
@@ -322,14 +339,16 @@ def longer_side(path):
         return 224
 
 
-def to_bytes(pixels, is_16_bit):
-    """Grey pixels of 16 or 32 bits -> uint8. White is 65535 with 16 bits, 1 in floats up to 1; otherwise it
-    is the image's largest value, but at least 255."""
+def to_bytes(pixels):
+    """Grey pixels, uint16, int32 or float32 -> uint8.
+
+    White is 65535 in uint16 and 1 in floats up to 1. Otherwise it is the largest value, but at least 255.
+    """
     pixels = np.nan_to_num(pixels)
-    white = max(pixels.max(), 255)
-    if is_16_bit:
+    kind, white = pixels.dtype.kind, max(pixels.max(), 255)
+    if kind == "u":
         white = 65535
-    elif pixels.dtype.kind == "f" and pixels.max() <= 1:
+    elif kind == "f" and pixels.max() <= 1:
         white = 1
     return (pixels.clip(0, white) * (255 / white)).round().astype(np.uint8)
 
@@ -340,54 +359,37 @@ def decode(path, turn=True):
     torchvision decodes JPEGs, Pillow everything else: torchvision's PNG decoder can crash the whole process
     on a damaged file. Raises what they raise if the file cannot be decoded.
     """
-    with open(path, "rb") as file:
-        data = file.read()
-    if data[:2] == b"\xff\xd8" and decode_image is not None:  # a JPEG
+    data = Path(path).read_bytes()
+    if data[:2] == b"\xff\xd8" and decode_image:  # a JPEG
         data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return decode_image(data, "RGB", apply_exif_orientation=turn)
     with Image.open(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which convert("RGB") would clip
-            image = Image.fromarray(to_bytes(np.asarray(image), image.mode.startswith("I;16")))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+            image = Image.fromarray(to_bytes(np.asarray(image)))
+        return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def find_files(folder, extensions=EXTENSIONS):
-    """The files with these extensions below a folder, at any depth, as sorted relative paths."""
-    root, found = os.path.join(folder, ""), []
-    for where, _, names in os.walk(root, followlinks=True):
-        found += [os.path.join(where, name) for name in names if name.lower().endswith(extensions)]
-    return sorted(path[len(root):] for path in found)
+    """The files with these extensions below a folder, at any depth, as sorted relative paths.
+
+    Hidden files and folders, whose names begin with a dot, are left out.
+    """
+    paths = glob.iglob("**/*", root_dir=folder, recursive=True)
+    return sorted(path for path in paths if path.lower().endswith(extensions))
 
 
-def first_folders(paths):
-    """The first folder of each relative path: the name of its class."""
-    return [path.split(os.sep)[0] for path in paths]
+def find_labelled(folder):
+    """The images below a folder, as relative paths, and the name of each one's class.
 
-
-def train_and_val(root, split):
-    """The split of a folder with train/ and val/: (folder, paths, the class of each path, all classes)."""
-    train, val = os.path.join(root, "train"), os.path.join(root, "val")
-    paths = find_files(train)
-    if any(os.sep not in path for path in paths):
-        raise UsageError(f"--data {root}: images lie directly in {train}, which must have a folder per class;"
-                         f" for pre-training alone give --data {train}")
-    names = first_folders(paths)
-    classes = sorted(set(names))
-    if split != "val":
-        return train, paths, names, classes
-    if not os.path.isdir(val):
-        raise UsageError(f"--data {root}: there is a train folder but no val folder")
-    paths = find_files(val)
-    names = first_folders(paths)
-    annotations = Path(val, "val_annotations.txt")
-    if annotations.is_file():  # Tiny ImageNet: file name, class, box
-        rows = [line.split("\t") for line in annotations.read_text().splitlines() if line]
-        paths, names = [os.path.join("images", row[0]) for row in rows], [row[1] for row in rows]
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise UsageError(f"{val} has the class {unknown[0]!r}, which {train} does not have")
-    return val, paths, names, classes
+    The class is the first folder of the path, or what the list of Tiny ImageNet's val folder says.
+    """
+    annotations = Path(folder, "val_annotations.txt")
+    if annotations.is_file():  # file name, class, box
+        rows = [line.split("\t") for line in annotations.read_text().splitlines()]
+        return [f"images/{row[0]}" for row in rows], [row[1] for row in rows]
+    paths = find_files(folder)
+    return paths, [path.split(os.sep)[0] for path in paths]
 
 
 def load_folder(root, split):
@@ -398,22 +400,26 @@ def load_folder(root, split):
     - a folder per class: every tenth image of a class is the val split;
     - plain images at any depth: no labels, one split.
     """
-    if not os.path.isdir(root):
-        raise UsageError(f"--data {root}: no such folder, and not one of {', '.join(NAMED)}"
-                         + did_you_mean(root, NAMED))
+    check_folder("--data", root, NAMED)
     if coco_folder(root, "train"):
         return load_coco(root, split)
-    folder, layout = root, "train/ and val/ with a folder per class"
-    if os.path.isdir(os.path.join(root, "train")):
-        folder, paths, names, classes = train_and_val(root, split)
-    else:
-        paths = find_files(root)
-        names, layout = first_folders(paths), "a folder per class"
-        if any(os.sep not in path for path in paths):
-            names, layout = [], "plain images, no labels"
-        classes = sorted(set(names))
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[name] for name in names] or [0] * len(paths), int)
+    folder, layout, train = root, "a folder per class", os.path.join(root, "train")
+    if os.path.isdir(train):
+        folder, layout = train, "train/ and val/ with a folder per class"
+    paths, names = find_labelled(folder)
+    if any(os.sep not in path for path in paths):
+        if folder == train:
+            raise UsageError(f"--data {root}: images lie directly in {train}, which must have a folder per "
+                             f"class; for pre-training alone give --data {train}")
+        names, layout = [], "plain images, no labels"
+    classes = sorted(set(names))
+    if folder == train and split == "val":
+        folder = os.path.join(root, "val")
+        paths, names = find_labelled(folder)
+        unknown = sorted(set(names) - set(classes))
+        if unknown:
+            raise UsageError(f"{folder} has the class {unknown[0]!r}, which {train} does not have")
+    labels = np.searchsorted(classes, names)
     if layout == "a folder per class" and split != "pretrain":
         _, first = np.unique(labels, return_index=True)
         place = np.arange(len(labels)) - first[labels]  # how many images of its class come before each image
@@ -435,12 +441,10 @@ def load_named(name, split, root):
     options = dict(train=split != "val")
     if name == "stl10":
         options = dict(split={"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split])
-    try:
+    with explained(f"--data {name}",
+                   f"could not download it into {root}/ or read it there; put its archive {cls.filename} "
+                   f"into {root}/, or give --data a folder with a folder of images per class"):
         return Arrays(cls(root, download=True, **options), name)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"--data {name}: could not download it into {root}/ or read it there ({error}); put "
-                         f"its archive {cls.filename} into {root}/, or give --data a folder with a folder of "
-                         "images per class") from None
 
 
 def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: int | None = None, root="data"):
@@ -465,11 +469,12 @@ def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: in
 
 def shorten(source, limit):
     """Leaves `limit` of a source's images, evenly spread; None: all."""
-    if limit is not None and limit < 1:
+    if limit is None or limit >= len(source):
+        return source
+    if limit < 1:
         raise UsageError(f"--limit must be positive, got {limit}")
-    if limit is not None and limit < len(source):
-        source.order = source.order[np.linspace(0, len(source), limit, endpoint=False).astype(int)]
-        source.description += f", {limit} of them"
+    source.order = source.order[np.linspace(0, len(source), limit, endpoint=False).astype(int)]
+    source.description += f", {limit} of them"
     return source
 
 
@@ -490,12 +495,13 @@ def crop_boxes(images, box, flip, size, mode="bicubic"):
     box: [B, 4] (x1, y1, x2, y2) as fractions of the image. flip: [B] bool, whether the crop is mirrored.
     """
     # affine_grid counts from -1 to 1: the crop's point x is the image's point (x2 - x1) * x + (x1 + x2 - 1).
-    sides, centre = box[:, 2:] - box[:, :2], box[:, 2:] + box[:, :2] - 1
+    first, last = box.split(2, dim=1)
+    sides, centre = last - first, last + first - 1
     sides[:, 0] *= 1 - 2 * flip.float()
     theta = torch.cat([torch.diag_embed(sides), centre[:, :, None]], dim=2)
     # grid_sample does not antialias, so an image larger than `size` is sampled more finely, then averaged.
     times = max(1, math.ceil(images.shape[2] / size[0]))
-    shape = (len(images), images.shape[1], times * size[0], times * size[1])
+    shape = (*images.shape[:2], times * size[0], times * size[1])
     grid = F.affine_grid(theta, shape, align_corners=False)
     out = F.grid_sample(images, grid, mode, padding_mode="border", align_corners=False)
     return F.avg_pool2d(out, times)
@@ -518,29 +524,34 @@ def random_boxes(count, scale, generator):
     return torch.cat([corner, corner + sides], dim=1)
 
 
-class Images(torch.utils.data.Dataset):
+@dataclass
+class Images(Dataset):
     """Items of a source: dict(image uint8 [3, h, w], label, index, box [4], flip, broken, perhaps regions).
 
     view: "crop" a random resized crop (training); "whole" the full image, resized; "center" the largest
-        centred crop, as the papers evaluate: 7/8 of the side for images of 97 to 224 pixels, the whole square
-        otherwise.
+        centred crop, and 7/8 of its sides for images of 97 to 224 pixels, as the papers evaluate.
     crop_scale: area of the random crop, as fractions of the image's.
     flip: whether every second random crop, by chance, is mirrored.
     augment: a transforms.v2 transform of the cropped uint8 image, such as RandAugment.
     regions: where the maps of the images' regions come from (`open_regions`). Items then have `regions`,
-        cropped and flipped exactly as the image: label maps [L, h, w] uint8, 0 for nothing, or one map of
-        floats (CAM).
+        cropped and flipped exactly as the image: label maps [L, h, w] uint8, 0 for nothing, or floats (CAM).
 
     box: the crop (x1, y1, x2, y2) as fractions of the whole image. Keys are an index or (epoch, index): the
     random crop changes with the epoch. If a file cannot be decoded, the next readable image replaces it;
     `index` is then that image's, and `broken` the unreadable one's (else -1).
     """
 
-    def __init__(self, source, image_size, view="crop", crop_scale=(0.2, 1.0), flip=True, seed=0,
-                 augment=None, regions=None):
-        self.source, self.view, self.crop_scale, self.flip, self.seed = source, view, crop_scale, flip, seed
-        self.size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
-        self.augment, self.regions = augment, regions
+    source: object
+    image_size: object
+    view: str = "crop"
+    crop_scale: tuple = (0.2, 1.0)
+    flip: bool = True
+    seed: int = 0
+    augment: object = None
+    regions: object = None
+
+    def __post_init__(self):
+        self.size = list(mim.pair(self.image_size))
 
     def __len__(self):
         return len(self.source)
@@ -569,8 +580,6 @@ class Images(torch.utils.data.Dataset):
             place %= len(self)
             try:
                 item = self.source[place]
-            except UsageError:
-                raise
             except Exception:  # decoders raise anything from OSError to SyntaxError
                 reason = "cannot be decoded as an image"
                 continue
@@ -592,7 +601,7 @@ class Images(torch.utils.data.Dataset):
         return (H - height) // 2, (W - width) // 2, height, width
 
 
-@dataclasses.dataclass
+@dataclass
 class EpochBatches:
     """Batch sampler: keys (epoch, index) in a seeded order for each epoch, without an incomplete batch.
 
@@ -622,7 +631,7 @@ class EpochBatches:
 
 def collate(items):
     """Items -> a batch; where an image has fewer layers of regions than another, empty layers are added."""
-    batch = torch.utils.data.default_collate([{k: item[k] for k in item if k != "regions"} for item in items])
+    batch = default_collate([{k: item[k] for k in item if k != "regions"} for item in items])
     if "regions" in items[0]:
         batch["regions"] = pad_sequence([item["regions"] for item in items], batch_first=True)
     return batch
@@ -634,9 +643,9 @@ def make_loader(dataset, workers=0, device=None, collate_fn=collate, **options):
     Its workers live as long as it does. For a CUDA device, memory is pinned, so that copies with
     non_blocking=True run beside the computation.
     """
-    pin_memory = device is not None and torch.device(device).type == "cuda"
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                                       pin_memory=pin_memory, collate_fn=collate_fn, **options)
+    pin_memory = str(device).startswith("cuda")
+    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory,
+                      collate_fn=collate_fn, **options)
 
 
 class DeviceLoader:
@@ -648,7 +657,7 @@ class DeviceLoader:
 
     def __init__(self, dataset, batches, device):
         self.dataset, self.batches, self.device = dataset, batches, device
-        self.images = torch.stack([dataset.source[i]["image"] for i in range(len(dataset))]).to(device)
+        self.images = torch.stack([item["image"] for item in dataset.source]).to(device)
 
     def __len__(self):
         return len(self.batches)
@@ -696,16 +705,13 @@ def pack_masks(masks):
 
     The largest come first; what fits into none of the layers is left out.
     """
-    packed = [np.zeros(masks.shape[1:], np.int64)]
+    packed = np.zeros((8, *masks.shape[1:]), np.int64)
     order = np.argsort(-masks.sum((1, 2)), kind="stable")
     for number, mask in enumerate(masks[order], start=1):
         layer = next((layer for layer in packed if not layer[mask].any()), None)
-        if layer is None and len(packed) < 8:
-            layer = np.zeros_like(packed[0])
-            packed.append(layer)
         if layer is not None:
             layer[mask] = number
-    return np.stack(packed)
+    return packed[:max(1, packed.any((1, 2)).sum())]
 
 
 def renumber(maps):
@@ -717,8 +723,8 @@ def renumber(maps):
     out = np.zeros(layers.shape, np.uint8)
     for layer, into in zip(layers, out):
         areas = np.bincount(layer.ravel())
-        areas[0] = 0
-        order = np.argsort(-areas, kind="stable")[:np.count_nonzero(areas)][:255]
+        areas[0] = -1  # what is nothing comes last, and gets no number
+        order = np.argsort(-areas, kind="stable")[:-1][:255]
         number = np.zeros(len(areas), np.uint8)
         number[order] = np.arange(1, len(order) + 1)
         into[:] = number[layer]
@@ -729,17 +735,19 @@ def crop_regions(maps, box, flip, size):
     """What `regions.read` gives, cut out and mirrored as the image: labels uint8 or floats, [L, *size]."""
     if maps.is_floating_point():
         return crop_boxes(maps[None], box[None], torch.tensor([flip]), size, "bilinear")[0]
-    # The label under each pixel's centre, at the maps' own resolution; v2's `nearest` is half a pixel off.
+
+    def places(side, first, last, count):  # of the pixels' centres; v2's `nearest` is half a pixel off
+        return (side * (first + (last - first) * (torch.arange(count) + 0.5) / count)).long()
+
     x1, y1, x2, y2 = box
-    columns = (maps.shape[2] * (x1 + (x2 - x1) * (torch.arange(size[1]) + 0.5) / size[1])).long()
-    rows = (maps.shape[1] * (y1 + (y2 - y1) * (torch.arange(size[0]) + 0.5) / size[0])).long()
+    rows, columns = places(maps.shape[1], y1, y2, size[0]), places(maps.shape[2], x1, x2, size[1])
     maps = maps[:, rows[:, None], columns]
     return renumber(maps.flip(-1) if flip else maps)
 
 
-def check_shape(name, image, maps, exact=False):
-    """Raises UsageError if region maps [L, h, w] are not of their image's shape (exact=True: of its size)."""
-    (H, W), (h, w) = image.shape[1:], maps.shape[1:]
+def check_shape(name, image, shape, exact=False):
+    """UsageError if the shape (h, w) of maps has not the proportions of their image (exact: its size)."""
+    (H, W), (h, w) = image.shape[1:], shape
     if (h, w) != (H, W) if exact else abs(h * W - w * H) > max(H, W, h, w):
         raise UsageError(f"{name} has {W}x{H} pixels, its annotations have {w}x{h}")
 
@@ -769,11 +777,10 @@ def load_coco(root, split):
     """
     folder = coco_folder(root, split)
     if folder is None:
-        name = "val" if split == "val" else "train"
-        raise UsageError(f"--data {root}: no {name}* folder with .jpg images in it")
+        raise UsageError(f"--data {root}: no val* folder with .jpg images in it")
     paths = find_files(folder)
     description = f"{root}: COCO {folder.name}, {len(paths)} images"
-    return Files(folder, paths, [0] * len(paths), [], description, turn=False)
+    return Files(folder, paths, [], [], description, turn=False)
 
 
 def fill_polygon(points, height, width):
@@ -827,39 +834,33 @@ def coco_mask(segmentation, height, width):
 def read_ids(path):
     """A label PNG -> int32 [H, W]: a palette's indices, or of colours red + 256 green + 65536 blue."""
     with Image.open(path) as image:
-        if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
+        if len(image.getbands()) == 1:
             return np.asarray(image, np.int32)
-        red, green, blue = np.asarray(image.convert("RGB"), np.int32).transpose(2, 0, 1)
-    return red + 256 * green + 65536 * blue
+        rgba = np.asarray(image.convert("RGBA"))
+    return rgba.view("<i4")[..., 0] & 0xFFFFFF  # a pixel's four bytes as one number, without the last
 
 
 class CocoRegions:
     """The annotations of a COCO root's split, and the region maps made of them.
 
-    kind: "instances" or "panoptic" (things and stuff). `categories` is the list of the JSON file.
-    Raises UsageError if the annotations are not there or cannot be understood.
+    kind: "instances" or "panoptic" (things and stuff). `categories` are those of the JSON file, in the order
+    of their ids. Raises UsageError if the annotations are not there or cannot be understood.
     """
 
     def __init__(self, source, root, split, kind):
-        name = (coco_folder(root, split) or Path(split)).name
-        self.source, self.kind, self.pngs = source, kind, Path(root, "annotations", f"{kind}_{name}")
-        path = self.pngs.with_suffix(".json")
-        for needed in (path, self.pngs) if kind == "panoptic" else (path,):
-            if not needed.exists():
-                raise UsageError(f"--regions {kind}: there is no {needed}")
-        found = collections.defaultdict(list)
-        try:
-            data = json.loads(path.read_text("utf-8"))
-            if kind == "instances":
-                data["annotations"].sort(key=operator.itemgetter("area"), reverse=True)
+        self.source, self.kind = source, kind
+        self.pngs = Path(root, "annotations", f"{kind}_{coco_folder(root, split).name}")
+        path, found = self.pngs.with_suffix(".json"), collections.defaultdict(list)
+        with explained(f"--regions {kind}", f"{path} is not a file of COCO annotations"):
+            data = json.loads(path.read_bytes())
+            if kind == "panoptic":
+                self.pngs.stat()  # they come in a zip of their own, which is easily left packed
+            data["annotations"].sort(key=lambda a: -a.get("area", 0))
             for annotation in data["annotations"]:
                 found[annotation["image_id"]].append(annotation)
             kept = [pickle.dumps((i["height"], i["width"], found[i["id"]])) for i in data["images"]]
             stems = [Path(i["file_name"]).stem for i in data["images"]]
-            self.categories = data.get("categories", [])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"--regions {kind}: {path} is not a file of COCO annotations ({error!r})"
-                             ) from None
+            self.categories = sorted(data.get("categories", []), key=lambda c: c["id"])
         ends = np.cumsum([len(k) for k in kept]).tolist()
         # One string of bytes: processes share its memory; of a list, each worker would soon have a copy.
         self.kept, self.spans = b"".join(kept), dict(zip(stems, zip([0] + ends, ends)))
@@ -874,52 +875,64 @@ class CocoRegions:
         span = self.spans.get(Path(self.source.name(index)).stem)
         return pickle.loads(self.kept[slice(*span)]) if span else None
 
-    def read(self, index, item):
-        """Label map [1, H, W]: smaller instances lie on top of larger ones; crowds are left out.
+    def objects(self, index, item):
+        """An image's instances or panoptic segments: a list of (COCO's dict, mask bool [H, W]).
 
-        Raises UsageError if the image's annotations are broken, of another image size, or its PNG is missing.
+        Raises UsageError if they are broken or of another image size, or if the PNG is missing.
         """
-        name = self.source.name(index)
+        name, found = self.source.name(index), []
         height, width, annotations = self.annotations(index) or (*item["image"].shape[1:], [])
-        masks = []
-        try:
+        with explained(f"--regions {self.kind}", f"broken annotations of {Path(name).stem}"):
             for annotation in annotations:
                 if self.kind == "panoptic":
                     ids = read_ids(self.pngs / annotation["file_name"])
-                    masks += [ids == segment["id"] for segment in annotation["segments_info"]]
-                elif not annotation.get("iscrowd"):
-                    masks.append(coco_mask(annotation["segmentation"], height, width))
-        except FileNotFoundError as error:
-            raise UsageError(f"--regions {self.kind}: there is no {error.filename}") from None
-        except Exception as error:  # Pillow raises anything from OSError to SyntaxError
-            raise UsageError(f"--regions {self.kind}: broken annotations of {Path(name).stem} ({error!r})"
-                             ) from None
-        labels = np.zeros(masks[0].shape if masks else (height, width), np.int32)
+                    height, width = ids.shape
+                    found += [(segment, ids == segment["id"]) for segment in annotation["segments_info"]]
+                else:
+                    found.append((annotation, coco_mask(annotation["segmentation"], height, width)))
+        check_shape(name, item["image"], (height, width), exact=True)
+        return found
+
+    def read(self, index, item):
+        """Label map [1, H, W]: smaller instances lie on top of larger ones; crowds of them are left out."""
+        labels = np.zeros(item["image"].shape[1:], np.int32)
+        masks = [mask for annotation, mask in self.objects(index, item)
+                 if self.kind == "panoptic" or not annotation.get("iscrowd")]
         for number, mask in enumerate(masks, start=1):
             labels[mask] = number
-        maps = torch.from_numpy(labels)[None]
-        check_shape(name, item["image"], maps, exact=True)
-        return maps
+        return torch.from_numpy(labels)[None]
+
+    def truth(self, index, item):
+        """The dense truth of an image (`load_dense`): objects, or of panoptic segments classes of pixels."""
+        number = {category["id"]: k for k, category in enumerate(self.categories)}
+        objects, shape = self.objects(index, item), item["image"].shape[1:]
+        if self.kind == "panoptic":
+            labels = np.full(shape, IGNORED, np.uint8)
+            for segment, mask in objects:
+                labels[mask] = number[segment["category_id"]]
+            return labels
+        return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape),
+                    labels=np.array([number[a["category_id"]] + 1 for a, _ in objects], np.int64),
+                    areas=np.array([a["area"] for a, _ in objects], float),
+                    crowd=np.array([a.get("iscrowd", 0) for a, _ in objects], bool))
 
 
 class MaskFolder:
     """A user's masks: label PNGs, or .npz files with one stack of binary masks [M, H, W] (SAM's, say).
 
     A mask has the file name of its image. It lies in the same subfolder as the image or, if no other image
-    has the name, anywhere. An image without a mask has no regions.
+    has this name, in the folder itself. An image without a mask has no regions.
     """
 
     def __init__(self, source, folder):
-        if not os.path.isdir(folder):
-            raise UsageError(f"--regions {folder}: no such folder, and not one of {', '.join(REGIONS)}"
-                             + did_you_mean(folder, REGIONS))
-        files = find_files(folder, (".png", ".npz"))
-        files = {os.path.splitext(path)[0]: os.path.join(folder, path) for path in files}
+        check_folder("--regions", folder, REGIONS)
+        files = {os.path.splitext(path)[0]: os.path.join(folder, path)
+                 for path in find_files(folder, (".png", ".npz"))}
         stems = [os.path.splitext(source.file(i).split(os.sep, 1)[1])[0] for i in range(len(source))]
         names = [os.path.basename(stem) for stem in stems]
         count = collections.Counter(names)
         self.source = source
-        self.paths = [files.get(stem) or (files.get(name) if count[name] == 1 else None)
+        self.paths = [files.get(name if count[name] == 1 and stem not in files else stem)
                       for stem, name in zip(stems, names)]
         if not any(self.paths):
             raise UsageError(f"--regions {folder}: no .png or .npz in it has the name of an image, such as "
@@ -929,26 +942,21 @@ class MaskFolder:
         path = self.paths[index]
         if path is None:
             return torch.zeros(1, *item["image"].shape[1:], dtype=torch.int32)
-        try:
+        with explained("--regions", f"{path} holds neither a label map nor masks [M, H, W]"):
             if path.endswith(".npz"):
                 with np.load(path) as file:
-                    masks = file[file.files[0]]
-                if masks.ndim != 3:
-                    raise ValueError(f"its first array is {list(masks.shape)}, not [M, H, W]")
-                maps = torch.from_numpy(masks != 0)
+                    maps = file[file.files[0]] != 0
             else:
-                ids = read_ids(path)
-                if ids.max() >= 2**16:  # colours become small numbers; black stays 0
-                    ids = np.unique(np.append(0, ids), return_inverse=True)[1][1:].reshape(ids.shape)
-                maps = torch.from_numpy(ids)[None]
-        except Exception as error:
-            raise UsageError(f"--regions: {path} holds no masks ({error})") from None
-        check_shape(self.source.name(index), item["image"], maps)
-        return maps
+                maps = read_ids(path)[None]
+                if maps.max() >= 2**16:  # colours become small numbers; black stays 0
+                    maps = np.unique(np.append(0, maps), return_inverse=True)[1][1:].reshape(maps.shape)
+            _, height, width = maps.shape
+        check_shape(self.source.name(index), item["image"], (height, width))
+        return torch.from_numpy(maps)
 
 
-@dataclasses.dataclass
-class ComputedRegions(torch.utils.data.Dataset):
+@dataclass
+class ComputedRegions(Dataset):
     """FH segments or class activation maps: `fill` computes them before training, a file for each image.
 
     A file is written whole or not at all, so that an interrupted `fill` continues where it was.
@@ -957,7 +965,7 @@ class ComputedRegions(torch.utils.data.Dataset):
     source: object
     folder: str  # its name has the settings, so that maps of other settings are never used
     scales: list | None = None  # FH's scales; None for class activation maps
-    open_classifier: object = None  # called if maps are missing; its result makes maps of a batch of items
+    open_classifier: object = None  # called if activation maps are missing; gives a function, see `open_cam`
 
     def path(self, index):
         return os.path.join(self.folder, self.source.file(index) + ".npz")
@@ -967,15 +975,12 @@ class ComputedRegions(torch.utils.data.Dataset):
         missing = [i for i in range(rank, len(self.source), world_size) if not os.path.exists(self.path(i))]
         if not missing:
             return
-        classify = self.open_classifier() if self.scales is None else None
-        loader = make_loader(torch.utils.data.Subset(self, missing), workers, batch_size=8)
-        title = f"regions ({os.path.basename(self.folder)})"
-        with tqdm(total=len(missing), desc=title, disable=rank > 0) as bar:
-            for batch in loader:
-                if classify:
-                    for index, maps in zip(batch["index"].tolist(), classify(batch)):
-                        self.save(index, maps)
-                bar.update(len(batch["index"]))
+        classify = self.open_classifier and self.open_classifier()
+        loader = make_loader(Subset(self, missing), workers, batch_size=8)
+        for batch in tqdm(loader, f"regions ({os.path.basename(self.folder)})", disable=rank > 0):
+            if classify:
+                for index, maps in zip(batch["index"].tolist(), classify(batch)):
+                    self.save(index, maps)
 
     def __getitem__(self, index):
         """What a worker of `fill` does: it computes FH segments, or reads an image for the classifier."""
@@ -989,57 +994,40 @@ class ComputedRegions(torch.utils.data.Dataset):
     def save(self, index, maps):
         path = self.path(index)
         temporary = f"{path}.{os.getpid()}.npz"
-        try:
+        with explained("--region-cache", f"cannot write {path}"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             np.savez_compressed(temporary, maps)
             os.replace(temporary, path)
-        except OSError as error:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise UsageError(f"--region-cache: cannot write {path}: {error.strerror or error}") from None
 
     def read(self, index, item):
         path = self.path(index)
-        if os.path.exists(path):
-            try:
-                with np.load(path) as file:
-                    maps = file["arr_0"]
-            except Exception:
-                raise UsageError(f"{path} is broken: delete it, it will be computed anew") from None
-        elif self.scales is None:
-            raise UsageError(f"--regions cam: there is no {path}; `fill` computes it")
-        else:
-            maps = fh_maps(item["image"], self.scales)
-        if maps.dtype == np.uint8:  # class activation maps
-            return torch.from_numpy(maps.astype(np.float32) / 255)
-        return torch.from_numpy(maps.astype(np.int32))
+        if self.scales and not os.path.exists(path):
+            return torch.from_numpy(fh_maps(item["image"], self.scales))
+        with explained("--regions", f"{path} is broken: delete it, it will be computed anew"):
+            with np.load(path) as file:
+                maps = torch.from_numpy(file["arr_0"])
+        return maps if self.scales else maps / 255
 
 
-def fh_maps(image, scales, largest=640):
+def fh_maps(image, scales):
     """FH segments of an image uint8 [3, H, W] -> int32 [scales, h, w], numbered from 1.
 
-    Maps with a side of more than `largest` pixels are made smaller. A crop of a fifth of such a map still has
+    Maps with a side of more than 640 pixels are made smaller. A crop of a fifth of such a map still has
     more than 224 pixels a side.
     """
     maps = felzenszwalb(image.numpy(), scales) + 1
-    step = max(1.0, max(maps.shape[1:]) / largest)
+    step = max(1.0, max(maps.shape[1:]) / 640)
     rows, columns = (((np.arange(int(n / step)) + 0.5) * step).astype(int) for n in maps.shape[1:])
     return maps[:, rows[:, None], columns]
 
 
 def resnet50(weights=None):
     """torchvision's ImageNet ResNet-50, its weights from a file or downloaded; UsageError if that fails."""
-    network = torchvision.models.resnet50()
-    try:
-        download = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.get_state_dict
-        network.load_state_dict(mim.read_checkpoint(weights) if weights else download(check_hash=True))
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        message = (f"--regions cam: torchvision's ResNet-50 weights could not be downloaded ({reason}); "
-                   "--cam-weights takes them from a file")
-        if weights:
-            message = f"--cam-weights {weights}: not the weights of torchvision's ResNet-50 ({reason})"
-        raise UsageError(message) from None
+    network, download = torchvision.models.resnet50(), torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    with explained(f"--cam-weights {weights or 'is not given, so there was a download'}",
+                   "the weights of torchvision's ResNet-50 could not be loaded"):
+        state = mim.read_checkpoint(weights) if weights else download.get_state_dict(check_hash=True)
+        network.load_state_dict(state)
     return network
 
 
@@ -1093,16 +1081,16 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
     source, data, split: what `load_data` gave and was given. device: where cam's network runs.
     Raises UsageError if there are no such regions, or a flag is of another kind of regions.
     """
-    for flag, value, kind in (("--fh-scales", fh_scales, "fh"), ("--cam-weights", cam_weights, "cam"),
-                              ("--cam-labels", cam_labels, "cam")):
-        if value and regions != kind:
-            raise UsageError(f"{flag} belongs to --regions {kind}, not to {regions}")
+    if fh_scales and regions != "fh":
+        raise UsageError(f"--fh-scales belongs to --regions fh, not to {regions}")
+    if (cam_weights or cam_labels) and regions != "cam":
+        raise UsageError(f"--cam-weights and --cam-labels belong to --regions cam, not to {regions}")
     if regions == "instances" and data == "shapes":
         return SceneInstances()
     if regions in ("instances", "panoptic"):
         if not coco_folder(data, split):
-            raise UsageError(f"--regions {regions}: --data {data} has none; they come with COCO"
-                             + (" and shapes" if regions == "instances" else ""))
+            raise UsageError(f"--regions {regions}: --data {data} has none; they come with COCO and shapes "
+                             "(panoptic with COCO alone)")
         return CocoRegions(source, data, split, regions)
     if regions == "fh":
         scales = sorted(fh_scales or default_scales(source, data))
@@ -1114,14 +1102,12 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
         if cam_labels and len(source.classes) != 1000:
             raise UsageError(f"--cam-labels: the labels must be ImageNet's 1000 classes, {data} has "
                              f"{len(source.classes)}")
-        key = "labels" if cam_labels else "predicted"
+        name = "cam-labels" if cam_labels else "cam-predicted"
         if cam_weights:
-            if not os.path.isfile(cam_weights):
-                raise UsageError(f"--cam-weights {cam_weights}: no such file")
-            key += "-" + hashlib.sha256(Path(cam_weights).read_bytes()).hexdigest()[:8]
-        open_classifier = functools.partial(open_cam, cam_weights, cam_labels, device)
-        folder = os.path.join(region_cache, f"cam-{key}")
-        return ComputedRegions(source, folder, open_classifier=open_classifier)
+            with explained("--cam-weights", f"{cam_weights} cannot be read"):
+                name += "-" + hashlib.sha256(Path(cam_weights).read_bytes()).hexdigest()[:8]
+        open_classifier = partial(open_cam, cam_weights, cam_labels, device)
+        return ComputedRegions(source, os.path.join(region_cache, name), open_classifier=open_classifier)
     return MaskFolder(source, regions)
 
 
@@ -1137,42 +1123,45 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 def load_dense(data, objects, split="train", image_size=None, limit=None):
     """Opens images with dense truth: the built-in scenes, COCO, or without `objects` ADE20K and Pascal VOC.
 
-    Without `objects` truth is [H, W] uint8, classes or IGNORED. With them it is a dict of masks bool [n, H,
-    W], labels int64 [n] from 1, areas [n] in pixels, crowd bool [n]. Raises UsageError if the data have no
-    such truth.
+    Without `objects` truth is [H, W] uint8, classes or IGNORED. With them it is a dict of masks, bool
+    [n, H, W]; labels, int64 [n] from 1; areas, [n] in pixels; crowd, bool [n]. Raises UsageError if the data
+    have no such truth.
     """
     root, part = Path(data), "training" if split == "train" else "validation"
-    if data == "shapes" or coco_folder(data, split):
+    photos = root / "images" / part
+    if data == "shapes":
         source = load_data(data, split, image_size)
-        source.truth = scene_truth if data == "shapes" else CocoTruth(source, data, split, objects)
-        source.classes = list(SHAPE_CLASSES) if data == "shapes" else source.truth.names
-        if data == "shapes" and not objects:
-            source.classes = ["background", *SHAPE_CLASSES]
-            source.truth = scene_classes
-    elif (root / "images" / part).is_dir() and not objects:  # ADE20K
-        paths = find_files(root / "images" / part)
-        source = Files(root / "images" / part, paths, [0] * len(paths), [], f"{data}: ADE20K {part}")
-        source.truth = LabelFiles(source, root / "annotations" / part, 150, first=1)
-        source.classes = [f"class {k}" for k in range(1, 151)]
-    elif (root / "SegmentationClass").is_dir() and not objects:
+        source.truth = scene_truth
+        if not objects:
+            source.truth, source.classes = scene_classes, ["background", *SHAPE_CLASSES]
+    elif coco_folder(data, split):
+        source = load_coco(data, split)
+        regions = CocoRegions(source, data, split, "instances" if objects else "panoptic")
+        source.truth, source.classes = regions.truth, [category["name"] for category in regions.categories]
+    elif objects:
+        raise UsageError(f"--data {data}: it has no objects for the {split} split; give shapes or COCO")
+    elif photos.is_dir():  # ADE20K
+        classes, title = [f"class {k}" for k in range(1, 151)], f"{data}: ADE20K {part}"
+        source = Files(photos, find_files(photos), [], classes, title)
+        source.truth = partial(read_classes, source, root / "annotations" / part, 1)
+    elif (root / "SegmentationClass").is_dir():  # Pascal VOC
         names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
-        paths = [f"{name}.jpg" for name in names]
-        source = Files(root / "JPEGImages", paths, [0] * len(paths), [], f"{data}: Pascal VOC {split}")
-        source.truth, source.classes = LabelFiles(source, root / "SegmentationClass", 21), VOC_CLASSES
+        paths, title = [f"{name}.jpg" for name in names], f"{data}: Pascal VOC {split}"
+        source = Files(root / "JPEGImages", paths, [], VOC_CLASSES, title)
+        source.truth = partial(read_classes, source, root / "SegmentationClass", 0)
     else:
-        kinds = "shapes or a folder of COCO" + ("" if objects else ", ADE20K or Pascal VOC")
-        missing = "objects" if objects else "classes of pixels"
-        raise UsageError(f"--data {data}: it has no {missing} for the {split} split; give {kinds}")
+        raise UsageError(f"--data {data}: it has no classes of pixels for the {split} split; give shapes or "
+                         "a folder of COCO, ADE20K or Pascal VOC")
     return shorten(source, limit)
 
 
 def scene_truth(index, item):
     """The objects of a built-in scene."""
-    masks = np.array([item["instances"].numpy() == k + 1 for k in range(len(item["shapes"]))])
-    areas = masks.sum((1, 2))
-    seen = areas > 0
-    labels = np.array(item["shapes"]) + 1
-    return dict(masks=masks[seen], labels=labels[seen], areas=areas[seen], crowd=np.zeros(seen.sum(), bool))
+    instances = item["instances"].numpy()
+    numbers = np.setdiff1d(instances, 0)  # in small images some may be hidden
+    masks = instances == numbers[:, None, None]
+    labels = np.array(item["shapes"])[numbers - 1] + 1
+    return dict(masks=masks, labels=labels, areas=masks.sum((1, 2)), crowd=np.zeros(len(numbers), bool))
 
 
 def scene_classes(index, item):
@@ -1180,55 +1169,21 @@ def scene_classes(index, item):
     return np.array([0, *(shape + 1 for shape in item["shapes"])], np.uint8)[item["instances"].numpy()]
 
 
-class LabelFiles:
-    """Truth in one label PNG an image: class k is stored as k + first; what is no class is IGNORED.
+def read_classes(source, folder, first, index, item):
+    """The classes of an image's pixels from its PNG: class k is stored as k + first.
 
-    Only 0 below `first` and 255 may be no class; UsageError for other values, and if a PNG is missing.
+    Pixels stored as 255, and as 0 if `first` is 1, become IGNORED. UsageError for other values, and if the
+    PNG is missing or broken.
     """
-
-    def __init__(self, source, folder, num_classes, first=0):
-        self.source, self.folder, self.num_classes, self.first = source, folder, num_classes, first
-
-    def __call__(self, index, item):
-        path = self.folder / Path(self.source.file(index)).with_suffix(".png").name
-        try:
-            labels = read_ids(path)
-        except Exception as error:
-            reason = "there is no such file" if not path.exists() else f"it cannot be read ({error})"
-            raise UsageError(f"{path}, the labels of {self.source.name(index)}: {reason}") from None
-        check_shape(self.source.name(index), item["image"], torch.from_numpy(labels)[None], exact=True)
-        known = (labels >= self.first) & (labels < self.first + self.num_classes)
-        if (~known & (labels != 0) & (labels != 255)).any():
-            raise UsageError(f"{path}: label {labels[~known].max()} is not one of {self.num_classes} classes")
-        return np.where(known, labels - self.first, IGNORED).astype(np.uint8)
-
-
-class CocoTruth:
-    """COCO's objects, or its panoptic segments as classes of pixels."""
-
-    def __init__(self, source, root, split, objects):
-        self.source, self.objects = source, objects
-        self.regions = CocoRegions(source, root, split, "instances" if objects else "panoptic")
-        categories = sorted(self.regions.categories, key=operator.itemgetter("id"))
-        self.number = {category["id"]: k for k, category in enumerate(categories)}
-        self.names = [category["name"] for category in categories]
-
-    def __call__(self, index, item):
-        _, H, W = item["image"].shape
-        height, width, annotations = self.regions.annotations(index) or (H, W, [])
-        check_shape(self.source.name(index), item["image"], torch.empty(1, height, width), exact=True)
-        if not self.objects:
-            labels = np.full((H, W), IGNORED, np.uint8)
-            for annotation in annotations:
-                ids = read_ids(self.regions.pngs / annotation["file_name"])
-                for part in annotation["segments_info"]:
-                    labels[ids == part["id"]] = self.number[part["category_id"]]
-            return labels
-        masks = [coco_mask(annotation["segmentation"], H, W) for annotation in annotations]
-        return dict(masks=np.array(masks, bool).reshape(-1, H, W),
-                    labels=np.array([self.number[a["category_id"]] + 1 for a in annotations], np.int64),
-                    areas=np.array([a["area"] for a in annotations], float),
-                    crowd=np.array([a.get("iscrowd", 0) for a in annotations], bool))
+    path = folder / Path(source.file(index)).with_suffix(".png").name
+    with explained(f"labels of {source.name(index)}", f"{path} cannot be read"):
+        labels = read_ids(path)
+    check_shape(source.name(index), item["image"], labels.shape, exact=True)
+    known = (labels >= first) & (labels < first + len(source.classes))
+    wrong = labels[~known & (labels != 0) & (labels != 255)]
+    if wrong.size:
+        raise UsageError(f"{path}: label {wrong[0]} is not one of {len(source.classes)} classes")
+    return np.where(known, labels - first, IGNORED).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1259,14 +1214,15 @@ def grid_edges(image):
 
     A weight is the Euclidean distance of two pixels' colours; an end is a pixel's number y * W + x.
     """
-    numbers = np.arange(image[:1].size, dtype=np.int32).reshape(image[:1].shape)
-    neighbours = ((np.s_[:, :, 1:], np.s_[:, :, :-1]), (np.s_[:, 1:], np.s_[:, :-1]),
-                  (np.s_[:, 1:, 1:], np.s_[:, :-1, :-1]), (np.s_[:, :-1, 1:], np.s_[:, 1:, :-1]))
+    numbers = np.arange(image[0].size, dtype=np.int32).reshape(image[0].shape)
+    every, later, earlier = slice(None), slice(1, None), slice(-1)
+    neighbours = ((every, later, every, earlier), (later, every, earlier, every),
+                  (later, later, earlier, earlier), (earlier, later, later, earlier))
     weights, ends = [], []
-    for p, q in neighbours:
-        red, green, blue = (image[p] - image[q]) ** 2
+    for y, x, other_y, other_x in neighbours:
+        red, green, blue = (image[:, y, x] - image[:, other_y, other_x]) ** 2
         weights.append(np.sqrt(red + green + blue).ravel())
-        ends.append((numbers[p].ravel(), numbers[q].ravel()))
+        ends.append((numbers[y, x].ravel(), numbers[other_y, other_x].ravel()))
     weights, ends = np.concatenate(weights), np.concatenate(ends, axis=1)
     order = np.argsort(weights, kind="stable")  # the same segments on every machine
     return weights.take(order), ends.take(order, axis=1)
@@ -1281,15 +1237,14 @@ def find_roots(forest, nodes):
     return roots
 
 
-def crossings(parent, weights, ends, alive):
+def crossings(forest, weights, ends, alive):
     """Yields (u, v, weight) of the edges that lead from one tree of the forest to another, in their order.
 
-    u < v are the trees' roots; the caller may join them by parent[v] = u. alive(a, b, weight) says which
+    u < v are the trees' roots; the caller may join them by forest[v] = u. alive(a, b, weight) says which
     edges between the trees of roots a and b [M] can still join them at this weight or a larger one. numpy
-    drops all other edges, a chunk at a time; to the slow Python loop it leaves about as many edges as there
-    are joins.
+    drops all others, a chunk at a time. About as many as there are joins are left to the slow Python loop.
     """
-    forest = np.frombuffer(parent, "i")  # the same memory
+    parent = forest.data  # the same memory, in which Python is fast at single numbers
     for i in range(0, len(weights), CHUNK):
         a, b = (find_roots(forest, end[i:i + CHUNK]) for end in ends)
         keep = np.flatnonzero((a != b) & alive(a, b, weights[i:i + 1]))
@@ -1310,11 +1265,9 @@ def segment(weights, ends, pixels, scale, min_size):
     """
     scale = scale / 255  # the authors' colours go up to 255
     numbers = np.arange(pixels, dtype=np.int32)
-    # Plain arrays are fast in the loop, numpy in chunks: both share the memory. Limits are float32 as
-    # scikit-image's.
-    parent, size = array("i", numbers.tobytes()), array("i", [1]) * pixels
-    limit = array("f", [scale]) * pixels
-    forest, sizes, limits = np.frombuffer(parent, "i"), np.frombuffer(size, "i"), np.frombuffer(limit, "f")
+    forest, sizes = numbers.copy(), np.ones(pixels, np.int32)
+    limits = np.full(pixels, scale, np.float32)  # as scikit-image's
+    parent, size, limit = forest.data, sizes.data, limits.data  # the same memory, see `crossings`
 
     def both_limits_are_above(a, b, weight):
         return np.minimum(limits[a], limits[b]) > weight
@@ -1322,7 +1275,7 @@ def segment(weights, ends, pixels, scale, min_size):
     def one_is_too_small(a, b, _):
         return np.minimum(sizes[a], sizes[b]) < min_size
 
-    for u, v, weight in crossings(parent, weights, ends, both_limits_are_above):
+    for u, v, weight in crossings(forest, weights, ends, both_limits_are_above):
         if weight < limit[u] and weight < limit[v]:
             parent[v] = u
             size[u] += size[v]
@@ -1330,7 +1283,7 @@ def segment(weights, ends, pixels, scale, min_size):
 
     a, b = find_roots(forest, numbers).take(ends)
     left = np.flatnonzero(a != b)
-    for u, v, _ in crossings(parent, weights.take(left), ends.take(left, axis=1), one_is_too_small):
+    for u, v, _ in crossings(forest, weights.take(left), ends.take(left, axis=1), one_is_too_small):
         if size[u] < min_size or size[v] < min_size:
             parent[v] = u
             size[u] += size[v]
@@ -1341,9 +1294,9 @@ def segment(weights, ends, pixels, scale, min_size):
 def felzenszwalb(image, scale=1000, sigma=0.8, min_size=None):
     """uint8 [3, H, W] -> int32 labels [H, W] from 0; several scales (a tuple; saves time): [S, H, W].
 
-    Felzenszwalb and Huttenlocher, "Efficient graph-based image segmentation", IJCV 2004, with scikit-image's
-    result. A larger scale makes larger segments; those of fewer than min_size pixels (default: scale) join a
-    neighbour.
+    Felzenszwalb and Huttenlocher, "Efficient graph-based image segmentation", IJCV 2004; the result is that
+    of scikit-image. A larger scale makes larger segments. Those of fewer than min_size pixels (default: as
+    many as scale) join a neighbour.
     """
     weights, ends = grid_edges(smooth(image, sigma))
     height, width = image.shape[1:]

@@ -97,12 +97,12 @@ def unpatchify(patches, patch_size, grid):
 
 def take(x, ids):
     """The rows `ids` [B, n] of x [B, N, D] -> [B, n, D]."""
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def put(x, ids, rows):
     """A copy of x [B, N, D] in which the rows `ids` [B, n] are `rows` (broadcast to [B, n, D])."""
-    ids = ids.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    ids = ids[..., None].expand(-1, -1, x.shape[-1])
     return x.scatter(1, ids, rows.to(x.dtype).expand_as(ids))
 
 
@@ -118,16 +118,14 @@ def pair(size):
 def sincos_position_embedding(dim, grid):
     """Fixed 2-D sine-cosine table [1, 1 + gh*gw, dim] for a (gh, gw) grid; the class token's row is zero.
 
-    The first half of the channels encodes the column, the second half the row. Inside a half all sines come
-    first, then all cosines, at frequencies 1 / 10000^(i / (dim/4)).
+    dim is divisible by 4. The first half of the channels encodes the column, the second half the row. Inside
+    a half all sines come first, then all cosines, at frequencies 1 / 10000^(i / (dim/4)).
     """
-    if dim % 4:
-        raise ValueError(f"the width of a 2-D sine-cosine embedding must be divisible by 4, got {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing="ij")
     angles = [torch.outer(x.flatten(), omega) for x in (column, row)]
     table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
-    return F.pad(table.float(), (0, 0, 1, 0)).unsqueeze(0)
+    return F.pad(table.float(), (0, 0, 1, 0))[None]
 
 
 NUM_BUCKETS = 50  # 7 x 7 classes of offsets, and one for every pair with the class token
@@ -138,8 +136,7 @@ def relative_buckets(grid):
 
     iRPE's product method: the row offset and the column offset each become an index in -3..3, which is exact
     for near patches and logarithmic for far ones (alpha 1.9, beta 3.8, gamma 15.2). So one table of 50 rows
-    serves grids of any size. An offset is key minus query, j - i. LoMaR's authors have i - j: the same table,
-    mirrored.
+    serves grids of any size. An offset is key minus query, j - i; LoMaR's authors mirror the table: i - j.
     """
     alpha, beta, gamma = 1.9, 3.8, 15.2
 
@@ -190,8 +187,7 @@ class Attention(nn.Module):
             self.relative_table = nn.Parameter(torch.zeros(NUM_BUCKETS, dim // num_heads))
 
     def split_heads(self, x):
-        B, L, D = x.shape
-        return self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def relative_bias(self, q, buckets):
         """q [B, heads, l, d], buckets [l, L] -> q_i . r[bucket(i, j)], [B, heads, l, L]."""
@@ -291,7 +287,7 @@ def set_drop_path(blocks, drop_path):
     check_range(0, 1, drop_path=drop_path)
     for i, block in enumerate(blocks):
         rate = drop_path * i / max(1, len(blocks) - 1)
-        block.drop_path = StochasticDepth(rate, "row") if rate else nn.Identity()
+        block.drop_path = StochasticDepth(rate, "row")
 
 
 def init_weights(module):
@@ -315,8 +311,8 @@ def rescale_projections(blocks):
     In CAE's released ViT-B run a later initialisation undoes this, in its ViT-L run it stays.
     """
     for i, block in enumerate(blocks, start=1):
-        block.attn.proj.weight.data /= math.sqrt(2 * i)
-        block.mlp.fc2.weight.data /= math.sqrt(2 * i)
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.data /= math.sqrt(2 * i)
 
 
 class ViT(nn.Module):
@@ -348,8 +344,8 @@ class ViT(nn.Module):
             raise ValueError(f"image_size must be a multiple of patch_size={patch_size}, got {H}x{W}")
         self.patch_size, self.embed_dim, self.num_heads = patch_size, embed_dim, num_heads
         self.drop_path, self.layer_scale = drop_path, layer_scale
-        self.grid = (H // patch_size, W // patch_size)
-        self.num_patches = self.grid[0] * self.grid[1]
+        self.grid = H // patch_size, W // patch_size
+        self.num_patches = math.prod(self.grid)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = learned_token(embed_dim)
         self.relative_position = relative_position
@@ -357,10 +353,10 @@ class ViT(nn.Module):
         if relative_position:
             self.buckets = relative_buckets(self.grid)
         else:
-            table = sincos_position_embedding(embed_dim, self.grid)
-            self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.blocks = nn.ModuleList([
-            Block(embed_dim, num_heads, mlp_ratio, relative_position, layer_scale) for _ in range(depth)])
+            self.pos_embed = nn.Parameter(
+                sincos_position_embedding(embed_dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, relative_position, layer_scale) for _ in range(depth))
         self.norm = layer_norm(embed_dim)
         set_drop_path(self.blocks, drop_path)
         self.apply(init_weights)
@@ -369,19 +365,20 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """Images [B, 3, H, W] -> patch embeddings [B, N, D], without positions."""
-        (H, W), size = images.shape[-2:], self.image_size
-        if (H, W) != size:
-            raise ValueError(f"this ViT takes images of {size[0]}x{size[1]} pixels, got {H}x{W}")
+        H, W = self.image_size
+        if images.shape[-2:] != (H, W):
+            raise ValueError(f"this ViT takes images of {H}x{W} pixels, "
+                             f"got {images.shape[-2]}x{images.shape[-1]}")
         return self.patch_embed(images)
 
     def sequence(self, tokens, ids=None):
         """Patch embeddings [B, N, D] -> the blocks' input [B, 1+n, D]: positions, choice, class token."""
-        x, cls = tokens, self.cls_token
+        cls = self.cls_token
         if not self.relative_position:
-            x, cls = x + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
+            tokens, cls = tokens + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
         if ids is not None:
-            x = take(x, ids)
-        return torch.cat([cls.expand(len(x), -1, -1), x.to(cls.dtype)], dim=1)
+            tokens = take(tokens, ids)
+        return torch.cat([cls.expand(len(tokens), -1, -1), tokens.to(cls.dtype)], dim=1)
 
     def encode(self, tokens, ids=None, buckets=None, keep=None):
         """Patch embeddings [B, N, D] (masked ones may have been replaced) -> latents [B, 1+n, D].
@@ -426,8 +423,7 @@ class ViT(nn.Module):
         """Attention rollout [B, 1+N (to), 1+N (from)]: how much of each token reaches each; rows sum to one.
 
         Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, arXiv:2005.00928: the mean
-        of the heads, plus the identity for the residual connection, renormalised, multiplied through the
-        blocks.
+        of the heads, plus the identity for the residual connection, normalised, multiplied over all blocks.
         """
         x = self.sequence(self.embed(images))
         identity = flow = torch.eye(x.shape[1], device=x.device)
@@ -519,7 +515,7 @@ def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
     if norm_pix:
         mean, std = patch_statistics(take(patches, ids_masked))
         pred = pred * std + mean
-    grid = (images.shape[-2] // patch_size, images.shape[-1] // patch_size)
+    grid = [side // patch_size for side in images.shape[-2:]]
     return unpatchify(put(patches, ids_masked, pred), patch_size, grid)
 
 
@@ -600,9 +596,9 @@ class MAE(nn.Module):
         self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = learned_token(decoder_dim)
-        table = sincos_position_embedding(decoder_dim, encoder.grid)
-        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
-        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_position_embedding(decoder_dim, encoder.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = layer_norm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, encoder.patch_size**2 * 3)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
@@ -644,11 +640,10 @@ def unit_masking(batch, grid, unit_size, mask_ratio, device=None, generator=None
 
     Returns ids_visible, ids_masked: patch indices [B, n*u*u] on the (gh, gw) grid.
     """
-    units = (grid[0] // unit_size) * (grid[1] // unit_size)
+    units = math.prod(grid) // unit_size**2
     masked = count_masked(units, mask_ratio, round_up=True)
     order = torch.rand(batch, units, device=device, generator=generator).argsort(1)
-    ids_masked, ids_visible = order[:, :masked], order[:, masked:]
-    return units_to_patches(ids_visible, grid, unit_size), units_to_patches(ids_masked, grid, unit_size)
+    return [units_to_patches(ids, grid, unit_size) for ids in (order[:, masked:], order[:, :masked])]
 
 
 class SimMIM(nn.Module):
@@ -660,10 +655,10 @@ class SimMIM(nn.Module):
     mask_ratio: share of the units that is masked
     unit_size: side of a masking unit in patches; 2 is the paper's 32 pixels at patch size 16
 
-    The encoder of the released ViT-B run has drop path 0.1 and layer scale 0.1.
-    Departs from that run in its position embedding, here the sine-cosine table (there relative positions that
-    the blocks share), and in a cosine schedule (there the rate falls tenfold at epoch 700). Both initialise
-    smaller output projections, see `rescale_projections`.
+    The encoder of the released ViT-B run has drop path 0.1 and layer scale 0.1. Departs from that run in its
+    position embedding, here the sine-cosine table (there relative positions that the blocks share), and in a
+    cosine schedule (there the rate falls tenfold at epoch 700). Both initialise smaller output projections,
+    see `rescale_projections`.
     """
 
     inputs = ()
@@ -725,16 +720,13 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
     weights: P_A [B, N], not negative. M orders the patches; the larger the weight, the likelier an early
     place in M. The first num_masked of M are masked, then num_thrown are thrown, the rest is visible
     (throw="middle", the paper's choice). Table 4's others: "low" throws the end of M; "random" makes M
-    without the weights ("MAE+Random T").
-    Returns ids_visible, ids_masked, ids_thrown, together all N patches.
+    without the weights ("MAE+Random T"). Returns ids_visible, ids_masked, ids_thrown, together all patches.
     """
-    check_choice("throw", throw, Throw)
     if throw == "random":
         weights = torch.ones_like(weights)
     # Eq. 5, M = S(P_A): drawing all N patches by weight, without replacement. Sorting E_i / w_i with E_i
     # exponential is the same distribution, as the smallest of independent Exp(w_i) is number i with chance
-    # w_i / sum w. torch.multinomial would refuse weights of zero here; the floor puts those patches last, in
-    # random order.
+    # w_i / sum w. torch.multinomial would refuse weights of zero; here the floor of 1e-12 puts them last.
     noise = torch.empty_like(weights, dtype=torch.float32).exponential_(generator=generator)
     order = (noise / weights.float().clamp_min(1e-12)).argsort(1)
     ids_masked, rest = order[:, :num_masked], order[:, num_masked:]
@@ -799,9 +791,8 @@ class AMT(nn.Module):
         super().__init__()
         check_choice("throw", throw, Throw)
         has_units = hasattr(base, "unit_size")
-        own_ratio, own_throw, self.interval_share = (0.45, 0.40, 0.1)  # §4.1, on MAE
-        if has_units:
-            own_ratio, own_throw, self.interval_share = (0.44, 0.26, 0.2)  # on SimMIM
+        # §4.1, on SimMIM and on MAE
+        own_ratio, own_throw, self.interval_share = (0.44, 0.26, 0.2) if has_units else (0.45, 0.40, 0.1)
         if throw_ratio is None:
             throw_ratio = own_throw
         if mask_ratio is None:
@@ -865,9 +856,8 @@ class AMT(nn.Module):
     def forward(self, images, index=None, box=None, flip=None, ids_visible=None, ids_masked=None):
         """images [B, 3, H, W] -> the base's loss, pred, ids_visible, ids_masked, and ids_thrown.
 
-        index [B]: each image's number among the training images; it needs box [B, 4] and flip [B], see
-        `crop_maps`.
-        ids_visible, ids_masked: the mask to use.
+        index: [B], each image's number among the training images; with it box [B, 4] and flip [B] must be
+            given, see `crop_maps`. ids_visible, ids_masked: the mask to use.
         """
         if index is not None and (box is None or flip is None):
             raise ValueError("index needs box and flip, to cut the maps as the images were cut")
@@ -992,13 +982,11 @@ NUM_LABELS = 256  # of one layer
 
 def region_areas(regions):
     """Label maps [B, L, H, W] -> pixels of each label of each layer, [B, L * 256] float; 0 for label 0."""
-    B, L = regions.shape[:2]
-    first = NUM_LABELS * torch.arange(L, device=regions.device).view(1, L, 1)
-    places = (regions.long().flatten(2) + first).flatten(1)
-    areas = torch.zeros(B, L * NUM_LABELS, device=regions.device)
-    areas.scatter_add_(1, places, torch.ones((), device=regions.device).expand_as(places))
-    areas[:, ::NUM_LABELS] = 0
-    return areas
+    labels = regions.long().flatten(2)
+    areas = torch.zeros(*labels.shape[:2], NUM_LABELS, device=regions.device)
+    areas.scatter_add_(2, labels, torch.ones((), device=regions.device).expand_as(labels))
+    areas[..., 0] = 0
+    return areas.flatten(1)
 
 
 def binary_maps(regions, chosen):
@@ -1035,7 +1023,7 @@ def select_objects(regions, number, floor=0.05):
     regions: [B, L, H, W] integer label maps. Returns binary maps [B, number, H, W], and [B, number] bool,
     whether there was such an object.
     """
-    usable = region_areas(regions) >= floor * regions.shape[2] * regions.shape[3] - 1e-3
+    usable = region_areas(regions) >= floor * regions[0, 0].numel() - 1e-3
     chosen = (torch.rand(usable.shape, device=usable.device) + usable).topk(number, dim=1).indices
     return binary_maps(regions, chosen), usable.gather(1, chosen)
 
@@ -1047,7 +1035,8 @@ def object_patches(maps, patch_size, share=0.2):
 
 def keep_patches(member, count, strength=None):
     """At most `count` of the patches `member` [B, N] bool: random, or of largest strength [B, N] >= 0."""
-    strength = torch.rand(member.shape, device=member.device) if strength is None else strength
+    if strength is None:
+        strength = torch.rand(member.shape, device=member.device)
     rank = strength.masked_fill(~member, -1).argsort(1, descending=True).argsort(1)
     return member & (rank < count)
 
@@ -1066,8 +1055,8 @@ def align_patches(source, target, count, alignment):
     """Makes every image's lists of source and target patches exactly `count` long (ObjMAE, §3.3).
 
     source, target: [B, N] bool, disjoint, at least one patch an image and at most `count`.
-    Returns ids_visible, ids_masked [B, count]; and keep_visible, keep_masked [B, count] bool with "zero",
-    else None.
+    Returns ids_visible, ids_masked [B, count], and keep_visible, keep_masked: [B, count] bool with "zero" as
+    the alignment, else None.
     """
     def shuffle(member, last=False):  # all N patches: members in random order, others, those of `last`
         return (torch.rand(member.shape, device=member.device) + 2 * ~member + 4 * last).argsort(1)
@@ -1176,8 +1165,7 @@ class ObjMAE(MAE):
                 source, target, self.count, self.alignment)
         keep = None
         if keep_visible is not None:
-            keep = torch.cat([keep_visible, keep_masked], dim=1)
-            keep = F.pad(keep, (1, 0), value=True)  # the class token
+            keep = F.pad(torch.cat([keep_visible, keep_masked], dim=1), (1, 0), value=True)  # the class token
         latents = self.encoder(images, ids_visible, keep_visible)
         loss, pred = self.predict(images, latents, ids_visible, ids_masked, keep, keep_masked)
         return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked,
@@ -1207,8 +1195,8 @@ def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None
     present = (region_areas(visible.transpose(1, 2)[..., None]) > 0).float()
     present[:, 0] = present.sum(1) == 0  # with no region at all, "nothing" is drawn, which is number 0
     # At least two draws: for a single one CUDA checks `present` first, and the host would wait for that.
-    chosen = torch.multinomial(present, max(2, num_regions), replacement=True, generator=generator)
-    chosen = chosen[:, :num_regions]
+    chosen = torch.multinomial(
+        present, max(2, num_regions), replacement=True, generator=generator)[:, :num_regions]
     return binary_maps(regions, chosen) & (chosen > 0)[..., None, None]
 
 
@@ -1303,7 +1291,7 @@ class LengthBranch(RegionBranch):
 
     def build_decoder(self, dim, num_heads, depth):
         self.neck_block, self.neck_norm = Block(dim, num_heads), layer_norm(dim)
-        self.blocks = nn.ModuleList([CrossBlock(dim, num_heads) for _ in range(depth - 1)])
+        self.blocks = nn.ModuleList(CrossBlock(dim, num_heads) for _ in range(depth - 1))
         self.last_norm, self.last_attn = layer_norm(dim), Attention(dim, num_heads)
         self.expand = nn.Linear(dim, dim)  # W of Eq. 11
 
@@ -1330,7 +1318,7 @@ class BatchBranch(RegionBranch):
 
     def build_decoder(self, dim, num_heads, depth):
         self.mask_token = learned_token(dim)
-        self.blocks = nn.ModuleList([Block(dim, num_heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
 
     def decode(self, embeddings, latents, ids_visible, ids_masked, ids_image):
         """As LengthBranch.decode."""
@@ -1471,7 +1459,7 @@ class RMAE(MAE):
         if self.variant == "channel" and k < self.num_regions:  # repeats the hints to fill its channels
             hints = hints.repeat(1, self.num_regions, 1, 1)[:, : self.num_regions]
         visible = images.new_zeros(len(images), self.encoder.num_patches).scatter(1, ids_visible, 1.0)
-        ids_masked = visible.argsort(dim=1, stable=True)[:, : visible.shape[1] - ids_visible.shape[1]]
+        ids_masked = visible.argsort(dim=1, stable=True)[:, : -ids_visible.shape[1]]
         embeddings = self.region_branch.encode(hints, ids_visible)
         pred = self.region_branch.decode(
             embeddings, self.encoder(images, ids_image), ids_visible, ids_masked, ids_image)
@@ -1536,17 +1524,19 @@ class DVAEBlock(nn.Module):
 
 def dvae_layers(first, dims, blocks_per_group, kernel_sizes, resize, last):
     """DALL-E's encoder or decoder: first, groups of blocks to dims[1:] channels, `resize` between, last."""
-    layers, groups = OrderedDict(input=first), len(dims) - 1
+    layers, groups = nn.Sequential(), len(dims) - 1
+    layers.input = first
     gain = 1 / (groups * blocks_per_group) ** 2
     for g in range(1, groups + 1):
-        group = OrderedDict()
+        group = nn.Sequential()
         for b in range(1, blocks_per_group + 1):
-            group[f"block_{b}"] = DVAEBlock(dims[g - 1] if b == 1 else dims[g], dims[g], kernel_sizes, gain)
+            block = DVAEBlock(dims[g - 1] if b == 1 else dims[g], dims[g], kernel_sizes, gain)
+            group.add_module(f"block_{b}", block)
         if g < groups:
-            group["resize"] = resize
-        layers[f"group_{g}"] = nn.Sequential(group)
-    layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=last))
-    return nn.Sequential(OrderedDict(blocks=nn.Sequential(layers)))
+            group.resize = resize
+        layers.add_module(f"group_{g}", group)
+    layers.output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=last))
+    return nn.Sequential(OrderedDict(blocks=layers))
 
 
 @torch.no_grad()
@@ -1624,7 +1614,7 @@ class DVAE(nn.Module):
             raise ValueError("no tokenizer in it: no parameter is named blocks.input.w")
         blocks = {tuple(k.split(".")[1:3]) for k in state if ".block_" in k}
         groups = len({group for group, _ in blocks})
-        tokenizer = cls(2 ** (groups - 1), state["blocks.output.conv.w"].shape[0], first.shape[0], groups,
+        tokenizer = cls(2 ** (groups - 1), len(state["blocks.output.conv.w"]), len(first), groups,
                         len(blocks) // groups)
         tokenizer.encoder.load_state_dict(state)
         tokenizer.decoder = None
@@ -1650,8 +1640,8 @@ class DVAE(nn.Module):
     def tokenize(self, images, grid):
         """Normalised images [B, 3, H, W] -> token ids [B, gh*gw], one a patch of a (gh, gw) grid.
 
-        The image is resized to factor pixels a patch (bicubic, antialiased, on its device; CAE: lanczos, on
-        the CPU).
+        The image is resized to factor pixels a patch, bicubic and antialiased, on its device. CAE's code does
+        so on the CPU, with a Lanczos filter.
         """
         size = [self.factor * g for g in grid]
         images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
@@ -1697,8 +1687,7 @@ class DVAE(nn.Module):
 def random_blocks(area, grid, min_aspect, generator=None):
     """One rectangle of about `area` [B] patches an image, at a uniform place: [B, gh, gw] float, ones inside.
 
-    height / width is log-uniform in (min_aspect, 1 / min_aspect). If a rectangle does not fit into the grid,
-    all is 0.
+    height / width is log-uniform in (min_aspect, 1 / min_aspect). All is 0 if it does not fit into the grid.
     """
     (gh, gw), device = grid, area.device
     aspect, top, left = torch.rand(3, len(area), device=device, generator=generator)
@@ -1719,11 +1708,10 @@ def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=
     Blocks have at least min_block patches, or what remains to be masked if that is less, and may overlap. 30
     are proposed to each image. Those are placed that mask no more patches than remain. What is still missing
     then (about 0.3 patches an image in a grid of 24x24) is drawn at random, next to blocks first. A block may
-    be as high or as wide as the grid, which BEiT's code excludes.
-    Returns ids_visible [B, N - num_masked], ids_masked [B, num_masked].
+    be as high or as wide as the grid, which BEiT's code excludes. Returns ids_visible [B, N - num_masked] and
+    ids_masked [B, num_masked].
     """
-    check_range(1, grid[0] * grid[1] - 1, num_masked=num_masked)
-    check_range(1, min_block=min_block)
+    check_range(1, math.prod(grid) - 1, num_masked=num_masked)
     min_block = min(min_block, num_masked)
     visible = torch.ones(batch, *grid, device=device)
     remaining = torch.full((batch,), float(num_masked), device=device)
@@ -1802,8 +1790,7 @@ class RegressorBlock(Block):
     """Block of CAE's latent contextual regressor (§3.1): queries [B, m, D], context [B, n, D] -> queries.
 
     The positions [B, m, D] and [B, n, D] tell queries and keys where they are; values are without. What comes
-    out of the attention is normed, and the MLP's residual starts from the normed value, as in the authors'
-    code.
+    out of the attention is normed, and the MLP's residual starts from the normed value, as in their code.
     """
 
     def __init__(self, dim, num_heads, layer_scale=None):
@@ -1865,11 +1852,9 @@ class CAE(nn.Module):
         self.num_masked, self.min_block = count_masked(encoder.num_patches, mask_ratio), min_block
         D, heads, scale = encoder.embed_dim, encoder.num_heads, encoder.layer_scale
         self.mask_token = learned_token(D)
-        self.regressor_blocks = nn.ModuleList(
-            [RegressorBlock(D, heads, scale) for _ in range(regressor_depth)])
+        self.regressor_blocks = nn.ModuleList(RegressorBlock(D, heads, scale) for _ in range(regressor_depth))
         self.regressor_norm = layer_norm(D)
-        self.decoder_blocks = nn.ModuleList(
-            [Block(D, heads, layer_scale=scale) for _ in range(decoder_depth)])
+        self.decoder_blocks = nn.ModuleList(Block(D, heads, layer_scale=scale) for _ in range(decoder_depth))
         self.decoder_norm = layer_norm(D)
         self.head = TargetHead(encoder, vocab_size, norm_pix)
         for blocks in (self.regressor_blocks, self.decoder_blocks):
@@ -1948,10 +1933,10 @@ def read_checkpoint(source):
     """
     is_file = isinstance(source, (str, os.PathLike))
     state = load_file(source) if is_file else source
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
     state = state if isinstance(state, dict) else {}
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(f"there is no state dict of tensors in {source if is_file else type(source)}")
@@ -1967,21 +1952,27 @@ def encoder_prefix(state):
     return found[0]
 
 
+def split_encoder(state):
+    """A state dict -> the ViT's part of it, with its own names, and the names of the rest."""
+    prefix = encoder_prefix(state)
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return inside, [k for k in state if not k.startswith(prefix)]
+
+
 def grid_of(table, likely=(0, 0)):
     """The (gh, gw) grid that a position table [1, 1+N, D] was made for.
 
-    A sine-cosine table is recognised. Another one is taken for square or, if N is no square number, for
-    `likely`.
+    A sine-cosine table is recognised. Another is taken for square or, if N is no square number, for `likely`.
     """
     N, D = table.shape[1] - 1, table.shape[2]
     for gh in range(1, N + 1):
-        if N % gh == 0 and D % 4 == 0:
+        if N % gh == D % 4 == 0:
             if torch.allclose(table.float(), sincos_position_embedding(D, (gh, N // gh)), atol=1e-3):
                 return gh, N // gh
     side = math.isqrt(N)
     if side**2 == N:
         return side, side
-    if likely[0] * likely[1] == N:
+    if math.prod(likely) == N:
         return likely
     raise ValueError(f"a position table of {N} patches, neither sine-cosine nor of a square grid")
 
@@ -1997,12 +1988,11 @@ def load_weights(module, state, grid, may_miss=()):
     """Loads `state` into `module` and returns (missing, left_over), two lists of names.
 
     Position tables of another grid are resized to `grid`. Raises ValueError, and loads nothing, if a shape
-    differs, if a parameter is missing whose name does not start with one of `may_miss`, or if a block has one
-    too many.
+    differs, if a parameter is missing whose name does not start with one of `may_miss`, or if the state has a
+    block, or a parameter in a block, that the module has not.
     """
     own, state = module.state_dict(), dict(state)
-    shared = [k for k in own if k in state]
-    for key in shared:
+    for key in [k for k in own if k in state]:
         new, shape = state[key], own[key].shape
         same_width = new.shape[::2] == shape[::2]  # [1, 1+N, D], but for N
         if key.endswith("pos_embed") and same_width and grid_of(new, grid) != grid:
@@ -2011,28 +2001,26 @@ def load_weights(module, state, grid, may_miss=()):
             raise ValueError(f"{key} is {list(new.shape)} in the checkpoint, {list(shape)} here: "
                              "another model or patch size")
     missing, left_over = [k for k in own if k not in state], [k for k in state if k not in own]
-    stacks = {k.split("blocks.")[0] + "blocks." for k in own if "blocks." in k}
-    foreign = [k for k in left_over if k.startswith(tuple(stacks))]
+    stacks = tuple(k.split("blocks.")[0] + "blocks." for k in own if "blocks." in k)
+    foreign = [k for k in left_over if k.startswith(stacks)]
     if foreign:
         raise ValueError(f"another architecture: there is no {foreign[0]} here")
     lacking = [k for k in missing if not k.startswith(tuple(may_miss))]
     if lacking:
         raise ValueError(f"the checkpoint lacks {len(lacking)} of {len(own)} parameters, {lacking[0]} first")
-    module.load_state_dict({k: state[k] for k in shared}, strict=False)
+    module.load_state_dict(state, strict=False)
     return missing, left_over
 
 
 def load_encoder(encoder, source):
     """Loads a ViT from any checkpoint that `read_checkpoint` takes; returns (missing, left_over) names.
 
-    A missing last norm is allowed: models fine-tuned with mean pooling have none. A decoder or a classifier
-    is left over.
+    A missing last norm is allowed: models fine-tuned with mean pooling have none. What is not the ViT's, such
+    as a decoder, is left over.
     """
-    state = read_checkpoint(source)
-    prefix = encoder_prefix(state)
-    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    inside, outside = split_encoder(read_checkpoint(source))
     missing, left_over = load_weights(encoder, inside, encoder.grid, may_miss=("norm.",))
-    return missing, left_over + [k for k in state if not k.startswith(prefix)]
+    return missing, left_over + outside
 
 
 def load_mae(mae, source):
@@ -2052,8 +2040,7 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None):
     image_size: None for what the position table was made for.
     """
     state = read_checkpoint(source)
-    prefix = encoder_prefix(state)
-    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    inside, _ = split_encoder(state)
     embed_dim, _, patch_size, _ = inside["patch_embed.proj.weight"].shape
     depth = len({k.split(".")[1] for k in inside if k.startswith("blocks.")})
     relative = inside.get("blocks.0.attn.relative_table")
@@ -2065,12 +2052,12 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None):
         if "pos_embed" not in inside:
             raise ValueError("give image_size: the checkpoint has no position table to tell it")
         image_size = [g * patch_size for g in grid_of(inside["pos_embed"])]
-    if "blocks.0.mlp.fc1.weight" not in inside:
+    hidden = inside.get("blocks.0.mlp.fc1.weight")
+    if hidden is None:
         raise ValueError("another architecture: no parameter is named blocks.0.mlp.fc1.weight")
-    mlp_ratio = inside["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim
     layer_scale = 0.1 if "blocks.0.ls1.gamma" in inside else None  # its value is loaded
-    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, 0.0, relative is not None,
-              layer_scale)
+    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, len(hidden) / embed_dim, 0.0,
+              relative is not None, layer_scale)
     return vit, load_encoder(vit, state)
 
 

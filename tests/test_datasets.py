@@ -120,7 +120,15 @@ def test_plain_images_at_any_depth(tmp_path):
     for path in ("1.png", "x/2.png", "x/y/3.PNG"):
         write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / path))
     (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "x" / "._2.png").write_bytes(b"hidden: what macOS adds to copied files")
     assert "plain images, no labels, 3 images, 0 classes" in load_data(str(tmp_path)).description
+
+
+def test_a_missing_val_folder_is_named(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "train" / "a" / "1.png"))
+    with pytest.raises(UsageError, match="no images in .*/val for the val split"):
+        load_data(str(tmp_path), "val")
 
 
 @pytest.mark.parametrize("split", ["pretrain", "train", "val"])
@@ -161,9 +169,8 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
     with pytest.raises(UsageError) as caught:
         load_data("cifar10", root=str(tmp_path))
-    says = "--data cifar10: could not download it into .*no network.*cifar-10-python.tar.gz into .*a folder per class"
-    says = says.replace("a folder per", "a folder of images per")
-    assert re.match(says, str(caught.value)) and "\n" not in str(caught.value)
+    says = "--data cifar10: could not download it into .*cifar-10-python.tar.gz into .*a folder of images per class"
+    assert re.match(says + ".*no network", str(caught.value)) and "\n" not in str(caught.value)
 
 
 def test_misspelled_names_get_the_nearest(tmp_path):
@@ -465,7 +472,7 @@ def test_regions_are_the_same_for_any_number_of_workers(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     source = load_data("shapes", image_size=16, limit=2)
-    with pytest.raises(UsageError, match="--region-cache: cannot write .*: Not a directory"):
+    with pytest.raises(UsageError, match="--region-cache: cannot write .*file/.*npz .*Not a directory"):
         open_regions("fh", source, "shapes", region_cache=str(tmp_path / "file")).fill()
 
 
@@ -487,7 +494,7 @@ def test_class_activation_maps_of_a_folder_through_a_small_network(folder, tmp_p
     monkeypatch.setattr(datasets, "resnet50", lambda weights: loaded.append(1) or network)
     source = load_data(folder)
     regions = open_regions("cam", source, folder, region_cache=str(tmp_path))
-    with pytest.raises(UsageError, match="--regions cam: there is no .*npz"):
+    with pytest.raises(UsageError, match="--regions: there is no .*npz"):
         regions.read(0, source[0])
     regions.fill()
     assert loaded == [1] and len(list(tmp_path.rglob("*.npz"))) == 24
@@ -540,11 +547,12 @@ def test_regions_that_cannot_be_had(folder, tmp_path, monkeypatch):
             ("instances", {}, "--regions instances: --data .* has none; they come with COCO and shapes"),
             ("panoptic", {}, "--regions panoptic"), ("samm", {}, "--regions samm: no such folder"),
             (str(tmp_path / "nothing"), {}, "no .png or .npz in it has the name of an image"),
-            ("cam", dict(cam_weights=str(tmp_path / "weights.pt")), "--cam-weights .*weights.pt: not the weights"),
+            ("cam", dict(cam_weights=str(tmp_path / "none.pt")), "--cam-weights: there is no .*none.pt"),
+            ("cam", dict(cam_weights=str(tmp_path / "weights.pt")), "--cam-weights .*weights.pt: the weights of .* could not be loaded .*weights.pt"),
             ("cam", dict(cam_weights=str(tmp_path / "other.pt")), "--cam-weights .*other.pt: .*[Mm]issing key.*bn1"),
-            ("cam", {}, "could not be downloaded .*no network.*--cam-weights"),
+            ("cam", {}, "--cam-weights is not given, so there was a download: .*no network"),
             ("cam", dict(cam_labels=True), "--cam-labels: the labels must be"),
-            ("fh", dict(cam_labels=True), "--cam-labels belongs to --regions cam, not to fh"),
+            ("fh", dict(cam_labels=True), "--cam-labels belong to --regions cam, not to fh"),
             ("cam", dict(fh_scales=[9.0]), "--fh-scales belongs to --regions fh, not to cam"),
             ("fh", dict(fh_scales=[9.0, 0.0]), "--fh-scales must be positive, got 0")]:
         with pytest.raises(UsageError, match=says) as caught:

@@ -694,7 +694,7 @@ def test_without_a_tokenizer_the_target_is_pixels(call, tokenizer, tmp_path):
 @pytest.mark.parametrize("method, flags, says", [
     ("rmae", ["--regions", "cam"], "--regions cam is for objmae"),
     ("rmae", ["--regions", "fh", "--fh-scales", "-3"], "--fh-scales must be positive"),
-    ("objmae", ["--regions", "fh", "--cam-weights", "w.pt"], "--cam-weights belongs to --regions cam, not to fh"),
+    ("objmae", ["--regions", "fh", "--cam-weights", "w.pt"], "--cam-weights and --cam-labels belong to --regions cam, not to fh"),
     ("cae", ["--min-block", "0"], "min_block"),
     ("dvae", ["--tau-end", "-1", "--image-size", "32", "--groups", "3"], "tau_end must be in 0.001..1.0, got -1.0"),
     ("dvae", ["--image-size", "30"], "multiple of 4, got"),
