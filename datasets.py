@@ -65,10 +65,13 @@ def explained(what, problem):
     """Whatever is raised inside becomes a UsageError, which names the missing file, or tells the problem."""
     try:
         yield
+    except UsageError:
+        raise
     except FileNotFoundError as error:
         raise UsageError(f"{what}: there is no {error.filename}") from None
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
-        raise UsageError(f"{what}: {problem} ({repr(error)[:200]})") from None
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise UsageError(f"{what}: {problem} ({reason})") from None
 
 
 def seed_of(*keys):

@@ -12,7 +12,6 @@ task.
 
 import argparse
 import colorsys
-import contextlib
 import copy
 import functools
 import inspect
@@ -48,7 +47,7 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
-                      collate, decode, denormalize, load_data, load_dense, make_loader, normalize,
+                      collate, decode, denormalize, explained, load_data, load_dense, make_loader, normalize,
                       open_regions, read_ids, seed_of)
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
                    autocast, call, check_choice, draw_reconstruction, exit_with_one_line,
@@ -302,16 +301,14 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
 
 def open_kept(path, settings):
     """What `fit` has written to a file; UsageError if it is something else, or of other settings."""
-    if not Path(path).exists():
-        raise UsageError(f"--resume: there is no {path}")
-    with names_file(path):
+    with explained("--resume", f"{path} is not of --task {settings['task']}"):
         state = mim.load_file(path)
-    args = state.get("args") if isinstance(state, dict) else None
-    if not isinstance(args, dict) or args.get("task") != settings["task"]:
-        raise UsageError(f"--resume: {path} is not of --task {settings['task']}")
+        if state["args"]["task"] != settings["task"]:
+            raise ValueError(f"but of {state['args']['task']}")
     for name, value in settings.items():
-        if args.get(name) != value:
-            raise UsageError(f"--resume: {path} was made with {name} {args.get(name)}, not {value}")
+        kept = state["args"].get(name)
+        if kept != value:
+            raise UsageError(f"--resume: {path} was made with {name} {kept}, not {value}")
     return state
 
 
@@ -724,10 +721,8 @@ class DenseImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        try:
+        with explained(self.source.name(index), "it cannot be decoded as an image"):
             item = self.source[index]
-        except Exception as error:
-            raise UsageError(f"{self.source.name(index)} cannot be decoded as an image ({error})") from None
         original, label = item["image"], self.source.truth(index, item)
         if self.scale is None:
             return dict(image=fit_inside(original, self.size), label=label, original=original)
@@ -1436,7 +1431,7 @@ def read_hints(image, grid_size, patch_size, points=(), background=(), hints=Non
             point = re.fullmatch(r"(\d+),(\d+)", place)
             x, y = map(int, point.groups()) if point else (width, height)
             if x >= width or y >= height:
-                raise UsageError(f"--{flag} {place}: a point is x,y in pixels of the image of {width}x{height}")
+                raise UsageError(f"--{flag} {place}: a point is x,y in pixels of the {width}x{height} image")
             row, column = (place // p * p for place in (y * H // height, x * W // width))
             labels[row : row + p, column : column + p] = label
     return labels
@@ -1477,18 +1472,6 @@ def segment_image(method, image, points: list[str] | None = None, background: li
 # Checkpoints and images of the command line
 
 
-@contextlib.contextmanager
-def names_file(path):
-    """Makes one line that names the file of what reading it raises."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (ValueError, RuntimeError, TypeError) as error:
-        message = str(error).splitlines()[0]
-        raise UsageError(message if str(path) in message else f"{path}: {message}") from None
-
-
 def loaded(model, path, missing=(), left_over=()):
     """Says on stderr what a checkpoint lacked and what of it was not used; returns the model."""
     for what, names in (("missing", missing), ("left over", left_over)):
@@ -1524,13 +1507,13 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
         model = model or ("nano" if data == "shapes" else "tiny" if small else "base")
         patch_size = patch_size or (max(1, max(size) // 8) if small else 16)
         torch.manual_seed(seed)
-        with names_file("--image-size"):
+        with explained("--image-size", "there is no such ViT"):
             return mim.ViT(size, patch_size, **mim.SIZES[model], relative_position=relative_position)
     for flag, value in dict(model=model, patch_size=patch_size, relative_position=relative_position).items():
         if value:
             flag = flag.replace("_", "-")
             raise UsageError(f"--{flag} is for an untrained encoder; {checkpoint} brings its own")
-    with names_file(checkpoint):
+    with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
         # A run's settings are the only record of a grid that is not square.
         size = size or run_settings(content).get("image_size")
@@ -1548,7 +1531,7 @@ def read_method(checkpoint, task):
     if checkpoint == "random":
         raise UsageError(f"--task {task} needs a whole pre-trained model, not random")
     classes = [mim.MAE]
-    with names_file(checkpoint):
+    with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
         args = run_settings(content)
         if args:
@@ -1565,7 +1548,7 @@ def read_method(checkpoint, task):
 def open_method(checkpoint, content, tokenizer=None, **overrides):
     """What `read_method` has read -> (method, tokenizer or None). overrides: arguments of its constructor to
     change."""
-    with names_file(checkpoint):
+    with explained(checkpoint, "it cannot be used"):
         if run_settings(content):
             method, tokenizer = method_from_run(content, checkpoint, tokenizer, **overrides)
             return loaded(method, checkpoint), tokenizer
@@ -1607,10 +1590,8 @@ def open_images(data, size, settings, images: list[str] | None = None):
     images: image files, instead of --data
     """
     for path in images or ():
-        try:
+        with explained(f"--images {path}", "it cannot be decoded as an image"):
             sides = decode(path).shape[1:]
-        except Exception as error:  # decoders raise anything
-            raise UsageError(f"--images {path}: {str(error).splitlines()[0]}") from None
         if min(sides) < MIN_SIDE:
             raise UsageError(f"--images {path}: a side has fewer than {MIN_SIDE} pixels")
     source = Files("", images, [0] * len(images), [], "") if images else load_data(data, "val", size)

@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 import mim
 from datasets import (SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
-                      default_regions, denormalize, load_data, make_loader, normalize, open_regions, seed_of)
+                      default_regions, denormalize, explained, load_data, make_loader, normalize,
+                      open_regions, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
@@ -447,11 +448,9 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    with explained(f"--device {name}", "it cannot be used"):
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
@@ -513,7 +512,7 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
     """
     if tokenizer is None:
         return None
-    try:
+    with explained(f"--tokenizer {tokenizer}", "there is no tokenizer in it"):
         content = mim.load_file(tokenizer)
         if isinstance(content, dict) and isinstance(content.get("args"), dict):
             if content["args"].get("method") != "dvae":
@@ -522,8 +521,6 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
             module.load_state_dict(content["model"])
         else:
             module = mim.DVAE.from_encoder(mim.read_checkpoint(content))
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise UsageError(f"--tokenizer {tokenizer}: {str(error).splitlines()[0]}") from None
     module.digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
     if tokenizer_digest not in (None, module.digest):
         raise UsageError(f"--tokenizer {tokenizer} is not the file that the run was started with")
@@ -588,23 +585,18 @@ def method_from_run(state, path, tokenizer=None, **overrides):
     if tokenizer and not args.get("tokenizer"):
         raise UsageError(f"--tokenizer: the {args['method']} run of {path} has pixels as its target")
     method = build_method(**args)
-    try:
+    with explained(path, f"its weights do not fit {overrides or 'its settings'}"):
         method.load_state_dict(state["model"])
-    except RuntimeError:
-        raise UsageError(f"{path}: its weights do not fit {overrides or 'its settings'}") from None
     return method, call(load_tokenizer, args, tokenizer=tokenizer or args.get("tokenizer"))
 
 
 def restore(state, method, optimizer, scaler, device):
     """Puts a checkpoint's state into a method, its optimizer and scaler; UsageError if it does not fit."""
-    try:
+    with explained("--resume", "the checkpoint does not fit its own settings"):
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--resume: the checkpoint does not fit its own settings ({reason})") from None
     if state.get("maps") is not None:
         method.maps = state["maps"].to(device)
 
@@ -1015,7 +1007,7 @@ def exit_with_one_line(program, main):
         print(f"\n{program}: interrupted{kept and '; ' + kept}", file=sys.stderr)
         return 130
     if int(os.environ.get("RANK", 0)):
-        time.sleep(3)  # if the first process fails too, it says so, and torchrun ends this one meanwhile
+        time.sleep(10)  # if the first process fails too, it says so, and torchrun ends this one meanwhile
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2
 
