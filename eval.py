@@ -65,7 +65,7 @@ SMALL_RECIPES = {
     "linear": dict(batch_size=256, base_lr=20.0, cache_features=True),
     "attentive": dict(batch_size=256, base_lr=0.05, cache_features=True),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3),
-    "semseg": dict(epochs=5, base_lr=1e-3, width=64),
+    "semseg": dict(epochs=3, base_lr=1e-3, width=64),
     "detect": dict(epochs=2, batch_size=8, base_lr=2e-3, width=32),
 }
 NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=3)}

@@ -266,7 +266,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
 
 def main(argv):
     """The command line: flags -> data, method -> `pretrain`."""
-    given, functions = parse(argv)
+    given, defaults = parse(argv)
     output, state = call(open_output, given)
     if state is not None:
         given = resumed(given, state)
@@ -274,7 +274,7 @@ def main(argv):
     join_processes(device)
     with first_process_first():
         source = call(load_data, given, split="pretrain")
-    args = settle_resumed(given, source) if state else settle(given, functions, source)
+    args = settle_resumed(given, source) if state else settle(given, defaults, source)
     tokenizer = call(load_tokenizer, args)
     if tokenizer is not None:
         tokenizer.to(device)
@@ -730,7 +730,7 @@ def recipe_of(method, base="mae"):
 
 
 def parse(argv):
-    """Command line -> (dict of what the user gave, the functions whose annotated arguments are the flags)."""
+    """Command line -> (dict of what the user gave, dict of all flags' defaults)."""
     about, more = __doc__.split("\n")[0], "With --method, --help lists its own flags too."
     parser = Parser(description=about, epilog=more)
     parser.add_argument("--method", help=", ".join(mim.METHODS))
@@ -760,7 +760,7 @@ def parse(argv):
         raise UsageError(f"--method is missing; it may be {', '.join(mim.METHODS)}")
     if "image_size" in given:
         given["image_size"] = image_pair(given["image_size"])
-    return given, functions
+    return given, parser.defaults
 
 
 MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
@@ -795,9 +795,8 @@ def settle_resumed(given, source):
     return given | dict(accumulate=micro_batches // world_size(), world_size=world_size())
 
 
-def settle(given, functions, source):
-    """Every setting of a new run, in plain types: the user's, else the recipe's, else the function's
-    default."""
+def settle(given, defaults, source):
+    """Every setting of a new run, in plain types: the user's, else the recipe's, else the flag's default."""
     recipe = dict(recipe_of(given["method"], given.get("base", "mae")))
     natural = source.image_size if source.image_size <= SMALL else recipe.get("image_size", source.image_size)
     size = given.get("image_size", [natural, natural])
@@ -810,13 +809,9 @@ def settle(given, functions, source):
         recipe["patch_size"] = max(p for p in sides if math.gcd(*size) % p == 0)
     # A shorter run warms up for the same share of it.
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
-    args = dict(lr_batch=256, betas=(), crop_scale=(), flip=True)  # in the recipes alone
-    for function in functions:
-        args |= {name: p.default for name, p in flag_parameters(function).items() if name not in args}
+    args = defaults | dict(lr_batch=256, betas=(), crop_scale=(), flip=True)  # these in the recipes alone
     args |= {name: value for name, value in recipe.items() if name in args} | given
     args |= dict(image_size=size, num_images=len(source), world_size=world_size())
-    if args["method"] != "amt":
-        del args["base"]
     if "lr" in given and "base_lr" in given:
         raise UsageError("--lr and --base-lr exclude each other")
     fit_batch(args, "batch_size" in given)
@@ -824,7 +819,7 @@ def settle(given, functions, source):
         raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
     if args["min_lr"] > args["lr"]:
         raise UsageError(f"--min-lr {args['min_lr']} is above the peak learning rate, {args['lr']:.3g}")
-    if open_regions in functions:
+    if "regions" in args:
         args["regions"] = args["regions"] or default_regions(args["method"], args["data"])
         if args["regions"] == "cam" and args["method"] != "objmae":
             raise UsageError("--regions cam is for objmae; rae, rmae take fh, panoptic, instances, folders")
@@ -940,6 +935,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+        self.defaults = {}
 
     def add(self, function, skip=(), **defaults):
         """Adds the flags of a function but for those in `skip`; defaults: for the help, in place of its
@@ -947,8 +943,9 @@ class Parser(argparse.ArgumentParser):
         texts = flag_help(function)
         for name, parameter in flag_parameters(function).items():
             flag, default = "--" + name.replace("_", "-"), defaults.get(name, parameter.default)
-            if name in skip or flag in self._option_string_actions:
+            if name in skip or name in self.defaults:
                 continue
+            self.defaults[name] = parameter.default
             text = texts.get(name, "").replace("%", "%%")
             if default not in (None, False):
                 text += f" (default: {default})"

@@ -313,8 +313,7 @@ def training_gmac(method, epochs):
 
 def build_compared(name, source, **command):
     """The method that a row's command trains, and the settings that its run would take."""
-    given, functions = train.parse(train_command(name, **command)[1:])
-    args = train.settle(given, functions, source)
+    args = train.settle(*train.parse(train_command(name, **command)[1:]), source)
     return train.build_method(**args | dict(vocab_size=512 if args.get("tokenizer") else None)), args
 
 
