@@ -829,7 +829,7 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
         found = resize(logits[None, :, :h, :w].float(), image.shape[1:])[0].argmax(0).cpu()
         counted = truth != IGNORED
         pairs += (truth * len(names) + found)[counted].bincount(minlength=pairs.numel()).view_as(pairs)
-        shown += [(image, found, truth)] * (len(shown) < 6)
+        shown += [(image, found, truth)] * (len(shown) < 4)
     hits, occurs = pairs.diag(), pairs.sum(1) > 0
     iou = hits / (pairs.sum(0) + pairs.sum(1) - hits).clamp_min(1)
     return result | dict(miou=round(100 * iou[occurs].mean().item(), 2), classes=int(occurs.sum()),
@@ -840,8 +840,8 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
 def class_colours(count):
     """`count` colours that differ, as (red, green, blue) in 0..255: grey for the first class, mostly the
     background, then hues at steps of the golden ratio."""
-    colours = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.75 * (k > 0), 0.95 - 0.3 * (k % 2)) for k in range(count)]
-    return [tuple(round(255 * part) for part in colour) for colour in colours]
+    colours = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.75, 0.95 - 0.3 * (k % 2)) for k in range(1, count)]
+    return [(190, 190, 190)] + [tuple(round(255 * part) for part in colour) for colour in colours]
 
 
 def enlarge(image, side=256):
@@ -859,7 +859,8 @@ def draw_classes(shown, names):
     columns = dict(image=[], prediction=[], truth=[], classes=[])
     for image, found, truth in shown:
         legend = Image.new("RGB", (256, 256), "white")
-        for line, k in enumerate(set(truth.unique().tolist()) - {IGNORED}):
+        seen = set(truth.unique().tolist() + found.unique().tolist()) - {IGNORED}
+        for line, k in enumerate(sorted(seen)):
             ImageDraw.Draw(legend).text((4, 4 + 14 * line), names[k], fill=colours[k])
         maps = (table[classes].permute(2, 0, 1) for classes in (found, truth))
         for column, tile in zip(columns.values(), (image, *maps, v2.functional.pil_to_tensor(legend))):
