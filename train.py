@@ -88,6 +88,7 @@ NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch
                    decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64)
 SMALL_DVAE_RECIPE = dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0,
                          hidden_dim=32, groups=3, vocab_size=512)
+
 # Types of flags: see `Parser`
 Range = typing.NamedTuple("Range", [("low", float), ("high", float), ("words", str)])
 LARGEST = sys.float_info.max
@@ -294,7 +295,8 @@ def main(argv):
         call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer,
              output=output, device=device, precision=precision, workers=workers, args=args, state=state)
         if rank() == 0:
-            file, task = ("encoder.pt", "linear") if source.classes else ("checkpoint.pt", "reconstruct")
+            labelled = source.classes and args["method"] != "dvae"
+            file, task = ("encoder.pt", "linear") if labelled else ("checkpoint.pt", "reconstruct")
             print(f"{args['epochs']} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and "
                   "reconstruction.png")
             print(f"next: python eval.py {output}/{file} --task {task} --data {args['data']}")
@@ -740,19 +742,18 @@ def parse(argv):
     if method is not None:
         check_choice("--method", method, list(mim.METHODS))
         check_choice("--base", base, ["mae", "simmim"])
-        recipe = recipe_of(method, base)
-        functions += [mim.METHODS[method]]
+        cls, recipe = mim.METHODS[method], recipe_of(method, base)
+        functions += [cls]
+        if "regions" in cls.inputs:
+            functions += [open_regions]
         if method == "dvae":
             skip |= {"model", "patch_size"}
-        else:
+        elif "vocab_size" in inspect.signature(cls).parameters:
+            functions += [load_tokenizer]
             skip |= {"vocab_size"}  # the tokenizer's
         if method == "amt":
             functions += [mim.METHODS[base]]
-            skip -= {"base"}
-        if "regions" in mim.METHODS[method].inputs:
-            functions += [open_regions]
-        if method != "dvae" and "vocab_size" in inspect.signature(mim.METHODS[method]).parameters:
-            functions += [load_tokenizer]
+            skip = set()
     for function in functions:
         parser.add(function, skip, **recipe)
     given = parser.parse(argv)
@@ -764,7 +765,7 @@ def parse(argv):
 
 
 MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
-              "overwrite", "accumulate", "region_cache", "cam_weights", "prepare", "epochs")
+              "overwrite", "region_cache", "cam_weights", "prepare", "epochs")
 
 
 def resumed(given, state):
@@ -777,9 +778,7 @@ def resumed(given, state):
     if given.get("epochs", saved["epochs"]) != saved["epochs"]:
         print(f"--epochs {given['epochs']}: from epoch {state['epoch'] + 1} on, the learning rate follows the"
               f" cosine of so many epochs; before, it followed that of {saved['epochs']}")
-    own = {name: value for name, value in saved.items() if name not in ("device", "workers")}
-    micro_batches = dict(micro_batches=saved["world_size"] * saved["accumulate"])
-    return own | given | micro_batches
+    return {name: value for name, value in saved.items() if name not in ("device", "workers")} | given
 
 
 def settle_resumed(given, source):
@@ -788,7 +787,7 @@ def settle_resumed(given, source):
         raise UsageError(f"--resume: the run had {given['num_images']} images, --data {given['data']} has "
                          f"{len(source)}")
     # A step keeps its micro-batches, and so its masks: the processes share them out.
-    micro_batches = given["micro_batches"]
+    micro_batches = given["world_size"] * given["accumulate"]
     if micro_batches % world_size():
         raise UsageError(f"--resume: a step of the run has {micro_batches} micro-batches, which "
                          f"{world_size()} processes cannot share out evenly")
