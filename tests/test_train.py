@@ -475,6 +475,19 @@ def test_a_batch_that_splits_into_tiny_pieces_is_refused():
     assert settle("--method", "mae", "--batch-size", 1000)["accumulate"] == 4
 
 
+def test_a_resumed_step_keeps_its_micro_batches(monkeypatch):
+    given = dict(num_images=24, world_size=2, accumulate=2, data="folder")
+    for processes, accumulate in ((1, 4), (2, 2), (4, 1)):
+        monkeypatch.setattr(train, "world_size", lambda: processes)
+        settings = train.settle_resumed(given, range(24))
+        assert (settings["world_size"], settings["accumulate"]) == (processes, accumulate)
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    with pytest.raises(train.UsageError, match="4 micro-batches, which 3 processes cannot share"):
+        train.settle_resumed(given, range(24))
+    with pytest.raises(train.UsageError, match="the run had 24 images, --data folder has 23"):
+        train.settle_resumed(given, range(23))
+
+
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
