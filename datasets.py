@@ -70,7 +70,7 @@ def explained(what, problem):
     except FileNotFoundError as error:
         raise UsageError(f"{what}: there is no {error.filename}") from None
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"{what}: {problem} ({reason})") from None
 
 

@@ -415,7 +415,7 @@ def test_the_attentive_task(flags, tmp_path, capsys):
     assert result["top1"] >= 87.5
     assert result["features"] == ("cached" if "--cache-features" in flags else "augmented")
     # Three rows of image and 1 head, with a bar of titles and a gap.
-    assert read_image(result["picture"]).shape == (3, 14 + 3 * 130, 2 * 130 + 16)
+    assert read_image(result["picture"]).shape == (3, 16 + 3 * 132, 4 + 2 * 132)
 
 
 def test_other_methods_are_unchanged():
