@@ -327,7 +327,7 @@ def test_detection_overfits():
     train, val = scenes(True)
     torch.manual_seed(0)
     encoder = mim.ViT(64, 8, embed_dim=64, depth=3, num_heads=4)
-    result = detect(encoder, train, val, epochs=80, batch_size=4, base_lr=4e-3, warmup_epochs=8, **OVERFIT)
+    result = detect(encoder, train, val, epochs=60, batch_size=4, base_lr=5e-3, warmup_epochs=6, **OVERFIT)
     assert result["box_ap"] > 60 and result["box_ap50"] > 90 and result["mask_ap50"] > 70
 
 
