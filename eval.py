@@ -1221,6 +1221,8 @@ def average_precision(records):
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 
+COLOURS = [[0.20, 0.05, 0.35], [0.20, 0.30, 0.60], [0.10, 0.58, 0.58], [0.45, 0.80, 0.35], [1.00, 0.92, 0.20]]
+
 
 def heat(images, attention):
     """Images [n, 3, H, W] in [0, 1] and maps [n, gh, gw] -> grey images under the maps in colour, from violet
@@ -1231,8 +1233,10 @@ def heat(images, attention):
     """
     attention = resize(attention[:, None], images.shape[-2:])
     attention = attention / attention.amax((2, 3), keepdim=True).clamp_min(1e-12)
-    violet, yellow = torch.tensor([[0.2, 0.05, 0.4], [1.0, 0.9, 0.2]], device=images.device)[..., None, None]
-    return 0.4 * images.mean(1, keepdim=True) + 0.6 * torch.lerp(violet, yellow, attention)
+    colours = torch.tensor(COLOURS, device=images.device)
+    places = torch.arange(len(colours), device=images.device).view(-1, 1, 1)
+    weights = (1 - ((len(colours) - 1) * attention - places).abs()).clamp_min(0)  # of the two nearest colours
+    return 0.4 * images.mean(1, keepdim=True) + 0.6 * torch.einsum("nkhw,kc->nchw", weights, colours)
 
 
 def attention_picture(images, maps, more=()):

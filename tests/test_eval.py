@@ -308,9 +308,9 @@ def test_heat_is_brightest_where_attention_is():
     shown = evaluation.heat(torch.full((1, 3, 64, 64), 0.5), attention)[0]
     row, column = divmod(shown.sum(0).argmax().item(), 64)
     assert row // 8 == 2 and column // 8 == 5
-    violet, yellow = torch.tensor([0.2, 0.05, 0.4]), torch.tensor([1.0, 0.9, 0.2])
-    assert torch.allclose(shown[:, 60, 5], 0.4 * 0.5 + 0.6 * violet, atol=1e-5)  # no attention: the lowest colour
-    assert torch.allclose(shown[:, row, column], 0.4 * 0.5 + 0.6 * yellow, atol=0.05)
+    bottom, top = (torch.tensor(evaluation.COLOURS[i]) for i in (0, -1))
+    assert torch.allclose(shown[:, 60, 5], 0.4 * 0.5 + 0.6 * bottom, atol=1e-5)  # no attention: the lowest colour
+    assert torch.allclose(shown[:, row, column], 0.4 * 0.5 + 0.6 * top, atol=0.05)
     more = evaluation.heat(torch.full((1, 3, 1, 9), 0.5), torch.linspace(0, 1, 9).view(1, 1, 9))[0, :, 0]
     assert (torch.tensor([0.3, 0.6, 0.1]) @ more).diff().min() > 0.03  # more attention is brighter
 
