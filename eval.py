@@ -1434,11 +1434,11 @@ def read_hints(image, grid_size, patch_size, points=(), background=(), hints=Non
         labels = labels.long().clamp(max=2)
     for flag, label, places in (("points", 2, points), ("background", 1, background)):
         for place in places or ():
-            point = re.fullmatch(r"(\d+),(\d+)", place)
-            x, y = map(int, point.groups()) if point else (width, height)
+            point = re.fullmatch(r"(\d+\.?\d*),(\d+\.?\d*)", place)
+            x, y = map(float, point.groups()) if point else (width, height)
             if x >= width or y >= height:
                 raise UsageError(f"--{flag} {place}: a point is x,y in pixels of the {width}x{height} image")
-            row, column = (place // p * p for place in (y * H // height, x * W // width))
+            row, column = (int(v) // p * p for v in (y * H / height, x * W / width))
             labels[row : row + p, column : column + p] = label
     return labels
 

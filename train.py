@@ -614,9 +614,9 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    output = Path(f"runs/{method}" if output is None else output)
-    if output == Path() or output.is_file():
-        raise UsageError(f"--output {output}: give the name of a folder")
+    if output == "" or output and Path(output).is_file():
+        raise UsageError(f"--output '{output}': give the name of a folder")
+    output = Path(output or f"runs/{method}")
     path, state = output / "checkpoint.pt", None
     choices = "--overwrite starts anew, --output writes elsewhere"
     if overwrite or prepare:

@@ -390,7 +390,7 @@ def test_one_image_is_segmented_from_points_and_from_a_label_map(call, runs, fol
     image, label = folder / "val" / "a" / "0.png", torch.zeros(1, 32, 32, dtype=torch.uint8)
     label[0, 8:12, 8:12], label[0, 24:, 24:] = 2, 1
     write_png(label, str(tmp_path / "hints.png"))
-    for hints in (["--points", "9,9", "--background", "25,25", "30,30"], ["--hints", tmp_path / "hints.png"]):
+    for hints in (["--points", "9.5,9", "--background", "25,25", "30,30.0"], ["--hints", tmp_path / "hints.png"]):
         code, result, err = call(runs / "rmae" / "checkpoint.pt", "segment", "--images", image, *hints, "--output", tmp_path / "a.png")
         assert code == 0, err
         assert read_image(result["picture"]).shape == picture_shape(1, 4)

@@ -522,7 +522,7 @@ MISTAKES = {
     "ratio that is no number": (["--method", "mae", "--mask-ratio", "nan"], "--mask-ratio must be"),
     "no decoder": (["--method", "mae", "--decoder-dim", "0"], "decoder_dim"),
     "negative decoder": (["--method", "mae", "--decoder-depth", "-1"], "decoder_depth"),
-    "no output": (["--method", "mae", "--output", ""], "--output .: give the name of a folder"),
+    "no output": (["--method", "mae", "--output", ""], "--output '': give the name of a folder"),
     "long warm-up": (["--method", "mae", "--epochs", "3", "--warmup-epochs", "4"], "--warmup-epochs 4.0 is more than --epochs 3"),
     "high minimum": (["--method", "mae", "--min-lr", "1"], "--min-lr 1.0 is above the peak learning rate, 0.001"),
     "two ways": (["--method", "mae", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
@@ -530,7 +530,7 @@ MISTAKES = {
     "near data": (["--method", "mae", "--data", "cifar"], "did you mean cifar10"),
     "near regions": (["--method", "rmae", "--regions", "instance"], "did you mean instances"),
     "small image": (["--method", "mae", "--image-size", "4"], "--image-size must be at least 8"),
-    "output is a file": (["--method", "mae", "--output", "file"], "--output file"),
+    "output is a file": (["--method", "mae", "--output", "file"], "--output 'file': give the name of a folder"),
 }
 
 
