@@ -608,26 +608,26 @@ class Images(Dataset):
 class EpochBatches:
     """Batch sampler: keys (epoch, index) in a seeded order for each epoch, without an incomplete batch.
 
-    A step's batch is cut into micro-batches of `micro_batch` images, dealt to the processes in turn. So 2
+    A step's batch is cut into `accumulate` equal micro-batches, dealt to the processes in turn. So 2
     processes see what 1 process sees that accumulates 2 micro-batches. Set `.epoch` before each epoch.
     """
 
     num_images: int
     batch_size: int
-    micro_batch: int
+    accumulate: int
     seed: int = 0
     rank: int = 0
     world_size: int = 1
     epoch: int = 0
 
     def __len__(self):
-        return self.num_images // self.batch_size * (self.batch_size // self.micro_batch // self.world_size)
+        return self.num_images // self.batch_size * self.accumulate // self.world_size
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
         steps = self.num_images // self.batch_size
-        micro_batches = order[: steps * self.batch_size].view(steps, -1, self.micro_batch)
+        micro_batches = order[: steps * self.batch_size].view(steps, self.accumulate, -1)
         for micro_batch in micro_batches[:, self.rank :: self.world_size].flatten(0, 1).tolist():
             yield [(self.epoch, index) for index in micro_batch]
 

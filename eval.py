@@ -50,11 +50,11 @@ from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches,
                       collate, decode, denormalize, explained, load_data, load_dense, make_loader, normalize,
                       open_regions, read_ids, seed_of)
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
-                   autocast, call, check_choice, draw_reconstruction, exit_with_one_line,
+                   autocast, call, check_choice, cut_batch, draw_reconstruction, exit_with_one_line,
                    first_process_first, flag_parameters, half_cosine, image_pair, join_processes,
-                   learning_rate, load_run, load_tokenizer, method_from_run, open_device, parameter_groups,
-                   picture, picture_items, rank, restore, save_picture, sized, train_epoch, world_size,
-                   write_atomically)
+                   learning_rate, load_method, load_tokenizer, open_device, parameter_groups, picture,
+                   picture_items, rank, restore, run_settings, save_picture, sized, small_patch, train_epoch,
+                   world_size, write_atomically)
 
 PIECE = 256  # images that go through an encoder at a time
 
@@ -224,19 +224,6 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
 # The loop of all that is trained here
 
 
-def cut_batch(batch_size, num_images, accumulate=None):
-    """(batch size, images of a micro-batch): at most all images, in equal micro-batches.
-
-    accumulate: micro-batches a step and process; None: as many as keep them at PIECE images or fewer.
-    """
-    batch_size = min(batch_size, num_images)
-    pieces = world_size() * (accumulate or math.ceil(batch_size / world_size() / PIECE))
-    if batch_size // pieces < 2:
-        raise UsageError(f"--batch-size must be at least {2 * pieces}, got {batch_size}: 2 images in each of "
-                         f"{pieces} micro-batches")
-    return batch_size // pieces * pieces, batch_size // pieces
-
-
 def settings_of(task, arguments):
     """What a resumed run must have been started with: the plain values among the arguments of a task."""
     machine = ("output", "resume", "accumulate", "device", "precision", "workers")
@@ -262,14 +249,14 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     warmup_epochs = min(usual_warmup, epochs / 9) if warmup_epochs is None else warmup_epochs
     if warmup_epochs > epochs:
         raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
-    batch_size, micro_batch = cut_batch(batch_size, len(train), accumulate)
+    batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
     steps, peak, watch = len(train) // batch_size, base_lr * batch_size / lr_batch, watcher(train)
-    batches = EpochBatches(len(train), batch_size, micro_batch, seed, rank(), world_size())
+    batches = EpochBatches(len(train), batch_size, accumulate, seed, rank(), world_size())
     loader = make_loader(train, workers, device, batch_sampler=batches, collate_fn=collate_fn)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
     done = 0
     if output is not None:
-        settings = settings | dict(batch_size=batch_size, micro_batch=micro_batch, num_images=len(train),
+        settings = settings | dict(batch_size=batch_size, accumulate=accumulate, num_images=len(train),
                                    warmup_epochs=warmup_epochs)
     if resume:
         state = open_kept(output, settings)
@@ -287,8 +274,8 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     for epoch in range(done, epochs):
         batches.epoch = epoch
         train_epoch(wrapped, loader, optimizer, losses, epoch=epoch, epochs=epochs, steps=steps, lr=lr,
-                    batch_size=batch_size, accumulate=batch_size // micro_batch // world_size(),
-                    scaler=scaler, seed=seed, device=device, precision=precision, title=title)
+                    batch_size=batch_size, accumulate=accumulate, scaler=scaler, seed=seed, device=device,
+                    precision=precision, title=title)
         if not all_finite(model):
             raise UsageError(f"the weights are no longer finite in epoch {epoch + 1}: try a lower --base-lr")
         if output is not None and rank() == 0:
@@ -558,7 +545,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     drop_path: stochastic depth of the last block
     label_smoothing: of the cross-entropy
     pool: what is classified: cls (the class token) or mean (of the patches; a new norm comes after the mean)
-    accumulate: micro-batches a step and process; default: as many as keep them at 256 images or fewer
+    accumulate: micro-batches that a step's batch is cut into, over all processes; default: as few as keep
+        them at 256 images
     resume: go on from --output
     seed: of everything random
     """
@@ -748,12 +736,12 @@ def fitting_size(image, size):
     return [max(1, round(side * scale)) for side in image.shape[1:]]
 
 
-def fit_inside(image, size):
-    """A uint8 image [3, H, W], as large as fits into `size`; what is left right and below is the mean
-    colour."""
+def fit_inside(image, size, fill=MEAN_COLOUR, interpolation=v2.InterpolationMode.BILINEAR):
+    """A uint8 image [C, H, W], as large as fits into `size`; `fill` is the colour of what is left right and
+    below."""
     h, w = fitting_size(image, size)
-    image = v2.functional.resize(image, [h, w], antialias=True)
-    return v2.functional.pad(image, [0, 0, size[1] - w, size[0] - h], fill=MEAN_COLOUR)
+    image = v2.functional.resize(image, [h, w], interpolation, antialias=True)
+    return v2.functional.pad(image, [0, 0, size[1] - w, size[0] - h], fill=fill)
 
 
 def boxes_of(masks):
@@ -844,11 +832,8 @@ def class_colours(count):
     return [(190, 190, 190)] + [tuple(round(255 * part) for part in colour) for colour in colours]
 
 
-def enlarge(image, side=256):
-    """An image [3, H, W] uint8, its longer side brought to `side` pixels, on a white square."""
-    h, w = fitting_size(image, (side, side))
-    image = v2.functional.resize(image, [h, w], interpolation=v2.InterpolationMode.NEAREST)
-    return F.pad(image, (0, side - w, 0, side - h), value=255)
+# An image [C, H, W] uint8 -> its longer side brought to 256 pixels, on a white square
+enlarge = functools.partial(fit_inside, size=(256, 256), fill=255, interpolation=v2.InterpolationMode.NEAREST)
 
 
 def draw_classes(shown, names):
@@ -1488,12 +1473,6 @@ def loaded(model, path, missing=(), left_over=()):
     return model
 
 
-def run_settings(content):
-    """The settings in a checkpoint.pt of train.py; of other files none, {}."""
-    args = content.get("args") if isinstance(content, dict) else None
-    return args if isinstance(args, dict) and "method" in args else {}
-
-
 def open_encoder(checkpoint, data="shapes", images=None, image_size: list[PositiveInt] | None = None,
                  model: Literal[tuple(mim.SIZES)] | None = None, patch_size: PositiveInt | None = None,
                  relative_position: bool = False, seed: NonNegativeInt = 0):
@@ -1511,7 +1490,7 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
         size = size or image_pair([load_data(data, "val").image_size])
         small = max(size) <= SMALL
         model = model or ("nano" if data == "shapes" else "tiny" if small else "base")
-        patch_size = patch_size or (max(1, max(size) // 8) if small else 16)
+        patch_size = patch_size or (small_patch(size) if small else 16)
         torch.manual_seed(seed)
         with explained("--image-size", "there is no such ViT"):
             return mim.ViT(size, patch_size, **mim.SIZES[model], relative_position=relative_position)
@@ -1531,40 +1510,25 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
     return loaded(encoder, checkpoint, *names)
 
 
-def read_method(checkpoint, task):
-    """A file with a whole pre-trained model -> (its content, the classes whose arguments may be
-    overridden)."""
-    if checkpoint == "random":
-        raise UsageError(f"--task {task} needs a whole pre-trained model, not random")
-    classes = [mim.MAE]
+def open_method(checkpoint, **overrides):
+    """A whole pre-trained model -> (method, the settings of its run; of a file of the MAE release none, {}).
+
+    overrides: arguments of its constructor to change.
+    """
     with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
-        args = run_settings(content)
-        if args:
-            content = load_run(checkpoint)
-            classes = [mim.METHODS[name] for name in (args["method"], args.get("base")) if name]
-        elif not any(name.startswith("decoder_blocks.") for name in mim.read_checkpoint(content)):
-            raise ValueError(f"it has an encoder only; --task {task} needs the checkpoint.pt of a run, or an "
-                             "MAE with its decoder")
-    if task == "segment" and not hasattr(classes[0], "complete"):
-        raise UsageError("--task segment is for runs of rae and rmae")
-    return content, classes
-
-
-def open_method(checkpoint, content, tokenizer=None, **overrides):
-    """What `read_method` has read -> (method, tokenizer or None). overrides: arguments of its constructor to
-    change."""
-    with explained(checkpoint, "it cannot be used"):
-        if run_settings(content):
-            method, tokenizer = method_from_run(content, checkpoint, tokenizer, **overrides)
-            return loaded(method, checkpoint), tokenizer
-        state, args = mim.read_checkpoint(content), content.get("args")
-        if isinstance(args, argparse.Namespace):  # the options of the MAE release's training
-            overrides = dict(norm_pix=bool(getattr(args, "norm_pix_loss", True))) | overrides
+        if args := run_settings(content):
+            return loaded(load_method(content, checkpoint, **overrides), checkpoint), args
+        state, released = mim.read_checkpoint(content), content.get("args")
         depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+        if not depth:
+            raise ValueError("it has an encoder only; give the checkpoint.pt of a run, or an MAE with its "
+                             "decoder")
         options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, decoder_heads=16)
+        if isinstance(released, argparse.Namespace):  # the options of its training
+            options["norm_pix"] = bool(getattr(released, "norm_pix_loss", True))
         method = mim.MAE(mim.vit_from_checkpoint(state)[0], **options | overrides)
-        return loaded(method, checkpoint, *mim.load_mae(method, state)), None
+        return loaded(method, checkpoint, *mim.load_mae(method, state)), {}
 
 
 def open_pair(data, task, size, limit=None, cache_features=False, seed=0):
@@ -1632,11 +1596,9 @@ def open_output(checkpoint, task, output: str | None = None):
     path = Path(beside / (task + ending) if output is None else output)
     if path.is_dir():
         raise UsageError(f"--output {output}: it is a folder; give a file")
-    try:
+    with explained(f"--output {path}", "it cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"--output {path}: {error.strerror}") from None
     return path
 
 
@@ -1648,12 +1610,13 @@ TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, sem
 
 
 def parse(argv):
-    """Command line -> (what the user gave, what the checkpoint of a whole method holds, its classes)."""
+    """Command line -> (what the user gave; for a task that takes a whole method the checkpoint's method and
+    its run's settings, else None and {})."""
     parser = Parser(description=__doc__, epilog="With --task, --help lists its flags.")
     parser.add_argument("checkpoint", nargs="?", help="a file, or `random`")
     parser.add_argument("--task", help=", ".join(TASKS))
     known = parser.known(argv, "checkpoint", "--task")
-    task, content, classes, functions = known.get("task"), None, [], []
+    task, method, args, functions, own = known.get("task"), None, {}, [], []
     if task is not None:
         check_choice("--task", task, list(TASKS))
         takes = inspect.signature(TASKS[task]).parameters
@@ -1661,10 +1624,14 @@ def parse(argv):
         if "encoder" in takes:
             functions += [open_encoder] + [open_regions] * (task == "attention")
         elif "checkpoint" in known:
-            content, classes = read_method(known["checkpoint"], task)
-            tokens = any("vocab_size" in inspect.signature(cls).parameters for cls in classes)
-            regions = any("regions" in cls.inputs for cls in classes)
-            functions += [*classes, *[load_tokenizer] * tokens, *[open_regions] * regions]
+            if known["checkpoint"] == "random":
+                raise UsageError(f"--task {task} needs a whole pre-trained model, not random")
+            method, args = open_method(known["checkpoint"])
+            own = [type(method), type(getattr(method, "base", method))]
+            functions += own + [load_tokenizer] * bool(args.get("tokenizer"))
+            functions += [open_regions] * ("regions" in method.inputs)
+            if task == "segment" and not hasattr(method, "complete"):
+                raise UsageError("--task segment is for runs of rae and rmae")
         functions += [segment_image] * (task == "segment") + [open_images, few] * ("images" in takes)
         functions += [open_output] * ("images" in takes or "output" in takes)
     for function in functions:
@@ -1677,28 +1644,16 @@ def parse(argv):
     for flag in ("points", "background", "hints"):
         if flag in given and "images" not in given:
             raise UsageError(f"--{flag} needs --images: the hints are of one image")
-    return given, content, classes
-
-
-def open_model(given, content, classes):
-    """The encoder or whole method of the checkpoint -> (dict of it, as a task takes it; settings that
-    follow)."""
-    if "encoder" in inspect.signature(TASKS[given["task"]]).parameters:
-        encoder = call(open_encoder, given)
-        return dict(encoder=encoder), recipe(given["task"], encoder)
-    overrides = {name: given[name] for cls in classes for name in flag_parameters(cls) if name in given}
-    method, tokenizer = open_method(given["checkpoint"], content, given.get("tokenizer"), **overrides)
-    settings = {}
-    if "regions" in method.inputs:  # those of the run
-        settings = {name: content["args"].get(name) for name in flag_parameters(open_regions)}
-        settings |= dict(regions="fh") if "images" in given else {}
-    return dict(method=method) | ({} if tokenizer is None else dict(tokenizer=tokenizer)), settings
+    overrides = {name: given[name] for cls in own for name in flag_parameters(cls) if name in given}
+    if overrides:
+        method, args = open_method(given["checkpoint"], **overrides)
+    return given, method, args
 
 
 def main(argv):
     """One evaluation, from the command line to its line of JSON."""
     began = time.perf_counter()
-    given, content, classes = parse(argv)
+    given, method, args = parse(argv)
     task, run = given["task"], TASKS[given["task"]]
     takes = inspect.signature(run).parameters
     device, precision, workers = call(open_device, given)
@@ -1706,10 +1661,19 @@ def main(argv):
     if world_size() > 1 and "resume" not in takes:
         raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
     # What the user gave, else what the model asks for; else the default of the function that takes it
-    fixed, settings = open_model(given, content, classes)
-    size = sized(*list(fixed.values())[:1]).image_size
+    if method is None:
+        encoder = call(open_encoder, given)
+        fixed, settings, size = dict(encoder=encoder), recipe(task, encoder), encoder.image_size
+    else:
+        fixed, size = dict(method=method), sized(method).image_size
+        kept = ("tokenizer", "tokenizer_digest", *flag_parameters(open_regions))  # those of the run
+        settings = {name: args[name] for name in kept if name in args}
+        if "images" in given and "regions" in args:
+            settings["regions"] = "fh"
     settings = dict(data="shapes", seed=0) | settings | given
     settings |= dict(device=device, precision=precision, workers=workers)
+    if "tokenizer" in takes:
+        fixed["tokenizer"] = call(load_tokenizer, settings)
     if "images" in takes or "output" in takes:
         settings["output"] = call(open_output, settings)
     if "train" in takes:
@@ -1718,7 +1682,7 @@ def main(argv):
         images = call(open_images, settings, settings=settings, size=size)
         fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
         if task == "segment" and "images" in given:
-            run, fixed = segment_image, dict(method=fixed["method"], image=images.source[0]["image"])
+            run, fixed = segment_image, dict(method=method, image=images.source[0]["image"])
     try:
         result = call(run, settings, **fixed)
     except KeyboardInterrupt:
@@ -1730,15 +1694,11 @@ def main(argv):
             path = settings["output"].with_name(stem + ".png")
             save_picture(path, result[name])
             result[name] = str(path)
-    shown = {name: settings.get(name, p.default) for name, p in flag_parameters(run).items()} | given | result
-    shown |= dict(data=settings["data"], image_size=list(size), seed=settings["seed"], device=str(device),
-                  precision=precision, seconds=round(time.perf_counter() - began, 1))
-    if "output" in takes:
-        shown["output"] = str(settings["output"])
-    for name in ("resume", "data" if "images" in given else "resume"):
-        shown.pop(name, None)
     if rank() == 0:
-        print(json.dumps(shown))
+        shown = {name: p.default for name, p in flag_parameters(run).items()} | settings | result
+        shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))
+        shown.pop("resume", None)
+        print(json.dumps(shown, default=str))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -29,11 +29,10 @@ numbered in raster order; D the encoder's width; V the size of a vocabulary; `id
 A method is built around an encoder: `MAE(ViT(...))`. Its forward takes the images, whatever else the paper
 needs, and optionally the mask to use (`ids_visible`, `ids_masked`); without it a new one is drawn. It returns
 a dict: `loss` and its parts; `pred`, pixels [B, n_masked, p*p*3] or logits of tokens [B, n_masked, V] (RAE
-has `pred_regions` instead); `ids_visible`, `ids_masked`. DVAE, the tokenizer, has a dict of its own. Three
+has `pred_regions` instead); `ids_visible`, `ids_masked`. DVAE, the tokenizer, has a dict of its own. Two
 class attributes tell a training program what to prepare:
     inputs           what forward takes besides the images, by name, from the data
     encoder_options  what the paper's encoder is made with, besides its size
-    picture          the columns of its picture
 """
 
 import argparse
@@ -579,7 +578,6 @@ class MAE(nn.Module):
 
     inputs = ()
     encoder_options = {}
-    picture = ("image", "masked", "reconstruction")
 
     def __init__(
         self,
@@ -663,7 +661,6 @@ class SimMIM(nn.Module):
 
     inputs = ()
     encoder_options = dict(drop_path=0.1, layer_scale=0.1)
-    picture = ("image", "masked", "reconstruction")
     norm_pix = False
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.6, unit_size: int = 2):  # both §4.1
@@ -784,7 +781,6 @@ class AMT(nn.Module):
 
     inputs = ("index", "box", "flip")
     encoder_options = {}  # those of the base
-    picture = ("image", "masked", "reconstruction")
 
     def __init__(self, base, mask_ratio: float | None = None, throw_ratio: float | None = None,
                  throw: Throw = "middle", interval: int | None = None):
@@ -924,7 +920,6 @@ class LoMaR(nn.Module):
 
     inputs = ()
     encoder_options = dict(relative_position=True)
-    picture = ("image", "region", "masked", "reconstruction")  # Figure 7
 
     def __init__(
         self,
@@ -1099,7 +1094,6 @@ class ObjMAE(MAE):
     """
 
     inputs = ("regions",)
-    picture = ("image", "region", "source", "target", "reconstruction")  # Figures 4 and 8
 
     def __init__(
         self,
@@ -1381,7 +1375,6 @@ class RMAE(MAE):
     """
 
     inputs = ("regions",)
-    picture = ("image", "masked", "reconstruction", "true region", "masked region", "completed")  # Figure 5
 
     def __init__(
         self,
@@ -1472,7 +1465,6 @@ class RAE(RMAE):
     Its dict has neither `pred` nor `loss_pixel`. The image still feeds the regions: this trains the encoder.
     """
 
-    picture = ("image", "masked", "true region", "masked region", "completed")
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.75, num_regions: int = 8,
                  variant: Variant = "length", region_dim: int = 128, region_heads: int = 8,
@@ -1749,7 +1741,6 @@ class BEiT(nn.Module):
 
     inputs = ()
     encoder_options = dict(drop_path=0.1, layer_scale=0.1)
-    picture = ("image", "masked", "reconstruction")
 
     def __init__(
         self,
@@ -1829,7 +1820,6 @@ class CAE(nn.Module):
 
     inputs = ()
     encoder_options = dict(drop_path=0.1, layer_scale=0.1)  # Appendix A, and the authors' code
-    picture = ("image", "masked", "reconstruction", "from all patches")
 
     def __init__(
         self,

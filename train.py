@@ -89,14 +89,13 @@ NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch
 SMALL_DVAE_RECIPE = dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0,
                          hidden_dim=32, groups=3, vocab_size=512)
 
-# Types of flags: see `Parser`
-Range = typing.NamedTuple("Range", [("low", float), ("high", float), ("words", str)])
+# Types of flags (see `Parser`): the kind, the smallest, the largest, and how these are told
 LARGEST = sys.float_info.max
-PositiveInt = Annotated[int, Range(1, 2**63 - 1, "a positive whole number")]
-NonNegativeInt = Annotated[int, Range(0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")]
-PositiveFloat = Annotated[float, Range(sys.float_info.min, LARGEST, "a positive number")]
-NonNegativeFloat = Annotated[float, Range(0, LARGEST, "0 or a positive number")]
-Fraction = Annotated[float, Range(0, 1, "a number from 0 to 1")]
+PositiveInt = Annotated[int, 1, 2**63 - 1, "a positive whole number"]
+NonNegativeInt = Annotated[int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"]
+PositiveFloat = Annotated[float, sys.float_info.min, LARGEST, "a positive number"]
+NonNegativeFloat = Annotated[float, 0, LARGEST, "0 or a positive number"]
+Fraction = Annotated[float, 0, 1, "a number from 0 to 1"]
 
 LOGGED = ("accuracy", "perplexity", "codes_used")  # of tokens; logged beside the losses
 
@@ -105,38 +104,38 @@ LOGGED = ("accuracy", "perplexity", "codes_used")  # of tokens; logged beside th
 # The loop
 
 
-def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, steps, lr, batch_size,
-                scaler=None, accumulate=1, clip_grad=None, seed=0, device="cpu", precision="fp32",
-                title="epoch"):
+def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, steps, lr, batch_size, accumulate,
+                scaler=None, clip_grad=None, seed=0, device="cpu", precision="fp32", title="epoch"):
     """One pass over the data -> the means of the losses, the last learning rate, images_per_s. Pre-training,
     probes, fine-tuning and dense tasks all train by it.
 
     model: what is trained, perhaps wrapped in DistributedDataParallel
-    loader: gives steps * accumulate micro-batches
+    loader: gives this process's share of the steps * accumulate micro-batches
     compute_losses: function (micro-batch, step) -> dict of scalars: `loss`, which is minimised, and others to
         log
     lr: function step -> learning rate; a parameter group with `lr_scale` gets that much of it
-    batch_size: images of a step over all processes, for the display
+    batch_size, accumulate: images and micro-batches of a step, over all processes
     """
     model.train()
     scaler = scaler or torch.amp.GradScaler(torch.device(device).type, enabled=False)
-    micro_batches, history, began = iter(loader), [], time.perf_counter()
+    micro_batches, share, history = iter(loader), accumulate // world_size(), []
+    began = time.perf_counter()
     progress = tqdm(range(steps), f"{title} {epoch + 1}/{epochs}", disable=rank() > 0 or None, leave=False)
     for i in progress:
         step, sums = epoch * steps + i, 0
         for group in optimizer.param_groups:
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
-        for micro in range(accumulate):
+        for micro in range(rank(), accumulate, world_size()):
             batch = next(micro_batches)
             # Masks follow from the step and the micro-batch alone: no stop and no number of processes changes
             # them.
-            torch.manual_seed(seed_of(seed, step, micro * world_size() + rank()))
-            last = micro == accumulate - 1
+            torch.manual_seed(seed_of(seed, step, micro))
+            last = micro + world_size() >= accumulate
             with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
                 with autocast(device, precision):
                     losses = compute_losses(batch, step)
-                scaler.scale(losses["loss"] / accumulate).backward()
-            sums = sums + torch.stack([value.detach() for value in losses.values()]) / accumulate
+                scaler.scale(losses["loss"] / share).backward()
+            sums = sums + torch.stack([value.detach() for value in losses.values()]) / share
         if clip_grad:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
@@ -172,7 +171,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
 
     epochs: passes over the data
     batch_size: images per optimizer step, over all processes
-    accumulate: micro-batches per step and process; default: as many as keep them at 256 images or fewer
+    accumulate: micro-batches that a step's batch is cut into, over all processes; default: as few as keep
+        them at 256 images
     lr: absolute learning rate at the end of the warm-up, instead of --base-lr
     base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048)
     warmup_epochs: epochs in which the learning rate rises from 0; a shorter run than the recipe's has fewer
@@ -190,17 +190,10 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     image_size = sized(method).image_size
     dataset = Images(source, image_size, "crop", crop_scale, flip, seed, regions=regions)
     examples = picture_items(Images(source, image_size, "center", regions=regions))
-    accumulate = accumulate or split_batch(batch_size)
-    micro_batch, steps = batch_size // world_size() // accumulate, len(dataset) // batch_size
-    batches = EpochBatches(len(dataset), batch_size, micro_batch, seed, rank(), world_size())
-    can_crop = source.in_memory and regions is None
-    if loader == "device" and not can_crop:
-        raise UsageError("--loader device is for shapes, cifar10, cifar100 and stl10, and for methods without"
-                         " regions")
-    if loader == "device" or loader is None and can_crop and device.type == "cuda":
-        loader = DeviceLoader(dataset, batches, device)
-    else:
-        loader = make_loader(dataset, workers, device, batch_sampler=batches)
+    batch_size, accumulate = cut_batch(batch_size, len(dataset), accumulate)
+    steps = len(dataset) // batch_size
+    batches = EpochBatches(len(dataset), batch_size, accumulate, seed, rank(), world_size())
+    loader = choose_loader(loader, dataset, batches, device, workers)
     broken = BrokenFiles(source, tqdm.write)
 
     # Optimizer
@@ -245,7 +238,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         if hasattr(method, "maps_due") and method.maps_due(epoch, epochs):
             update_maps(method, source, device, precision, workers)
         line = train_epoch(model, loader, optimizer, compute_losses, epoch=epoch, epochs=epochs, steps=steps,
-                           lr=lr_at, batch_size=batch_size, scaler=scaler, accumulate=accumulate,
+                           lr=lr_at, batch_size=batch_size, accumulate=accumulate, scaler=scaler,
                            clip_grad=clip_grad, seed=seed, device=device, precision=precision)
         if not all_finite(method):
             raise UsageError(f"the weights are no longer finite after epoch {epoch + 1}; "
@@ -275,7 +268,7 @@ def main(argv):
     join_processes(device)
     with first_process_first():
         source = call(load_data, given, split="pretrain")
-    args = settle_resumed(given, source) if state else settle(given, defaults, source)
+    args = settle(given, defaults, source)
     tokenizer = call(load_tokenizer, args)
     if tokenizer is not None:
         tokenizer.to(device)
@@ -283,7 +276,10 @@ def main(argv):
     torch.manual_seed(args["seed"])
     method = build_method(**args).to(device)
     if rank() == 0:
-        report(source, method, args, device=device, precision=precision, workers=workers)
+        print(source.description)
+        for name, value in (args | dict(device=device, precision=precision, workers=workers)).items():
+            if value is not None:
+                print(f"  {name:16s} {value}")
     regions = None
     if "regions" in method.inputs:
         regions = call(open_regions, args, source=source, split="pretrain", device=device)
@@ -305,7 +301,18 @@ def main(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Optimization
+# Loading and optimization
+
+
+def choose_loader(loader, dataset, batches, device, workers):
+    """The loader of a run's micro-batches: see --loader of `pretrain`."""
+    can_crop = dataset.source.in_memory and dataset.regions is None
+    if loader == "device" and not can_crop:
+        raise UsageError("--loader device is for shapes, cifar10, cifar100 and stl10, and for methods without"
+                         " regions")
+    if loader == "device" or loader is None and can_crop and device.type == "cuda":
+        return DeviceLoader(dataset, batches, device)
+    return make_loader(dataset, workers, device, batch_sampler=batches)
 
 
 def half_cosine(progress):
@@ -354,16 +361,21 @@ def add_lookahead(optimizer, k=5, alpha=0.5):
     optimizer.register_step_post_hook(after_step)
 
 
-def split_batch(batch_size):
-    """The fewest micro-batches per process that hold at most 256 images; UsageError if the batch does not
-    split well."""
-    share, rest = divmod(batch_size, world_size())
-    fewest = next((n for n in range(1, share + 1) if share % n == 0 and share // n <= 256), 0)
-    if rest or fewest > 1 and share // fewest < 64:
-        raise UsageError(f"--batch-size {batch_size} does not split into equal micro-batches of 64 to 256 "
-                         f"images for {world_size()} processes: take a multiple of 256 for each, or give "
-                         "--accumulate")
-    return fewest
+def cut_batch(batch_size, num_images, accumulate=None):
+    """(batch size, micro-batches of a step): at most all images, in equal micro-batches, as many for each
+    process.
+
+    accumulate: micro-batches; None: as few as keep them at 256 images.
+    """
+    batch_size = min(batch_size, num_images)
+    pieces = accumulate or world_size() * math.ceil(batch_size / world_size() / 256)
+    if pieces % world_size():
+        raise UsageError(f"--accumulate {pieces}: {world_size()} processes cannot share out {pieces} "
+                         "micro-batches evenly")
+    if batch_size < 2 * pieces:
+        raise UsageError(f"--batch-size must be at least {2 * pieces}, got {batch_size}: 2 images in each of "
+                         f"{pieces} micro-batches")
+    return batch_size // pieces * pieces, pieces
 
 
 def all_finite(module):
@@ -485,12 +497,12 @@ def build_method(method, image_size: list[PositiveInt] | None = None, *,
     base: the method that AMT masks for
     """
     cls = mim.METHODS[method]
-    inner = mim.METHODS[base] if cls is mim.AMT else cls
-    if cls is mim.BEiT and not options.setdefault("vocab_size"):
+    if cls is mim.BEiT and not options.get("vocab_size"):
         raise UsageError("--method beit predicts tokens and needs --tokenizer FILE; --method dvae trains one")
-    try:
+    with explained(f"--method {method}", "it cannot be built"):
         if cls is mim.DVAE:
             return call(cls, options, image_size=image_size)
+        inner = mim.METHODS[base] if cls is mim.AMT else cls
         encoder_options = dict(inner.encoder_options)
         if "layer_scale" in encoder_options and model in ("large", "huge"):
             encoder_options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
@@ -500,8 +512,17 @@ def build_method(method, image_size: list[PositiveInt] | None = None, *,
         own = inspect.signature(mim.AMT).parameters
         of_base = {name: value for name, value in options.items() if name not in own}
         return call(mim.AMT, options, base=call(inner, of_base, encoder=encoder))
-    except ValueError as error:
-        raise UsageError(f"--method {method}: {error}") from None
+
+
+def load_method(state, path, **overrides):
+    """A run's checkpoint (`load_run`) of this path -> its method with its weights.
+
+    overrides: arguments of the method's constructor to change.
+    """
+    method = build_method(**state["args"] | overrides)
+    with explained(path, f"its weights do not fit {overrides or 'its settings'}"):
+        method.load_state_dict(state["model"])
+    return method
 
 
 def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
@@ -516,11 +537,11 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
         return None
     with explained(f"--tokenizer {tokenizer}", "there is no tokenizer in it"):
         content = mim.load_file(tokenizer)
-        if isinstance(content, dict) and isinstance(content.get("args"), dict):
-            if content["args"].get("method") != "dvae":
-                raise ValueError(f"it is of a {content['args'].get('method')} run, not of dvae")
-            module = build_method(**content["args"])
-            module.load_state_dict(content["model"])
+        args = run_settings(content)
+        if args.get("method", "dvae") != "dvae":
+            raise ValueError(f"it is of a {args['method']} run, not of dvae")
+        if args:
+            module = load_method(content, tokenizer)
         else:
             module = mim.DVAE.from_encoder(mim.read_checkpoint(content))
     module.digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
@@ -563,33 +584,19 @@ def write_checkpoint(output, method, optimizer, scaler, epoch, args):
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
 
 
+def run_settings(content):
+    """The settings in a checkpoint.pt of this program; of other files none, {}."""
+    args = content.get("args") if isinstance(content, dict) else None
+    return args if isinstance(args, dict) and "method" in args else {}
+
+
 def load_run(path):
-    """A checkpoint.pt of ours, whole; UsageError if it is something else."""
-    try:
+    """A checkpoint.pt of this program, whole; UsageError if it is something else."""
+    with explained(path, "it cannot be used"):
         state = mim.load_file(path)
-        args = state["args"] if {"model", "optimizer", "epoch"} <= state.keys() else {}
-        if "method" in args and "method_options" not in args:  # earlier versions kept method_options
-            return state
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    except (TypeError, KeyError, AttributeError):
-        pass
-    raise UsageError(f"{path} is not a checkpoint of train.py, or of an earlier version")
-
-
-def method_from_run(state, path, tokenizer=None, **overrides):
-    """A run's checkpoint (`load_run`) -> (method with its weights, tokenizer or None).
-
-    tokenizer: its file, if it is not where it was. overrides: arguments of the method's constructor to
-        change.
-    """
-    args = state["args"] | overrides
-    if tokenizer and not args.get("tokenizer"):
-        raise UsageError(f"--tokenizer: the {args['method']} run of {path} has pixels as its target")
-    method = build_method(**args)
-    with explained(path, f"its weights do not fit {overrides or 'its settings'}"):
-        method.load_state_dict(state["model"])
-    return method, call(load_tokenizer, args, tokenizer=tokenizer or args.get("tokenizer"))
+    if not run_settings(state):
+        raise UsageError(f"{path} is not a checkpoint of train.py")
+    return state
 
 
 def restore(state, method, optimizer, scaler, device):
@@ -614,20 +621,18 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    if output == "" or output and Path(output).is_file():
-        raise UsageError(f"--output '{output}': give the name of a folder")
     output = Path(output or f"runs/{method}")
     path, state = output / "checkpoint.pt", None
-    choices = "--overwrite starts anew, --output writes elsewhere"
+    ways = "--overwrite starts anew, --output writes elsewhere"
     if overwrite or prepare:
         return output, None
     if path.exists():
         state = load_run(path)
     elif (output / "log.jsonl").exists():
-        raise UsageError(f"{output} holds the log of a run but no checkpoint.pt: {choices}")
+        raise UsageError(f"{output} holds the log of a run but no checkpoint.pt: {ways}")
     if state and state["epoch"] and not resume:
         raise UsageError(f"{output} already holds a run of {state['epoch']} epochs: --resume continues it, "
-                         f"{choices}")
+                         f"{ways}")
     return output, state if resume else None
 
 
@@ -663,11 +668,11 @@ def picture_items(dataset, count=8):
 
 
 def draw_reconstruction(method, images, regions=None, tokenizer=None):
-    """Normalised images [B, 3, H, W] -> a picture [3, h, w]: of each image the tiles that method.picture
-    names.
+    """Normalised images [B, 3, H, W] -> a picture [3, h, w]: of each image tiles, as far as the method has
+    them.
 
     Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's
-    window or of ObjMAE's object) are black. Of LoMaR's windows and of R-MAE's regions the first is shown.
+    window or of ObjMAE's objects) are black. Of LoMaR's windows and of R-MAE's regions the first is shown.
     """
     if isinstance(method, mim.DVAE):
         pred = method(images)["pred"]
@@ -679,8 +684,6 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
     out = method(images, **inputs)
     windows = getattr(method, "num_windows", 1)
     ids_visible, ids_masked = (out[name].chunk(windows, dim=1)[0] for name in ("ids_visible", "ids_masked"))
-    image = mim.patchify(denormalize(images), p)
-    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
 
     def show(under, ids, patches):
         return mim.put(under, ids, mim.take(patches, ids))
@@ -696,21 +699,22 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
             filled = F.interpolate(filled, images.shape[-2:], mode="bicubic", antialias=True)
         return mim.patchify(denormalize(filled), p)
 
+    image = mim.patchify(denormalize(images), p)
+    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
     visible = show(black, ids_visible, image)
-    tiles = dict(image=image, source=visible, target=show(black, ids_masked, image),
-                 region=show(visible, ids_masked, image), masked=show(visible, ids_masked, grey))
-    if "reconstruction" in method.picture:
+    tiles = dict(image=image, masked=show(visible, ids_masked, grey))
+    if "pred" in out:
         pred = out["pred"].chunk(windows, dim=1)[0]
         tiles["reconstruction"] = show(visible, ids_masked, predicted(pred, ids_masked))
-    if "from all patches" in method.picture:
+    if hasattr(method, "reconstruct_full"):
         everything = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
         tiles["from all patches"] = predicted(method.reconstruct_full(images), everything)
-    if "completed" in method.picture:
+    if "pred_regions" in out:
         maps = out["region_maps"]
         completed = mim.reconstruct_regions(maps, out["pred_regions"], ids_masked, p)
         true, completed = (mim.patchify(x[:, :1].float().expand(-1, 3, -1, -1), p) for x in (maps, completed))
         tiles |= {"true region": true, "masked region": show(true, ids_masked, grey), "completed": completed}
-    return picture({title: mim.unpatchify(tiles[title], p, grid) for title in method.picture}, per_row=2)
+    return picture({title: mim.unpatchify(tile, p, grid) for title, tile in tiles.items()}, per_row=2)
 
 
 def draw_examples(path, method, items, tokenizer, device, seed=0):
@@ -759,6 +763,8 @@ def parse(argv):
     given = parser.parse(argv)
     if method is None:
         raise UsageError(f"--method is missing; it may be {', '.join(mim.METHODS)}")
+    if "lr" in given and "base_lr" in given:
+        raise UsageError("--lr and --base-lr exclude each other")
     if "image_size" in given:
         given["image_size"] = image_pair(given["image_size"])
     return given, parser.defaults
@@ -781,21 +787,9 @@ def resumed(given, state):
     return {name: value for name, value in saved.items() if name not in ("device", "workers")} | given
 
 
-def settle_resumed(given, source):
-    """The settings of a run that is continued, perhaps by another number of processes."""
-    if given["num_images"] != len(source):
-        raise UsageError(f"--resume: the run had {given['num_images']} images, --data {given['data']} has "
-                         f"{len(source)}")
-    # A step keeps its micro-batches, and so its masks: the processes share them out.
-    micro_batches = given["world_size"] * given["accumulate"]
-    if micro_batches % world_size():
-        raise UsageError(f"--resume: a step of the run has {micro_batches} micro-batches, which "
-                         f"{world_size()} processes cannot share out evenly")
-    return given | dict(accumulate=micro_batches // world_size(), world_size=world_size())
-
-
 def settle(given, defaults, source):
-    """Every setting of a new run, in plain types: the user's, else the recipe's, else the flag's default."""
+    """Every setting of a run, in plain types: the user's (or those of the run that is resumed), else the
+    recipe's, else the flag's default."""
     recipe = dict(recipe_of(given["method"], given.get("base", "mae")))
     natural = source.image_size if source.image_size <= SMALL else recipe.get("image_size", source.image_size)
     size = given.get("image_size", [natural, natural])
@@ -804,16 +798,16 @@ def settle(given, defaults, source):
         recipe |= NANO_RECIPE if nano else SMALL_RECIPE
         if given["method"] == "dvae":
             recipe |= SMALL_DVAE_RECIPE
-        sides = range(1, max(1, max(size) // 8) + 1)  # an eighth of the image, or the next that divides it
-        recipe["patch_size"] = max(p for p in sides if math.gcd(*size) % p == 0)
+        recipe["patch_size"] = small_patch(size)
     # A shorter run warms up for the same share of it.
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
     args = defaults | dict(lr_batch=256, betas=(), crop_scale=(), flip=True)  # these in the recipes alone
-    args |= {name: value for name, value in recipe.items() if name in args} | given
-    args |= dict(image_size=size, num_images=len(source), world_size=world_size())
-    if "lr" in given and "base_lr" in given:
-        raise UsageError("--lr and --base-lr exclude each other")
-    fit_batch(args, "batch_size" in given)
+    args |= {name: value for name, value in recipe.items() if name in args}
+    args |= dict(image_size=size, num_images=len(source)) | given
+    if args["num_images"] != len(source):
+        raise UsageError(f"--resume: the run had {args['num_images']} images, --data {args['data']} has "
+                         f"{len(source)}")
+    settle_batch(args, "batch_size" in given)
     if args["warmup_epochs"] > args["epochs"]:
         raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
     if args["min_lr"] > args["lr"]:
@@ -825,48 +819,35 @@ def settle(given, defaults, source):
     return args
 
 
+def settle_batch(args, chosen):
+    """Settles batch size, micro-batches and learning rate.
+
+    Where the user has not chosen it, few images get a batch of a sixteenth of them, but at least 8. The rate
+    is then that of lr_batch images, as a batch of a few would shrink it to nothing.
+    """
+    images, wanted = args["num_images"], args["batch_size"]
+    if chosen and wanted > images:
+        raise UsageError(f"--batch-size {wanted} is more than the {images} images that there are")
+    batch = wanted if chosen else min(wanted, max(8, images // 16))
+    rate_batch = wanted if chosen else min(wanted, max(batch, args["lr_batch"]))
+    args["batch_size"], args["accumulate"] = cut_batch(batch, images, args["accumulate"])
+    args["lr"] = args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
+    if batch < wanted and rank() == 0:
+        print(f"{images} images are few for the recipe's batch of {wanted}: taking {args['batch_size']}, and "
+              f"a learning rate of {args['lr']:.3g}; --batch-size and --lr set others")
+
+
+def small_patch(size):
+    """The patch size for a small image (height, width): an eighth of it, or the next smaller that divides
+    both sides."""
+    return max(p for p in range(1, max(1, max(size) // 8) + 1) if math.gcd(*size) % p == 0)
+
+
 def image_pair(size):
     """--image-size's one or two numbers -> [height, width]."""
     if len(size) > 2:
         raise UsageError(f"--image-size takes one number, or height and width; got {size}")
     return list(size * 2)[:2]
-
-
-def fit_batch(args, chosen):
-    """Settles batch size, micro-batches and learning rate, and says so if they are not the recipe's.
-
-    Where the user has not chosen it, few images get a batch that makes at least 16 steps an epoch, or has 8
-    images. The rate is then that of lr_batch images, as a batch of a few would shrink it to nothing.
-    """
-    images, wanted = args["num_images"], args["batch_size"]
-    batch = rate_batch = wanted
-    if not chosen and 16 * wanted > images:
-        batch = min(wanted, images, 2 ** int(math.log2(max(8, images / 16))))
-        batch = max(batch // world_size(), 1) * world_size()
-        rate_batch = min(wanted, max(batch, args["lr_batch"]))
-    if batch > images:
-        raise UsageError(f"--batch-size {batch} is more than the {images} images that there are")
-    args["accumulate"] = args["accumulate"] or split_batch(batch)
-    if batch % (world_size() * args["accumulate"]):
-        raise UsageError(f"--batch-size {batch} is not divisible by {world_size()} processes x "
-                         f"{args['accumulate']} micro-batches")
-    args["batch_size"], args["lr"] = batch, args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
-    if batch != wanted and rank() == 0:
-        print(f"{images} images are few for the recipe's batch of {wanted}: taking {batch}, which makes "
-              f"{images // batch} steps an epoch, and a learning rate of {args['lr']:.3g}; --batch-size and "
-              "--lr set others")
-
-
-def report(source, method, args, **machine):
-    """Prints what the run took, with what None came to."""
-    print(source.description)
-    args = args | machine
-    if hasattr(method, "interval_for"):
-        args["interval"] = method.interval_for(args["epochs"])
-    for name, value in args.items():
-        value = getattr(method, name, None) if value is None else value
-        if value is not None:
-            print(f"  {name:16s} {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -896,14 +877,14 @@ def flag_help(function):
     return found
 
 
-def number(kind, limits):
-    """The argparse type of numbers within limits (a Range)."""
+def number(kind, low, high, words):
+    """The argparse type of numbers from low to high."""
 
     def convert(text):
         with contextlib.suppress(ValueError):
-            if limits.low <= kind(text) <= limits.high:
+            if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"must be {limits.words}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}")
 
     return convert
 
@@ -923,7 +904,7 @@ def flag_options(annotation):
     if annotation is bool:
         return dict(action=argparse.BooleanOptionalAction)
     if annotation in (int, float):  # neither nan nor inf
-        return flag_options(Annotated[annotation, Range(-LARGEST, LARGEST, "a finite number")])
+        return flag_options(Annotated[annotation, -LARGEST, LARGEST, "a finite number"])
     return dict(metavar=annotation.__name__.upper())
 
 

@@ -596,12 +596,12 @@ def test_a_seed_gives_the_same_items_for_any_number_of_workers():
 
 
 def test_processes_share_a_steps_micro_batches_out():
-    one = list(EpochBatches(23, 8, 2, seed=1))
-    assert len(one) == len(EpochBatches(23, 8, 2)) == 8  # 2 whole steps of 4 micro-batches; 7 images wait for another epoch
+    one = list(EpochBatches(23, 8, 4, seed=1))
+    assert len(one) == len(EpochBatches(23, 8, 4)) == 8  # 2 whole steps of 4 micro-batches; 7 images wait for another epoch
     assert len({i for batch in one for _, i in batch}) == 16
-    two = [list(EpochBatches(23, 8, 2, seed=1, rank=r, world_size=2)) for r in (0, 1)]
+    two = [list(EpochBatches(23, 8, 4, seed=1, rank=r, world_size=2)) for r in (0, 1)]
     assert [b for pair in zip(*two) for b in pair] == one
-    later = EpochBatches(23, 8, 2, seed=1)
+    later = EpochBatches(23, 8, 4, seed=1)
     later.epoch = 1
     assert list(later)[0] != one[0] and list(later)[0][0][0] == 1
 
@@ -668,7 +668,7 @@ def test_crops_on_the_device_are_nearly_torchvisions(size):
 def test_the_device_loader_says_where_the_pixels_come_from_and_repeats_itself():
     source = Source(*[coordinates(40, 60)] * 12)
     dataset = Images(source, (16, 24), crop_scale=(0.3, 0.9), seed=5)
-    batches = EpochBatches(12, 4, 4, seed=5)
+    batches = EpochBatches(12, 4, 1, seed=5)
     batches.epoch = 3
     items = {}
     for batch in DeviceLoader(dataset, batches, "cpu"):
