@@ -31,6 +31,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -914,7 +915,9 @@ class CocoRegions:
             for segment, mask in objects:
                 labels[mask] = number[segment["category_id"]]
             return labels
-        return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape),
+        boxes = np.array([a["bbox"] for a, _ in objects], float).reshape(-1, 4)  # x, y, width, height
+        boxes[:, 2:] += boxes[:, :2]
+        return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape), boxes=boxes,
                     labels=np.array([number[a["category_id"]] + 1 for a, _ in objects], np.int64),
                     areas=np.array([a["area"] for a, _ in objects], float),
                     crowd=np.array([a.get("iscrowd", 0) for a, _ in objects], bool))
@@ -1127,8 +1130,8 @@ def load_dense(data, objects, split="train", image_size=None, limit=None):
     """Opens images with dense truth: the built-in scenes, COCO, or without `objects` ADE20K and Pascal VOC.
 
     Without `objects` truth is [H, W] uint8, classes or IGNORED. With them it is a dict of masks, bool
-    [n, H, W]; labels, int64 [n] from 1; areas, [n] in pixels; crowd, bool [n]. Raises UsageError if the data
-    have no such truth.
+    [n, H, W]; boxes, [n, 4], (x1, y1, x2, y2) in pixels; labels, int64 [n] from 1; areas, [n] in pixels;
+    crowd, bool [n]. Raises UsageError if the data have no such truth.
     """
     root, part = Path(data), "training" if split == "train" else "validation"
     photos = root / "images" / part
@@ -1164,7 +1167,13 @@ def scene_truth(index, item):
     numbers = np.setdiff1d(instances, 0)  # in small images some may be hidden
     masks = instances == numbers[:, None, None]
     labels = np.array(item["shapes"])[numbers - 1] + 1
-    return dict(masks=masks, labels=labels, areas=masks.sum((1, 2)), crowd=np.zeros(len(numbers), bool))
+    return dict(masks=masks, boxes=boxes_of(torch.from_numpy(masks)).numpy(), labels=labels,
+                areas=masks.sum((1, 2)), crowd=np.zeros(len(numbers), bool))
+
+
+def boxes_of(masks):
+    """Masks [n, H, W] -> boxes [n, 4] around them: (x1, y1, x2, y2) in pixels, the far sides outside."""
+    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
 
 def scene_classes(index, item):

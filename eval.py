@@ -10,26 +10,21 @@ timm state dict, or `random` for an untrained encoder. `python eval.py --task kn
 task.
 """
 
-import argparse
-import colorsys
 import copy
 import functools
 import inspect
 import json
 import math
-import re
 import sys
 import tempfile
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
@@ -39,7 +34,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -47,20 +42,22 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
-                      collate, decode, denormalize, explained, load_data, load_dense, make_loader, normalize,
-                      open_regions, read_ids, seed_of)
+                      boxes_of, check_shape, collate, decode, denormalize, explained, load_data, load_dense,
+                      make_loader, normalize, open_regions, read_ids, seed_of)
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
-                   autocast, call, check_choice, cut_batch, draw_reconstruction, exit_with_one_line,
+                   autocast, call, cut_batch, draw_reconstruction, exit_with_one_line,
                    first_process_first, flag_parameters, half_cosine, image_pair, join_processes,
                    learning_rate, load_method, load_tokenizer, open_device, parameter_groups, picture,
                    picture_items, rank, restore, run_settings, save_picture, sized, small_patch, train_epoch,
                    world_size, write_atomically)
 
-PIECE = 256  # images that go through an encoder at a time
+PIECE = 256  # images that `extract` encodes at a time
+MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
 
-# The defaults of the tasks are the papers', for large images. These are ours: for images of up to 96 pixels,
-# and of those for ViTs as small as `nano`. The command line takes them where a flag is not given. With them,
-# every task ends within five minutes for the built-in scenes on two cores.
+# The defaults of the tasks are the papers', for large images. The two tables below are ours. The first is for
+# images of up to 96 pixels, the second for such images and a ViT as small as `nano`. The command line takes
+# them where a flag is not given. With them, every task ends within five minutes for the built-in scenes on
+# two cores.
 SMALL_RECIPES = {
     "linear": dict(batch_size=256, base_lr=20.0, cache_features=True),
     "attentive": dict(batch_size=256, base_lr=0.05, cache_features=True),
@@ -72,8 +69,8 @@ NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=3)}
 
 
 def recipe(task, encoder):
-    """What differs from a task's defaults for a mim.ViT: keywords for `linear(..., **recipe("linear", vit))`.
-    """
+    """The keywords of a task that differ from its defaults for this mim.ViT: `linear(..., **recipe("linear",
+    vit))`."""
     nano, large, huge = (mim.SIZES[name]["embed_dim"] for name in ("nano", "large", "huge"))
     width, relative, changes = encoder.embed_dim, encoder.relative_position, {}
     if max(encoder.image_size) <= SMALL:
@@ -99,14 +96,14 @@ class Pairs(torch.utils.data.Dataset):
     """
 
     def __init__(self, data):
-        self.data = torch.utils.data.TensorDataset(*data) if isinstance(data, (tuple, list)) else data
+        self.source = torch.utils.data.TensorDataset(*data) if isinstance(data, (tuple, list)) else data
 
     def __len__(self):
-        return len(self.data)
+        return len(self.source)
 
     def __getitem__(self, key):
-        item = self.data[key[1] if isinstance(key, tuple) else key]
-        return item if isinstance(item, dict) else dict(image=item[0], label=item[1])
+        image, label = self.source[key[1] if isinstance(key, tuple) else key]
+        return dict(image=image, label=label, broken=-1)
 
 
 def as_items(data):
@@ -115,11 +112,10 @@ def as_items(data):
 
 
 def count_classes(dataset):
-    """The number of classes: as many as the data have names for, else the largest label + 1, for which all is
+    """The number of names in the data's `classes`. Without those, the largest label + 1; then all data are
     read."""
-    data = dataset.source if isinstance(dataset, Images) else dataset.data
-    if hasattr(data, "classes"):
-        return len(data.classes)
+    if hasattr(dataset.source, "classes"):
+        return len(dataset.source.classes)
     return 1 + max(int(dataset[i]["label"]) for i in range(len(dataset)))
 
 
@@ -129,21 +125,13 @@ def prepare(images, device):
     return images if images.is_floating_point() else normalize(images)
 
 
-def watcher(dataset):
-    """A function that names the broken files of a batch, for datasets.Images; for others it does nothing."""
-    if isinstance(dataset, Images):
-        broken = BrokenFiles(dataset.source, tqdm.write)
-        return lambda batch: broken.watch(batch["broken"])
-    return lambda batch: None
-
-
 @torch.no_grad()
 def extract(function, dataset, device="cpu", precision="fp32", workers=0, title="features"):
     """All images through function(images [b, 3, H, W]) -> outputs [n, ...] and labels [n], on the device."""
-    outputs, labels, watch = [], [], watcher(dataset)
+    outputs, labels, broken = [], [], BrokenFiles(dataset.source, tqdm.write)
     loader = make_loader(dataset, workers, device, batch_size=PIECE)
     for batch in tqdm(loader, title, leave=False, disable=None):
-        watch(batch)
+        broken.watch(batch["broken"])
         with autocast(device, precision):
             outputs.append(function(prepare(batch["image"], device)))
         labels.append(batch["label"].to(device))
@@ -156,7 +144,8 @@ def frozen(model, device):
 
 
 def trainable(encoder, drop_path, freeze=False):
-    """A copy of a mim.ViT to train, its position table too, as in MAE's fine-tuning; or to use as it is."""
+    """A copy of a mim.ViT of which everything trains, the position table too (as in MAE's fine-tuning); with
+    freeze=True, nothing."""
     encoder = copy.deepcopy(encoder).requires_grad_(not freeze)
     mim.set_drop_path(encoder.blocks, 0.0 if freeze else drop_path)
     return encoder
@@ -165,8 +154,8 @@ def trainable(encoder, drop_path, freeze=False):
 def pooled(encoder, pool):
     """The function from images to features [b, D], float32: the class token's, or the mean of the patches'.
 
-    The mean is taken of what the encoder returns, so after a ViT's last norm; the authors' global pooling, as
-    in `Classifier`, norms after the mean.
+    The mean is of the encoder's outputs, that is, after its last norm. The authors' global pooling
+    (`Classifier`) takes the mean first and norms it.
     """
 
     def features(images):
@@ -235,12 +224,13 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
         warmup_epochs=None, usual_warmup=10, min_lr=0.0, fall=half_cosine, accumulate=None,
         collate_fn=collate, output=None, resume=False, settings=None, seed=0, device="cpu", precision="fp32",
         workers=0, title="training"):
-    """Trains `model`: probes, fine-tuning and dense tasks share this loop. Returns what it settled, a dict.
+    """Trains `model`: probes, fine-tuning and dense tasks share this loop. Returns a dict: the batch size and
+    the warm-up that it used.
 
     train: a dataset whose items are dicts with image and label.
     compute_losses(model, images, labels) -> dict of scalars: "loss" and, if there are, its parts. The model
         is an argument because it is wrapped where several processes train it. Labels are as collated.
-    base_lr: learning rate per `lr_batch` images of the batch; behind the warm-up it goes to min_lr along
+    base_lr: learning rate per `lr_batch` images of the batch. After the warm-up it falls to min_lr along
         `fall`.
     warmup_epochs: default: `usual_warmup`, but at most a ninth of the epochs.
     output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
@@ -250,14 +240,14 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     if warmup_epochs > epochs:
         raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
     batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
-    steps, peak, watch = len(train) // batch_size, base_lr * batch_size / lr_batch, watcher(train)
+    steps, peak = len(train) // batch_size, base_lr * batch_size / lr_batch
+    broken = BrokenFiles(train.source, tqdm.write)
     batches = EpochBatches(len(train), batch_size, accumulate, seed, rank(), world_size())
     loader = make_loader(train, workers, device, batch_sampler=batches, collate_fn=collate_fn)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
     done = 0
-    if output is not None:
-        settings = settings | dict(batch_size=batch_size, accumulate=accumulate, num_images=len(train),
-                                   warmup_epochs=warmup_epochs)
+    settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, num_images=len(train),
+                    warmup_epochs=warmup_epochs)
     if resume:
         state = open_kept(output, settings)
         done = state["epoch"]
@@ -265,7 +255,7 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
 
     def losses(batch, step):
-        watch(batch)
+        broken.watch(batch["broken"])
         return compute_losses(wrapped, prepare(batch["image"], device), batch["label"])
 
     def lr(step):
@@ -276,8 +266,6 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
         train_epoch(wrapped, loader, optimizer, losses, epoch=epoch, epochs=epochs, steps=steps, lr=lr,
                     batch_size=batch_size, accumulate=accumulate, scaler=scaler, seed=seed, device=device,
                     precision=precision, title=title)
-        if not all_finite(model):
-            raise UsageError(f"the weights are no longer finite in epoch {epoch + 1}: try a lower --base-lr")
         if output is not None and rank() == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                          scaler=scaler.state_dict(), epoch=epoch + 1, args=settings)
@@ -290,12 +278,10 @@ def open_kept(path, settings):
     """What `fit` has written to a file; UsageError if it is something else, or of other settings."""
     with explained("--resume", f"{path} is not of --task {settings['task']}"):
         state = mim.load_file(path)
-        if state["args"]["task"] != settings["task"]:
-            raise ValueError(f"but of {state['args']['task']}")
+        kept = state["args"]
     for name, value in settings.items():
-        kept = state["args"].get(name)
-        if kept != value:
-            raise UsageError(f"--resume: {path} was made with {name} {kept}, not {value}")
+        if kept.get(name) != value:
+            raise UsageError(f"--resume: {path} was made with {name} {kept.get(name)}, not {value}")
     return state
 
 
@@ -303,27 +289,25 @@ def open_kept(path, settings):
 # Probes: a classifier on a frozen encoder
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(torch.optim.SGD):
     """Layer-wise adaptive rate scaling (You et al., 2017, arXiv:1708.03888), as MAE's linear probe uses it.
 
-    SGD with momentum in which the gradient of a weight matrix is scaled to trust * |w| / |g|; biases are not
-    scaled.
+    SGD with momentum in which the gradient of a weight matrix is scaled to a norm of trust * |w|; gradients
+    of biases are not scaled.
     """
 
     def __init__(self, params, lr, momentum=0.9, trust=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
+        super().__init__(params, lr, momentum)
+        self.trust = trust
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                gradient = p.grad
                 if p.ndim > 1:
-                    w, g = p.norm(), gradient.norm()
-                    gradient = gradient * torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(group["momentum"]).add_(gradient)
-                p.add_(momentum, alpha=-group["lr"])
+                    w, g = p.norm(), p.grad.norm()
+                    p.grad *= torch.where((w > 0) & (g > 0), self.trust * w / g, 1.0)
+        return super().step(closure)
 
 
 def classifier(dim, num_classes):
@@ -361,9 +345,9 @@ class AttentiveProbe(nn.Module):
         return self.attn.weights(self.query.expand(len(patches), -1, -1), patches).squeeze(2)
 
 
-def train_probe(features, make_head, make_optimizer, train, val, cache_features, *, device, precision,
-                workers, **options):
-    """Trains a head on frozen features -> the head, and a dict of its accuracies. options: those of `fit`.
+def train_probe(features, make_head, make_optimizer, train, val, cache_features, *, base_lr, seed, device,
+                precision, workers, **options):
+    """Trains a head on frozen features -> the head, and a dict of its accuracies. options: others of `fit`.
 
     features: images [b, 3, H, W] -> what the head takes.
     make_head(dim, num_classes); make_optimizer(parameters, lr).
@@ -372,8 +356,9 @@ def train_probe(features, make_head, make_optimizer, train, val, cache_features,
     num_classes = count_classes(train)
     with torch.no_grad():
         dim = features(prepare(train[0]["image"][None], device)).shape[-1]
-    torch.manual_seed(options["seed"])
+    torch.manual_seed(seed)
     head = make_head(dim, num_classes).to(device)
+    optimizer = make_optimizer(head.parameters(), base_lr)
     if cache_features:  # the features take the images' place
         known, labels = extract(features, train, device, precision, workers, "train features")
         train = Pairs((known.cpu(), labels.cpu()))
@@ -384,8 +369,8 @@ def train_probe(features, make_head, make_optimizer, train, val, cache_features,
                 inputs = features(inputs)
         return dict(loss=F.cross_entropy(head(inputs), labels.to(device)))
 
-    settled = fit(head, make_optimizer(head.parameters(), options["base_lr"]), train, compute_losses,
-                  device=device, workers=0 if cache_features else workers, title="probe", **options)
+    settled = fit(head, optimizer, train, compute_losses, base_lr=base_lr, seed=seed, device=device,
+                  workers=0 if cache_features else workers, title="probe", **options)
 
     def logits(images):
         inputs = features(images)
@@ -424,11 +409,11 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
               base_lr: PositiveFloat = 0.0125, warmup_epochs: NonNegativeFloat | None = None,
               cache_features: bool | None = None, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
               workers=0) -> dict:
-    """Attentive probe (CAE, Appendix A): frozen encoder, `AttentiveProbe`, SGD; its learning rate is 0.4 in
-    all.
+    """Attentive probe (CAE, Appendix A): frozen encoder, `AttentiveProbe`, SGD; base_lr and batch_size
+    together give a learning rate of 0.4.
 
     Cached, the patches of all training images are in memory, 2 N D bytes each: 1.2 GB for CIFAR-10 at ViT-Ti
-    and 64 patches, and twice as much for a moment.
+    and 64 patches. While they are joined into one tensor, they take twice that.
 
     encoder, train, val: as for `knn`.
     images: [n, 3, H, W], of which the result has a `picture` [3, h, w] of where the query looks (for a
@@ -467,15 +452,15 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
 
 
 class Classifier(nn.Module):
-    """A mim.ViT with a linear classifier on its class token or, behind a new norm, its patches' mean."""
+    """A mim.ViT with a linear classifier on its class token or, behind a new norm, its patches' mean; the
+    encoder's own norm is then taken out of it."""
 
     def __init__(self, encoder, num_classes, pool="mean"):
         super().__init__()
         self.encoder, self.pool = encoder, pool
-        # With mean pooling the norm comes after the mean (MAE and BEiT), so the encoder's own is taken out.
-        self.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6) if pool == "mean" else nn.Identity()
-        if pool == "mean":
-            encoder.norm = nn.Identity()
+        self.fc_norm = nn.Identity()
+        if pool == "mean":  # MAE and BEiT norm after the mean, so the encoder's own norm is taken out
+            self.fc_norm, encoder.norm = mim.layer_norm(encoder.embed_dim), nn.Identity()
         self.head = nn.Linear(encoder.embed_dim, num_classes)
         # As in MAE's fine-tuning code, so that training starts from nearly equal logits.
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
@@ -485,11 +470,11 @@ class Classifier(nn.Module):
         return self.head(self.fc_norm(self.encoder.features(images, self.pool)))
 
 
-def layer_groups(encoder, heads, weight_decay, layer_decay):
-    """Parameter groups with `lr_scale` = layer_decay^(layers above): BEiT's layer-wise learning rate decay.
+def layer_wise_adamw(encoder, heads, weight_decay, layer_decay):
+    """AdamW whose groups have `lr_scale` = layer_decay^(layers above): BEiT's layer-wise learning rate decay.
 
     The patch embedding and tokens are layer 0, block i is layer i+1. `heads`, the modules on top of the
-    encoder, and the encoder's last norm are above all and keep the full rate.
+    encoder, and the encoder's last norm count as the layer above the last block, which has the full rate.
     """
     depth, groups = len(encoder.blocks), []
     top = nn.ModuleList([encoder.norm, *heads])
@@ -498,13 +483,7 @@ def layer_groups(encoder, heads, weight_decay, layer_decay):
             groups.append(group | dict(lr_scale=layer_decay ** (depth + 1 - number)))
     tokens = [p for p in encoder.parameters(recurse=False) if p.requires_grad]
     groups.append(dict(params=tokens, weight_decay=0.0, lr_scale=layer_decay ** (depth + 1)))
-    return [group for group in groups if group["params"]]
-
-
-def layer_wise_adamw(encoder, heads, weight_decay, layer_decay):
-    """AdamW on `layer_groups`."""
-    groups = layer_groups(encoder, heads, weight_decay, layer_decay)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def augmentation():
@@ -514,11 +493,10 @@ def augmentation():
     torchvision's RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean,
     not noise.
     """
-    mean = [round(255 * m) for m in MEAN]
     bilinear = v2.InterpolationMode.BILINEAR
-    operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=bilinear, fill=mean)  # 9 of 0..10
-    once = v2.RandomApply([operation], p=0.5)
-    return v2.Compose([once, once, v2.RandomErasing(0.25, value=mean)])
+    operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=bilinear, fill=MEAN_COLOUR)
+    once = v2.RandomApply([operation], p=0.5)  # one operation, of magnitude 9 of 0..10
+    return v2.Compose([once, once, v2.RandomErasing(0.25, value=MEAN_COLOUR)])
 
 
 def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: PositiveInt = 1024,
@@ -545,8 +523,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     drop_path: stochastic depth of the last block
     label_smoothing: of the cross-entropy
     pool: what is classified: cls (the class token) or mean (of the patches; a new norm comes after the mean)
-    accumulate: micro-batches that a step's batch is cut into, over all processes; default: as few as keep
-        them at 256 images
+    accumulate: number of micro-batches of a step, over all processes; default: the smallest that leaves at
+        most 256 images in each
     resume: go on from --output
     seed: of everything random
     """
@@ -588,9 +566,8 @@ def block_outputs(encoder, images, after):
     The class token takes part and is then dropped; the encoder's last norm is not applied.
     """
     x, maps = encoder.sequence(encoder.embed(images)), []
-    buckets = encoder.buckets if encoder.relative_position else None
     for block in encoder.blocks:
-        x = block(x, buckets)
+        x = block(x, encoder.buckets)
         maps.append(as_map(x[:, 1:], encoder.grid))
     return [maps[number - 1] for number in after]
 
@@ -610,7 +587,7 @@ def rescalers(dim, dim_2, dim_4, norm):
 
 def resize(x, size):
     """Bilinear resizing of maps [B, C, h, w] to a (height, width)."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size, mode="bilinear")
 
 
 class UPerNet(nn.Module):
@@ -620,11 +597,11 @@ class UPerNet(nn.Module):
     Four maps [B, dim, gh, gw] of a ViT -> logits [B, num_classes, 4 gh, 4 gw].
 
     Departs from the paper: the maps are a ViT's, all of one scale, which BEiT's transposed convolutions and
-    pooling change; of the heads, only that for segmentation. The norm is batch norm, as there: on 16 images
-    it computes what the released codes' synchronised one does. LayerNorm over channels would do without a
-    batch, but learned far slower here: most of a ViT's output is what all positions share, and only a mean
-    over positions removes it. So a step needs 2 images or more. mmsegmentation's second head and its dropout
-    are left out.
+    pooling change; of the heads, only that for segmentation. The norm is batch norm, as there: in one
+    process, on 16 images, it computes what the released codes' synchronised one does; under torchrun each
+    process norms its own images. LayerNorm over the channels would not need a batch, but learned far more
+    slowly here: most of a ViT's output is the same at all positions, and only a mean over positions removes
+    that. So a step needs 2 images or more. mmsegmentation's second head and its dropout are left out.
     """
 
     sides = (1, 2, 3, 6)  # of the pooled maps: Pyramid Scene Parsing Network, CVPR 2017, arXiv:1612.01105
@@ -672,7 +649,7 @@ class Segmenter(nn.Module):
         if head == "upernet":
             encoder.norm.requires_grad_(False)  # it reads the blocks
             self.head = UPerNet(encoder.embed_dim, num_classes, width)
-        elif head == "linear":  # a scale and a shift behind the norm would do what the linear layer does
+        elif head == "linear":  # the norm needs no scale and shift: the linear layer can learn both
             self.head = nn.Sequential(nn.BatchNorm2d(encoder.embed_dim, affine=False, eps=1e-6),
                                       nn.Conv2d(encoder.embed_dim, num_classes, 1))
         else:
@@ -689,12 +666,12 @@ class Segmenter(nn.Module):
 class DenseImages(torch.utils.data.Dataset):
     """Images with their dense truth (datasets.load_dense), transformed together.
 
-    size: (height, width) of the images. scale: in training, images are resized by a random factor of this
-        range, 1 being the largest that fits; then a random part is cut out or the rest filled up, and half
-        are mirrored. None, for evaluation: as large as fits, the rest filled up; the truth stays as it is.
+    size: (height, width) of the images. scale: in training, an image is first resized to the largest size
+        that fits, times a random factor of this range; then a random part is cut out, or the rest is filled
+        up, and half of the images are mirrored. None, for evaluation: as large as fits, the rest filled up.
     distort: whether colours are changed at random, too.
-    Items: dict(image uint8 [3, *size], label, original): the label is a map of classes, or a dict of objects;
-        the original is the image as it was.
+    Items: dict(image uint8 [3, *size], label), the label a tensor map of classes, or a dict of the objects'
+        tensors. In evaluation the label is as load_dense gives it, and `original` is the image as it was.
     """
 
     def __init__(self, source, size, scale=None, distort=False, seed=0):
@@ -727,9 +704,6 @@ class DenseImages(torch.utils.data.Dataset):
         return dict(image=image, label=dict(boxes=boxes_of(masks), masks=masks, labels=labels))
 
 
-MEAN_COLOUR = [round(255 * m) for m in MEAN]
-
-
 def fitting_size(image, size):
     """The (height, width) of an image [3, H, W] when it is as large as fits into `size`."""
     scale = min(size[0] / image.shape[1], size[1] / image.shape[2])
@@ -737,28 +711,23 @@ def fitting_size(image, size):
 
 
 def fit_inside(image, size, fill=MEAN_COLOUR, interpolation=v2.InterpolationMode.BILINEAR):
-    """A uint8 image [C, H, W], as large as fits into `size`; `fill` is the colour of what is left right and
-    below."""
+    """A uint8 image [C, H, W], as large as fits into `size`; `fill` is the colour of the empty part on the
+    right and below."""
     h, w = fitting_size(image, size)
     image = v2.functional.resize(image, [h, w], interpolation, antialias=True)
     return v2.functional.pad(image, [0, 0, size[1] - w, size[0] - h], fill=fill)
 
 
-def boxes_of(masks):
-    """Masks [n, H, W] -> boxes [n, 4] around them: (x1, y1, x2, y2) in pixels, the far sides outside."""
-    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
-
-
 def collate_dense(items):
     """Items of `DenseImages` -> their images as one tensor, their labels as a list."""
     images = torch.stack([item["image"] for item in items])
-    return dict(image=images, label=[item["label"] for item in items])
+    return dict(image=images, label=[item["label"] for item in items], broken=torch.empty(0))
 
 
 @torch.no_grad()
 def predict_dense(model, dataset, device, precision, workers):
     """Yields (item, what the model gives for its image) for the images of a dataset in order."""
-    loader = torch.utils.data.DataLoader(dataset, 16, num_workers=workers, collate_fn=list)
+    loader = make_loader(dataset, workers, device, list, batch_size=16)
     for items in tqdm(loader, "val", leave=False, disable=None):
         with autocast(device, precision):
             outputs = model(prepare(torch.stack([item["image"] for item in items]), device))
@@ -826,10 +795,9 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
 
 
 def class_colours(count):
-    """`count` colours that differ, as (red, green, blue) in 0..255: grey for the first class, mostly the
-    background, then hues at steps of the golden ratio."""
-    colours = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.75, 0.95 - 0.3 * (k % 2)) for k in range(1, count)]
-    return [(190, 190, 190)] + [tuple(round(255 * part) for part in colour) for colour in colours]
+    """`count` colours that differ: silver for the first class, mostly the background, then hues at steps of
+    the golden ratio, light and dark in turn."""
+    return ["silver"] + [f"hsv({222 * k % 360},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
 
 
 # An image [C, H, W] uint8 -> its longer side brought to 256 pixels, on a white square
@@ -838,14 +806,12 @@ enlarge = functools.partial(fit_inside, size=(256, 256), fill=255, interpolation
 
 def draw_classes(shown, names):
     """(image uint8 [3, H, W], predicted, true classes [H, W]) of some images -> a picture with a legend."""
-    colours = class_colours(len(names))
-    table = torch.full((256, 3), 255, dtype=torch.uint8)  # ignored pixels are white
-    table[:len(names)] = torch.tensor(colours, dtype=torch.uint8)
+    colours = class_colours(len(names)) + ["white"] * (256 - len(names))  # ignored pixels are white
+    table = torch.tensor([ImageColor.getrgb(colour) for colour in colours], dtype=torch.uint8)
     columns = dict(image=[], prediction=[], truth=[], classes=[])
     for image, found, truth in shown:
         legend = Image.new("RGB", (256, 256), "white")
-        seen = dict.fromkeys(truth.unique().tolist() + found.unique().tolist())  # the truth first
-        seen.pop(IGNORED, None)
+        seen = [k for k in torch.cat([truth, found]).unique().tolist() if k != IGNORED]
         for line, k in enumerate(seen):
             ImageDraw.Draw(legend).text((4, 4 + 14 * line), names[k], fill=colours[k])
         maps = (table[classes].permute(2, 0, 1) for classes in (found, truth))
@@ -858,21 +824,6 @@ def draw_classes(shown, names):
 # Dense transfer: object detection
 
 
-def split_windows(x, window):
-    """[B, gh, gw, D] -> windows [B * n, wh * ww, D] in raster order; zeros fill up those at the edges."""
-    B, gh, gw, D = x.shape
-    wh, ww = window
-    x = F.pad(x, (0, 0, 0, -gw % ww, 0, -gh % wh))
-    return x.unflatten(2, (-1, ww)).unflatten(1, (-1, wh)).transpose(2, 3).reshape(-1, wh * ww, D)
-
-
-def merge_windows(windows, window, grid):
-    """The inverse of `split_windows`: [B * n, wh * ww, D] -> [B, gh, gw, D]."""
-    (gh, gw), (wh, ww) = grid, window
-    x = windows.unflatten(1, window).unflatten(0, (-1, math.ceil(gh / wh), math.ceil(gw / ww)))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :gh, :gw]
-
-
 layer_norm_2d = functools.partial(LayerNorm2d, eps=1e-6)  # over the channels of every position
 
 
@@ -880,8 +831,9 @@ class ViTDet(nn.Module):
     """Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022,
     arXiv:2203.16527.
 
-    New: a plain ViT is a detector's backbone. Its blocks attend inside windows, but the last of each quarter
-    of the depth everywhere (§3, "Backbone adaptation"); its last map alone makes the pyramid (Figure 2c).
+    New: a plain ViT is a detector's backbone. Most blocks attend inside windows only; the last block of each
+    quarter of the depth attends everywhere (§3, "Backbone adaptation"). The last map alone makes the pyramid
+    (Figure 2c).
 
     Images [B, 3, H, W] -> OrderedDict of five maps [B, width, h, w], of 4, 2, 1, 1/2, 1/4 times the patches'
     grid: what torchvision asks of a backbone, with `out_channels`. The class token is left out.
@@ -899,8 +851,10 @@ class ViTDet(nn.Module):
         encoder.norm.requires_grad_(False)  # the pyramid reads the last block
         self.encoder, self.out_channels, depth = encoder, width, len(encoder.blocks)
         self.global_blocks = [math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)]
-        self.window = tuple(min(window, side) for side in encoder.grid)
-        buckets = mim.relative_buckets(self.window)[1:, 1:] if encoder.relative_position else None
+        self.window = min(window, *encoder.grid)
+        buckets = None
+        if encoder.relative_position:
+            buckets = mim.relative_buckets((self.window, self.window))[1:, 1:]
         self.register_buffer("window_buckets", buckets, persistent=False)
         D = encoder.embed_dim
         self.rescalers = rescalers(D, D // 2, D // 4, norm)
@@ -910,10 +864,14 @@ class ViTDet(nn.Module):
 
     def windowed(self, block, x):
         """A block that attends inside windows, [B, N, D] -> [B, N, D]; drop path still drops whole images."""
-        grid = self.encoder.grid
-        windows = split_windows(block.norm1(x).unflatten(1, grid), self.window)
-        windows = block.attn(windows, self.window_buckets)
-        x = x + block.drop_path(block.ls1(merge_windows(windows, self.window, grid).flatten(1, 2)))
+        (gh, gw), window = self.encoder.grid, self.window
+        maps = as_map(block.norm1(x), (gh, gw))
+        maps = F.pad(maps, (0, -gw % window, 0, -gh % window))
+        windows = mim.patchify(maps, window).unflatten(2, (window**2, -1))  # [B, n, window^2, D]
+        windows = block.attn(windows.flatten(0, 1), self.window_buckets).view_as(windows)
+        grid = [side // window for side in maps.shape[2:]]  # of windows
+        maps = mim.unpatchify(windows.flatten(2), window, grid)[:, :, :gh, :gw]
+        x = x + block.drop_path(block.ls1(maps.flatten(2).transpose(1, 2)))
         return x + block.drop_path(block.ls2(block.mlp(block.norm2(x))))
 
     def last_map(self, images):
@@ -929,7 +887,7 @@ class ViTDet(nn.Module):
         x = self.last_map(images)
         maps = [output(rescale(x)) for rescale, output in zip(self.rescalers, self.outputs)]
         maps.append(F.max_pool2d(maps[-1], 1, stride=2))
-        return OrderedDict((str(level), x) for level, x in enumerate(maps))
+        return {str(level): x for level, x in enumerate(maps)}
 
 
 def make_detector(encoder, num_classes, width=256, window=14):
@@ -944,8 +902,8 @@ def make_detector(encoder, num_classes, width=256, window=14):
     width: channels of all maps; the box head's linear layer has 4 * width.
     window: patches on the side of the windows that most blocks attend in.
 
-    Ours, for images of up to 96 pixels: batch norm, which learns faster on many images a step, shallower
-    heads, fewer regions.
+    For images of up to 96 pixels we change three things: batch norm (it learns faster with many images a
+    step), shallower heads, fewer regions.
     """
     (H, W), p = encoder.image_size, encoder.patch_size
     if p % 4 or H % (2 * p) or W % (2 * p):
@@ -993,11 +951,12 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=True)`. Returns COCO's six
     figures in percent (`average_precision`) of boxes and of masks, box_ap, mask_ap, ..., and a picture.
 
-    freeze: train what is behind the encoder alone
+    freeze: train only what follows the encoder
     epochs: passes over the training images
     batch_size: images a step, over all processes
     base_lr: learning rate per 16 images of the batch (1e-4 at 64); a tenth from 90%, a hundredth from 95% on
-    warmup_epochs: epochs of linear warm-up; default: 0.14 (of COCO, the paper's 250 steps)
+    warmup_epochs: epochs of linear warm-up; default: 0.14 (of COCO, the paper's 250 steps), or a ninth of the
+        epochs if that is less
     weight_decay: of AdamW
     layer_decay: learning rate of a block over that of the one above
     drop_path: stochastic depth of the last block
@@ -1028,7 +987,6 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     for item, found in predict_dense(model, val, device, precision, workers):
         image, truth = item["original"], item["label"]
         found = to_original(found, image, val.size)
-        truth = truth | dict(boxes=boxes_of(torch.from_numpy(truth["masks"])).numpy())
         records["box"].append(match_image(truth, found, "boxes"))
         records["mask"].append(match_image(truth, found, "masks"))
         shown += [(image, found)] * (len(shown) < 6)
@@ -1044,8 +1002,8 @@ def to_original(found, image, size):
     h, w = fitting_size(image, size)
     H, W = image.shape[1:]
     masks = resize(found["masks"][:, :, :h, :w].float(), (H, W))[:, 0] > 0.5
-    boxes = found["boxes"].cpu() * torch.tensor([W / w, H / h, W / w, H / h])
-    found = dict(boxes=boxes, masks=masks, labels=found["labels"], scores=found["scores"].float())
+    boxes = found["boxes"].cpu() * torch.tensor(2 * [W / w, H / h])
+    found = found | dict(boxes=boxes, masks=masks, scores=found["scores"].float())
     return {name: value.cpu().numpy() for name, value in found.items()}
 
 
@@ -1054,17 +1012,17 @@ def draw_objects(shown, names):
     0.5."""
     colours, columns = class_colours(len(names) + 1), dict(image=[], detections=[])
     for image, found in shown:
-        columns["image"].append(enlarge(image) / 255)
-        sure = found["scores"] > 0.5
-        drawn, labels = enlarge(image), found["labels"][sure]
-        if sure.any():
-            masks = [enlarge(torch.from_numpy(mask)[None].byte())[0] == 1 for mask in found["masks"][sure]]
-            boxes = torch.from_numpy(found["boxes"][sure] * 256 / max(image.shape[1:]))
-            texts = [f"{names[k - 1]} {score:.2f}" for k, score in zip(labels, found["scores"][sure])]
-            of = [colours[k] for k in labels]
-            drawn = draw_segmentation_masks(drawn, torch.stack(masks), alpha=0.5, colors=of)
-            drawn = draw_bounding_boxes(drawn, boxes, texts, colors=of)
-        columns["detections"].append(drawn / 255)
+        tile = enlarge(image)
+        columns["image"].append(tile / 255)
+        found = {name: values[found["scores"] > 0.5] for name, values in found.items()}
+        if len(found["labels"]) > 0:
+            of = [colours[k] for k in found["labels"]]
+            masks = enlarge(torch.from_numpy(found["masks"]).byte()) == 1
+            boxes = torch.from_numpy(found["boxes"] * 256 / max(image.shape[1:]))
+            texts = [f"{names[k - 1]} {score:.2f}" for k, score in zip(found["labels"], found["scores"])]
+            tile = draw_segmentation_masks(tile, masks, 0.5, of)
+            tile = draw_bounding_boxes(tile, boxes, texts, of)
+        columns["detections"].append(tile / 255)
     return picture({title: torch.stack(tiles) for title, tiles in columns.items()}, per_row=2)
 
 
@@ -1090,25 +1048,22 @@ def box_overlaps(boxes, others):
 
 
 def mask_areas(masks):
-    """n masks, bool [H, W] -> [n], pixels."""
+    """n masks, bool [H, W] -> [n], pixels. One at a time, numpy counts them far faster."""
     return np.array([np.count_nonzero(mask) for mask in masks])
 
 
-def mask_overlaps(masks, others, same_class):
-    """Pixels that two masks share: m and n masks, bool [H, W] -> [m, n]; 0 where not same_class, bool [m, n].
+def mask_overlaps(masks, others):
+    """The pixels that two masks share: bool [m, H, W], [n, H, W] -> [m, n].
 
     For speed, only the rows and columns that the other mask spans are looked at.
     """
-    overlaps = np.zeros(same_class.shape)
+    overlaps = np.zeros((len(masks), len(others)))
     for j, other in enumerate(others):
-        rows = np.flatnonzero(other.any(1))
-        columns = np.flatnonzero(other.any(0))
-        if len(rows) == 0:
-            continue
-        window = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-        inside = np.ascontiguousarray(other[window])
-        for i in np.flatnonzero(same_class[:, j]):
-            overlaps[i, j] = np.count_nonzero(masks[i][window] & inside)
+        rows, columns = np.flatnonzero(other.any(1)), np.flatnonzero(other.any(0))
+        if len(rows) > 0:
+            window = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            inside = other[window].copy()  # in one piece, for speed
+            overlaps[:, j] = mask_areas(mask[window] & inside for mask in masks)
     return overlaps
 
 
@@ -1118,62 +1073,56 @@ def outside(areas):
     return (areas < low) | (areas > high)
 
 
-def match_image(truths, detections, kind="boxes", max_detections=100):
+def match_image(truths, detections, kind="boxes"):
     """Which detections of one image are hits, for each range of areas and each IoU threshold.
 
     By falling score, each detection takes the truth of its class with the largest IoU among those that are
-    free and reach the threshold. Crowds and truths outside the range of areas are taken only if no other can
-    be; the detection is then neither hit nor miss. So is one that takes none, if its own area is outside the
+    free and reach the threshold. It takes a crowd, or a truth outside the range of areas, only if it can take
+    no other; it is then neither hit nor miss. So is one that takes none, if its own area is outside the
     range. A crowd can be taken many times; the IoU with it is the part of the detection that lies inside it.
+    In each class, only the 100 detections with the highest scores count.
 
     truths: dict of arrays: boxes [n, 4] (x0, y0, x1, y1) or masks bool [n, H, W], labels [n], crowd bool [n],
         and areas [n] as annotated, which decide the range
     detections: dict of arrays: boxes [m, 4] or masks bool [m, H, W], labels [m], scores [m]
     kind: boxes or masks; IoU and the detections' areas are of these
-    max_detections: in each class, only so many with the highest scores count
     returns: labels [k], scores [k], outcomes int8 [4, 10, k] of the detections that count, by falling score;
         labels [n] of the truths, and bool [4, n] which of them are to be found
     """
-    truths = {key: values[::-1] for key, values in truths.items()}  # of equal IoUs, COCO takes the last truth
+    areas_of, overlaps_of = (mask_areas, mask_overlaps) if kind == "masks" else (box_areas, box_overlaps)
     order = np.argsort(-detections["scores"], kind="stable")
     labels = detections["labels"][order]
     rank = np.tril(labels[:, None] == labels, -1).sum(1)  # how many of the same class come before
-    order = order[rank < max_detections]
-    labels = detections["labels"][order]
-    same_class = labels[:, None] == truths["labels"]  # [k, n]
+    order = order[rank < 100]
+    labels, scores = detections["labels"][order], detections["scores"][order]
+    truths = {name: values[::-1] for name, values in truths.items()}  # of equal IoUs, COCO takes the last
+    crowd = truths["crowd"]
 
-    if kind == "masks":
-        masks = [detections["masks"][i] for i in order]
-        areas, truth_areas = mask_areas(masks), mask_areas(truths["masks"])
-        overlaps = mask_overlaps(masks, truths["masks"], same_class)
-    else:
-        boxes, truth_boxes = detections[kind][order].astype(float), truths[kind].astype(float)
-        areas, truth_areas = box_areas(boxes), box_areas(truth_boxes)
-        overlaps = box_overlaps(boxes, truth_boxes) * same_class
-    unions = np.where(truths["crowd"], areas[:, None], areas[:, None] + truth_areas - overlaps)
+    areas, truth_areas = areas_of(detections[kind])[order], areas_of(truths[kind])
+    overlaps = overlaps_of(detections[kind], truths[kind])[order]
+    overlaps = overlaps * (labels[:, None] == truths["labels"])  # [k, n]; 0 between two classes
+    unions = areas[:, None] + np.where(crowd, 0, truth_areas - overlaps)
     iou = overlaps / np.maximum(unions, 1e-12)
 
-    wanted = ~(truths["crowd"] | outside(truths["areas"]))  # [4, n]
-    free = np.ones((4, 10, len(truths["labels"])), dtype=bool)
+    wanted = ~(crowd | outside(truths["areas"]))  # [4, n]
+    free = np.ones((4, 10, len(crowd)), dtype=bool)
     outcomes = np.where(outside(areas), NOT_COUNTED, MISS).astype(np.int8)
     outcomes = outcomes[:, None].repeat(10, axis=1)  # [4, 10, k]
     for i in np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(1)):
         possible = free & (iou[i] >= IOU_THRESHOLDS[:, None])
         best = (possible * (iou[i] + wanted[:, None])).argmax(2, keepdims=True)  # those wanted first
-        taken = possible & (best == np.arange(free.shape[2]))  # [4, 10, n]: one truth or none
-        free &= ~taken | truths["crowd"]
+        taken = possible & (best == np.arange(len(crowd)))  # [4, 10, n]: one truth or none
+        free &= ~taken | crowd
         outcomes[taken.any(2), i] = NOT_COUNTED
         outcomes[(taken & wanted[:, None]).any(2), i] = HIT
-    return labels, detections["scores"][order], outcomes, truths["labels"], wanted
+    return labels, scores, outcomes, truths["labels"], wanted
 
 
-def precision_of_class(outcomes, num_truths):
+def mean_precision(outcomes, num_truths):
     """One class's precision, averaged over the recalls 0, 0.01, ... 1: outcomes [k] by falling score.
 
     The precision at a recall is the highest at this recall or above, and 0 at recalls that are not reached.
     """
-    if num_truths == 0:
-        return np.nan
     hits = np.cumsum(outcomes == HIT)
     misses = np.cumsum(outcomes == MISS)
     precision = hits / np.maximum(hits + misses, 1)
@@ -1191,16 +1140,18 @@ def average_precision(records):
     labels, scores, outcomes, truth_labels, wanted = joined
     order = np.argsort(-scores, kind="stable")
     labels, outcomes = labels[order], outcomes[..., order]
-    table = []
+    figures = dict(ap=[], ap50=[], ap75=[], ap_small=[], ap_medium=[], ap_large=[])
     for label in np.unique(truth_labels):
         totals = wanted[:, truth_labels == label].sum(1)
-        for total, per_threshold in zip(totals, outcomes[..., labels == label]):
-            table.append([precision_of_class(row, total) for row in per_threshold])
-    table = np.reshape(table, (-1, 4, 10))  # [classes, ranges of areas, IoU thresholds]
-    values = dict(ap=table[:, 0], ap50=table[:, 0, 0], ap75=table[:, 0, 5], ap_small=table[:, 1],
-                  ap_medium=table[:, 2], ap_large=table[:, 3])
-    defined = {name: value[~np.isnan(value)] for name, value in values.items()}
-    return {name: 100 * float(value.mean()) if len(value) else None for name, value in defined.items()}
+        of_class = outcomes[..., labels == label]  # [4, 10, k]
+        for name, total, rows in zip(("ap", "ap_small", "ap_medium", "ap_large"), totals, of_class):
+            if total > 0:
+                precisions = [mean_precision(row, total) for row in rows]  # one for each IoU threshold
+                figures[name].append(np.mean(precisions))
+                if name == "ap":
+                    figures["ap50"].append(precisions[0])
+                    figures["ap75"].append(precisions[5])
+    return {name: 100 * float(np.mean(values)) if values else None for name, values in figures.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1218,10 +1169,10 @@ def heat(images, attention):
     """
     attention = resize(attention[:, None], images.shape[-2:])
     attention = attention / attention.amax((2, 3), keepdim=True).clamp_min(1e-12)
-    colours = torch.tensor(COLOURS, device=images.device)
-    places = torch.arange(len(colours), device=images.device).view(-1, 1, 1)
-    weights = (1 - ((len(colours) - 1) * attention - places).abs()).clamp_min(0)  # of the two nearest colours
-    return 0.4 * images.mean(1, keepdim=True) + 0.6 * torch.einsum("nkhw,kc->nchw", weights, colours)
+    colours = torch.tensor(COLOURS, device=images.device).T[None]
+    colours = F.interpolate(colours, size=256, mode="linear", align_corners=True)[0]  # [3, 256]
+    coloured = colours[:, (255 * attention[:, 0]).long()].transpose(0, 1)
+    return 0.4 * images.mean(1, keepdim=True) + 0.6 * coloured
 
 
 def attention_picture(images, maps, more=()):
@@ -1271,11 +1222,13 @@ def attention(encoder, images, regions=None, query: NonNegativeInt | None = None
     torch.manual_seed(seed)
     shown = denormalize(images)
     with autocast(device, precision):
-        flow = encoder.rollout(images) if rollout else None
-        maps = flow[:, query, None, 1:] if rollout else encoder.last_attention(images, query)
+        if rollout:
+            flow = encoder.rollout(images)
+            maps = flow[:, query, None, 1:]
+            maps = maps - maps.amin(2, keepdim=True)
+        else:
+            maps = encoder.last_attention(images, query)
     maps = maps.float().unflatten(2, (gh, gw))
-    if rollout:
-        maps = maps - maps.amin((2, 3), keepdim=True)
     if regions is not None:
         flow, member = object_flow(flow, regions.to(device), p)
         inside = F.interpolate(member.unflatten(1, (gh, gw))[:, None].float(), images.shape[-2:])
@@ -1300,19 +1253,11 @@ def reconstruct(method, images, regions=None, tokenizer=None, seed: NonNegativeI
     seed: of the masks
     """
     method, images = frozen(method, device), prepare(images, device)
-    inputs = dict(regions=regions.to(device)) if "regions" in method.inputs else {}
+    regions = None if regions is None else regions.to(device)
     tokenizer = None if tokenizer is None else frozen(tokenizer, device)
+    torch.manual_seed(seed)
     with autocast(device, precision):
-        torch.manual_seed(seed)
-        drawn = draw_reconstruction(method, images, tokenizer=tokenizer, **inputs)
-        if tokenizer is not None:
-            inputs["tokens"] = tokenizer.tokenize(images, method.encoder.grid)
-        torch.manual_seed(seed)  # the same masks
-        out = method(images, **inputs)
-        if hasattr(method, "reconstruct_full"):
-            ids = torch.arange(method.encoder.num_patches, device=device).expand(len(images), -1)
-            full = method.reconstruct_full(images)
-            out["loss_full"] = method.head.compare(full, images, inputs.get("tokens"), ids)[0]
+        drawn, out = draw_reconstruction(method, images, regions, tokenizer)
     losses = {k: round(v.item(), 4) for k, v in out.items() if k.startswith("loss") or k == "accuracy"}
     return losses | dict(picture=drawn)
 
@@ -1350,9 +1295,9 @@ def nearest_hint(patches, ids, grid):
     """What a patch's nearest shown patch holds: patches [B, N, p*p] with `ids` [B, n] shown -> bool [B, N,
     p*p]."""
     place = torch.cartesian_prod(*(torch.arange(float(side), device=ids.device) for side in grid))
-    nearest = torch.cdist(place.expand(len(ids), -1, -1), place[ids]).argmin(2)
+    nearest = torch.cdist(place, place[ids]).argmin(2)
     mostly = mim.take(patches, ids).float().mean(2) > 0.5
-    return mostly.gather(1, nearest)[..., None].expand_as(patches)
+    return mostly.gather(1, nearest)[..., None]
 
 
 def hidden_iou(guess, patches, ids):
@@ -1365,8 +1310,8 @@ def hidden_iou(guess, patches, ids):
 @torch.no_grad()
 def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt = 8, seed: NonNegativeInt = 0,
             device="cpu", precision="fp32", workers=0) -> dict:
-    """Completes objects of which 80, 85 and 90% of the patches are hidden -> mean intersection over union
-    (IoU, in percent) inside the hidden patches, beside it that of copying the nearest shown patch, and a
+    """Hides 80, 85 and 90% of an object's patches and completes it. Returns the mean intersection over union
+    (IoU, in percent) inside the hidden patches, beside it that of a copy of the nearest shown patch, and a
     `picture`.
 
     method: mim.RMAE or RAE. images: datasets.Images with regions, label maps.
@@ -1378,13 +1323,13 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
     method = frozen(method, device)
     encoder, p = method.encoder, method.encoder.patch_size
     torch.manual_seed(seed)
-    scores, columns, objects = {}, {}, 0
+    scores, columns = {}, {}
     loader = make_loader(images, workers, device, batch_size=64)
     for batch in tqdm(loader, "segment", leave=False, disable=None):
         maps, found = mim.select_objects(batch["regions"].to(device), 1)
         some, maps = prepare(batch["image"], device)[found[:, 0]], maps[found[:, 0]]
         tiles = dict(image=denormalize(some), region=maps.expand(-1, 3, -1, -1))
-        patches, objects = mim.patchify(maps, p), objects + len(some)
+        patches = mim.patchify(maps, p)
         for ratio in (80, 85, 90):
             ids = hint_patches(patches, max(1, round(encoder.num_patches * (1 - ratio / 100))))
             with autocast(device, precision):
@@ -1395,35 +1340,34 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
             scores.setdefault(f"nearest_hint_{ratio}", []).append(hidden_iou(near, patches, ids))
             tiles |= {f"{ratio}% hidden": hints, f"{ratio}% completed": completed}
         for title, tile in tiles.items():
-            columns.setdefault(title, []).append(tile.float().cpu())
-    if not objects:
+            columns[title] = torch.cat([columns.get(title, tile[:0]), tile])[:count]
+    scores = {name: torch.cat(values) for name, values in scores.items()}
+    objects = len(scores["iou_80"])
+    if objects == 0:
         raise UsageError("--task segment: no image has a region of at least 5% of it")
-    means = {name: round(100 * torch.cat(values).nanmean().item(), 2) for name, values in scores.items()}
-    columns = {title: torch.cat(tiles)[:count] for title, tiles in columns.items()}
+    means = {name: round(100 * values.nanmean().item(), 2) for name, values in scores.items()}
     return means | dict(objects=objects, picture=picture(columns))
 
 
-def read_hints(image, grid_size, patch_size, points=(), background=(), hints=None):
+def read_hints(image, size, patch_size, points=(), background=(), hints=None):
     """An image's hints -> its label map [H, W] int64: 0 unknown, 1 background, 2 region.
 
-    image: [3, h, w]. grid_size: (height, width) of the map. For the rest see `segment_image`.
+    image: [3, h, w]. size: (height, width) of the map. For the rest see `segment_image`.
     """
-    (height, width), (H, W), p = image.shape[1:], grid_size, patch_size
+    (height, width), (H, W), p = image.shape[1:], size, patch_size
     labels = torch.zeros(H, W, dtype=torch.long)
     if hints is not None:
-        drawn = torch.from_numpy(read_ids(hints).astype(int))
-        if drawn.shape != (height, width):
-            raise UsageError(f"--hints {hints}: {drawn.shape[1]}x{drawn.shape[0]} pixels, the image has "
-                             f"{width}x{height}")
-        labels = F.interpolate(drawn[None, None].float(), (H, W), mode="nearest-exact")[0, 0]
-        labels = labels.long().clamp(max=2)
+        drawn = read_ids(hints)
+        check_shape(f"--hints {hints}: the image", image, drawn.shape, exact=True)
+        drawn = torch.from_numpy(drawn.clip(0, 2))[None, None].float()
+        labels = F.interpolate(drawn, (H, W), mode="nearest-exact")[0, 0].long()
     for flag, label, places in (("points", 2, points), ("background", 1, background)):
         for place in places or ():
-            point = re.fullmatch(r"(\d+\.?\d*),(\d+\.?\d*)", place)
-            x, y = map(float, point.groups()) if point else (width, height)
-            if x >= width or y >= height:
-                raise UsageError(f"--{flag} {place}: a point is x,y in pixels of the {width}x{height} image")
-            row, column = (int(v) // p * p for v in (y * H / height, x * W / width))
+            with explained(f"--{flag} {place}", f"a point is x,y in pixels of the {width}x{height} image"):
+                x, y = map(float, place.split(","))
+                if not (0 <= x < width and 0 <= y < height):
+                    raise ValueError("outside of it")
+            row, column = int(y * H / height) // p * p, int(x * W / width) // p * p
             labels[row : row + p, column : column + p] = label
     return labels
 
@@ -1519,14 +1463,14 @@ def open_method(checkpoint, **overrides):
         content = mim.load_file(checkpoint)
         if args := run_settings(content):
             return loaded(load_method(content, checkpoint, **overrides), checkpoint), args
-        state, released = mim.read_checkpoint(content), content.get("args")
+        state = mim.read_checkpoint(content)
         depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
         if not depth:
             raise ValueError("it has an encoder only; give the checkpoint.pt of a run, or an MAE with its "
                              "decoder")
-        options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, decoder_heads=16)
-        if isinstance(released, argparse.Namespace):  # the options of its training
-            options["norm_pix"] = bool(getattr(released, "norm_pix_loss", True))
+        norm_pix = getattr(content.get("args"), "norm_pix_loss", True)  # `args`: the options of its training
+        options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, decoder_heads=16,
+                       norm_pix=norm_pix)
         method = mim.MAE(mim.vit_from_checkpoint(state)[0], **options | overrides)
         return loaded(method, checkpoint, *mim.load_mae(method, state)), {}
 
@@ -1560,11 +1504,10 @@ def open_images(data, size, settings, images: list[str] | None = None):
     images: image files, instead of --data
     """
     for path in images or ():
-        with explained(f"--images {path}", "it cannot be decoded as an image"):
-            sides = decode(path).shape[1:]
-        if min(sides) < MIN_SIDE:
-            raise UsageError(f"--images {path}: a side has fewer than {MIN_SIDE} pixels")
-    source = Files("", images, [0] * len(images), [], "") if images else load_data(data, "val", size)
+        with explained(f"--images {path}", "it cannot be used as an image"):
+            if min(decode(path).shape[1:]) < MIN_SIDE:
+                raise ValueError(f"a side has fewer than {MIN_SIDE} pixels")
+    source = Files("", images, [], [], "") if images else load_data(data, "val", size)
     if not settings.get("regions"):
         return Images(source, size, "center")
     if images and settings["regions"] != "fh":
@@ -1580,13 +1523,11 @@ def few(dataset, images=None, count: PositiveInt = 8):
 
     count: images in the picture, spread over those of --data
     """
-    if images is None and count > len(dataset):
-        raise UsageError(f"--count {count} is more than the {len(dataset)} images that there are")
     return picture_items(dataset, len(images) if images else count)
 
 
 def open_output(checkpoint, task, output: str | None = None):
-    """The file to write, which is tried at once, and not after an hour.
+    """The file to write. It is tried now, not after an hour of training.
 
     output: the file of the picture, or of the fine-tuned model (default: TASK.png, or TASK.pt, beside the
         checkpoint)
@@ -1612,13 +1553,14 @@ TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, sem
 def parse(argv):
     """Command line -> (what the user gave; for a task that takes a whole method the checkpoint's method and
     its run's settings, else None and {})."""
+    first = Parser(add_help=False)  # other flags depend on these two
     parser = Parser(description=__doc__, epilog="With --task, --help lists its flags.")
-    parser.add_argument("checkpoint", nargs="?", help="a file, or `random`")
-    parser.add_argument("--task", help=", ".join(TASKS))
-    known = parser.known(argv, "checkpoint", "--task")
+    for some in (first, parser):
+        some.add_argument("checkpoint", nargs="?" if some is first else None, help="a file, or `random`")
+        some.add_argument("--task", choices=TASKS, required=some is parser)
+    known = vars(first.parse_known_args(argv)[0])
     task, method, args, functions, own = known.get("task"), None, {}, [], []
     if task is not None:
-        check_choice("--task", task, list(TASKS))
         takes = inspect.signature(TASKS[task]).parameters
         functions = [TASKS[task], load_data, open_device]
         if "encoder" in takes:
@@ -1637,10 +1579,6 @@ def parse(argv):
     for function in functions:
         parser.add(function, ("vocab_size",) if "train" in takes else ("vocab_size", "limit"))
     given = parser.parse(argv)
-    if task is None:
-        raise UsageError(f"--task is missing; it may be {', '.join(TASKS)}")
-    if "checkpoint" not in given:
-        raise UsageError("which checkpoint? Give a file, or `random`")
     for flag in ("points", "background", "hints"):
         if flag in given and "images" not in given:
             raise UsageError(f"--{flag} needs --images: the hints are of one image")
@@ -1683,15 +1621,10 @@ def main(argv):
         fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
         if task == "segment" and "images" in given:
             run, fixed = segment_image, dict(method=method, image=images.source[0]["image"])
-    try:
-        result = call(run, settings, **fixed)
-    except KeyboardInterrupt:
-        kept = f"what {settings['output']} has is kept, --resume continues from it"
-        raise KeyboardInterrupt(kept if "resume" in takes else "") from None
-    for name in ("picture", "mask"):
+    result = call(run, settings, **fixed)
+    for name, ending in (("picture", ".png"), ("mask", "_mask.png")):
         if name in result:
-            stem = settings["output"].stem + "_mask" * (name == "mask")
-            path = settings["output"].with_name(stem + ".png")
+            path = settings["output"].with_name(settings["output"].stem + ending)
             save_picture(path, result[name])
             result[name] = str(path)
     if rank() == 0:
@@ -1699,8 +1632,6 @@ def main(argv):
         shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))
         shown.pop("resume", None)
         print(json.dumps(shown, default=str))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

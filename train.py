@@ -4,9 +4,10 @@ Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every
 --help`.
 
 This file reads from the top: the papers' settings, one epoch, one run (`pretrain`), the command line
-(`main`); then what these use. All random numbers of a step follow from (seed, step, micro-batch), those of an
-image from (seed, epoch, index). So a run that is stopped and continued with --resume ends where it would have
-ended without the stop: bit for bit on a CPU, on CUDA but for the order in which its kernels sum.
+(`main`); then what these use. The random numbers of a step depend only on (seed, step, micro-batch), those of
+an image only on (seed, epoch, index). So a run that was stopped and continued with --resume gives the same
+result as one that was never stopped: the same bits on a CPU, and on CUDA the same up to the order in which
+kernels add numbers.
 """
 
 import argparse
@@ -45,24 +46,22 @@ from datasets import (SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, Us
 
 RECIPES = {
     # MAE: Table 8 (pre-training setting)
-    "mae": dict(model="base", patch_size=16, epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
-                warmup_epochs=40.0, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, lookahead=0,
-                clip_grad=None, crop_scale=(0.2, 1.0), flip=True),
-    # SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's.
-    "simmim": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1e-4, lr_batch=512,
-                   warmup_epochs=10.0, min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0,
-                   clip_grad=5.0, crop_scale=(0.67, 1.0), flip=True),
-    # CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. Crop and flip alone.
-    # 300 and 1600 epochs have --warmup-epochs 10 and 40. Clipping, least rate, crop scale: BEiT's and CAE's
-    # code.
-    "cae": dict(model="base", patch_size=16, epochs=800, batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
-                warmup_epochs=20.0, min_lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, lookahead=0,
-                clip_grad=3.0, crop_scale=(0.08, 1.0), flip=True),
-    # The tokenizer: DALL-E's Appendix A.2, but for its 3 million steps
-    "dvae": dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, lr_batch=512, warmup_epochs=0.0,
-                 min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4, lookahead=0, clip_grad=None,
-                 crop_scale=(0.2, 1.0), flip=True),
+    "mae": dict(epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256, warmup_epochs=40.0, min_lr=0.0,
+                betas=(0.9, 0.95), weight_decay=0.05, crop_scale=(0.2, 1.0), flip=True),
 }
+# SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's.
+RECIPES["simmim"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1e-4, lr_batch=512, warmup_epochs=10.0,
+                                          betas=(0.9, 0.999), clip_grad=5.0, crop_scale=(0.67, 1.0))
+# CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. The only augmentations
+# are crop and flip. 300 and 1600 epochs have --warmup-epochs 10 and 40. Gradient clipping, the smallest
+# learning rate and the crop scale are from BEiT's and CAE's code.
+RECIPES["cae"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1.5e-3, lr_batch=2048, warmup_epochs=20.0,
+                                       min_lr=1e-5, betas=(0.9, 0.999), clip_grad=3.0,
+                                       crop_scale=(0.08, 1.0))
+# The tokenizer: DALL-E's Appendix A.2, except for its 3 million steps
+RECIPES["dvae"] = RECIPES["mae"] | dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4,
+                                        lr_batch=512, warmup_epochs=0.0, min_lr=1.25e-6, betas=(0.9, 0.999),
+                                        weight_decay=1e-4)
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its
 # baselines are MAE with --epochs 400 --warmup-epochs 40, SimMIM with --epochs 200 --warmup-epochs 10.
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
@@ -80,8 +79,9 @@ RECIPES["rae"] = RECIPES["rmae"] = RECIPES["mae"] | dict(base_lr=1e-4)
 # BEiT: its Table 6, but without colour jitter, as CAE trains it
 RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs=10.0)
 
-# What changes for images of up to 96 pixels, patch_size being an eighth of the image: ours, not the papers'.
-# The second is for the built-in scenes and for --model nano. A method takes what its constructor knows.
+# For images of up to 96 pixels; these are our settings, not the papers'. The patch size is then an eighth of
+# the longer side (`small_patch`). NANO_RECIPE is for the built-in scenes and for --model nano. `settle`
+# leaves out what the method has no flag for.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10.0,
                     decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5)
 NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
@@ -89,7 +89,7 @@ NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch
 SMALL_DVAE_RECIPE = dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0,
                          hidden_dim=32, groups=3, vocab_size=512)
 
-# Types of flags (see `Parser`): the kind, the smallest, the largest, and how these are told
+# Types of flags (see `Parser`): the kind, the smallest and the largest value, the words for the error message
 LARGEST = sys.float_info.max
 PositiveInt = Annotated[int, 1, 2**63 - 1, "a positive whole number"]
 NonNegativeInt = Annotated[int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"]
@@ -97,44 +97,42 @@ PositiveFloat = Annotated[float, sys.float_info.min, LARGEST, "a positive number
 NonNegativeFloat = Annotated[float, 0, LARGEST, "0 or a positive number"]
 Fraction = Annotated[float, 0, 1, "a number from 0 to 1"]
 
-LOGGED = ("accuracy", "perplexity", "codes_used")  # of tokens; logged beside the losses
-
 
 # ---------------------------------------------------------------------------------------------------------
 # The loop
 
 
 def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, steps, lr, batch_size, accumulate,
-                scaler=None, clip_grad=None, seed=0, device="cpu", precision="fp32", title="epoch"):
+                scaler, clip_grad=None, seed=0, device="cpu", precision="fp32", title="epoch"):
     """One pass over the data -> the means of the losses, the last learning rate, images_per_s. Pre-training,
     probes, fine-tuning and dense tasks all train by it.
 
     model: what is trained, perhaps wrapped in DistributedDataParallel
     loader: gives this process's share of the steps * accumulate micro-batches
-    compute_losses: function (micro-batch, step) -> dict of scalars: `loss`, which is minimised, and others to
-        log
+    compute_losses: function (micro-batch, step) -> dict of scalars: first `loss`, which is minimised, then
+        others to log
     lr: function step -> learning rate; a parameter group with `lr_scale` gets that much of it
     batch_size, accumulate: images and micro-batches of a step, over all processes
     """
     model.train()
-    scaler = scaler or torch.amp.GradScaler(torch.device(device).type, enabled=False)
     micro_batches, share, history = iter(loader), accumulate // world_size(), []
     began = time.perf_counter()
-    progress = tqdm(range(steps), f"{title} {epoch + 1}/{epochs}", disable=rank() > 0 or None, leave=False)
+    progress = tqdm(range(steps), f"{title} {epoch + 1}/{epochs}", unit=" images", unit_scale=batch_size,
+                    disable=rank() > 0 or None, leave=False)
     for i in progress:
         step, sums = epoch * steps + i, 0
         for group in optimizer.param_groups:
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
         for micro in range(rank(), accumulate, world_size()):
             batch = next(micro_batches)
-            # Masks follow from the step and the micro-batch alone: no stop and no number of processes changes
-            # them.
+            # Masks depend only on the seed, the step and the micro-batch. So neither a stop nor the number of
+            # processes changes them.
             torch.manual_seed(seed_of(seed, step, micro))
-            last = micro + world_size() >= accumulate
-            with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
-                with autocast(device, precision):
-                    losses = compute_losses(batch, step)
-                scaler.scale(losses["loss"] / share).backward()
+            # DistributedDataParallel sums the processes' gradients only in the last backward pass of a step.
+            model.require_backward_grad_sync = micro + world_size() >= accumulate
+            with autocast(device, precision):
+                losses = compute_losses(batch, step)
+            scaler.scale(losses["loss"] / share).backward()
             sums = sums + torch.stack([value.detach() for value in losses.values()]) / share
         if clip_grad:
             scaler.unscale_(optimizer)
@@ -142,24 +140,25 @@ def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, step
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        history.append(sums.tolist())  # the step's one wait for the device
-        loss = history[-1][list(losses).index("loss")]
-        if not math.isfinite(loss):
-            raise UsageError(f"the loss is {loss} at step {step + 1} (epoch {epoch + 1}), learning rate "
-                             f"{lr(step):.3g}; the files of the epochs before are kept. Try a lower learning "
-                             "rate or --precision fp32")
-        speed = (i + 1) * batch_size / (time.perf_counter() - began)
-        progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+        history.append(sums.tolist())  # the only place in a step where the CPU waits for the GPU
+        loss = history[-1][0]
+        # The weights are checked once an epoch, before they are saved.
+        if not math.isfinite(loss) or i == steps - 1 and not all_finite(model):
+            raise UsageError(f"the loss is {loss}, or the weights are not finite, at step {step + 1} "
+                             f"(epoch {epoch + 1}), learning rate {lr(step):.3g}; the files of the epochs "
+                             "before are kept. Try a lower learning rate or --precision fp32")
+        progress.set_postfix(loss=loss)
+    speed = steps * batch_size / (time.perf_counter() - began)
     means = torch.tensor(gather(history), dtype=torch.float64).mean((0, 1)).tolist()
     return dict(zip(losses, means)) | dict(lr=lr(step), images_per_s=round(speed, 1))
 
 
 def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: PositiveInt = 800,
              batch_size: PositiveInt = 4096, accumulate: PositiveInt | None = None,
-             lr: PositiveFloat | None = None, base_lr: PositiveFloat = 1.5e-4, lr_batch=256,
-             warmup_epochs: NonNegativeFloat = 40.0, min_lr: NonNegativeFloat = 0.0, betas=(0.9, 0.95),
+             lr: PositiveFloat | None = None, base_lr: PositiveFloat = 1.5e-4, lr_batch,
+             warmup_epochs: NonNegativeFloat = 40.0, min_lr: NonNegativeFloat = 0.0, betas,
              weight_decay: NonNegativeFloat = 0.05, lookahead: NonNegativeInt = 0,
-             clip_grad: PositiveFloat | None = None, crop_scale=(0.2, 1.0), flip=True,
+             clip_grad: PositiveFloat | None = None, crop_scale, flip,
              loader: Literal["workers", "device"] | None = None, compile: bool = False,
              seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0, args=None, state=None):
     """One run: trains a method of mim.py and leaves checkpoint.pt, encoder.pt, log.jsonl, reconstruction.png
@@ -171,17 +170,18 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
 
     epochs: passes over the data
     batch_size: images per optimizer step, over all processes
-    accumulate: micro-batches that a step's batch is cut into, over all processes; default: as few as keep
-        them at 256 images
+    accumulate: number of micro-batches of a step, over all processes; default: the smallest that leaves at
+        most 256 images in each
     lr: absolute learning rate at the end of the warm-up, instead of --base-lr
     base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048)
-    warmup_epochs: epochs in which the learning rate rises from 0; a shorter run than the recipe's has fewer
+    warmup_epochs: epochs in which the learning rate rises from 0; with fewer epochs than the recipe's, the
+        same fraction of the epochs
     min_lr: absolute learning rate at the end of the cosine
     weight_decay: AdamW's, on parameters of two or more dimensions
-    lookahead: steps of AdamW between two of Lookahead's slow weights; 0: no Lookahead
-    clip_grad: largest norm of the gradient; default: no limit
-    loader: who crops and flips: workers (processes on the CPU), or device, for data in memory and methods
-        without regions; default: device on CUDA where that is possible
+    lookahead: AdamW steps between two updates of Lookahead's slow weights; 0: no Lookahead
+    clip_grad: largest norm of the gradient
+    loader: where images are cropped and flipped: workers (on the CPU) or device (only for data in memory,
+        without regions); default: device on CUDA where that is possible
     compile: torch.compile the method
     seed: of everything random
     """
@@ -219,19 +219,18 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     def compute_losses(batch, step):
         broken.watch(batch["broken"])
         images = normalize(batch["image"].to(device, non_blocking=True))
+        batch["progress"] = torch.full((), step / (epochs * steps), device=device)
         inputs = {k: batch[k].to(device, non_blocking=True) for k in method.inputs if k in batch}
         if tokenizer is not None:
             inputs["tokens"] = tokenizer.tokenize(images, method.encoder.grid)
-        if "progress" in method.inputs:
-            inputs["progress"] = torch.full((), step / (epochs * steps), device=device)
         out = model(images, **inputs)
-        return {name: value for name, value in out.items() if name.startswith("loss") or name in LOGGED}
+        return {name: value for name, value in out.items() if torch.is_tensor(value) and value.ndim == 0}
 
     def lr_at(step):
         return learning_rate(step, epochs * steps, warmup_epochs * steps, peak, min_lr)
 
     output.mkdir(parents=True, exist_ok=True)
-    if epoch == 0:  # says now, and not after the first epoch, if the disk refuses
+    if epoch == 0:  # if the disk is full or read-only, the run fails now and not after the first epoch
         write_checkpoint(output, method, optimizer, scaler, epoch, args)
     while epoch < epochs:
         began, batches.epoch = time.perf_counter(), epoch
@@ -240,9 +239,6 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         line = train_epoch(model, loader, optimizer, compute_losses, epoch=epoch, epochs=epochs, steps=steps,
                            lr=lr_at, batch_size=batch_size, accumulate=accumulate, scaler=scaler,
                            clip_grad=clip_grad, seed=seed, device=device, precision=precision)
-        if not all_finite(method):
-            raise UsageError(f"the weights are no longer finite after epoch {epoch + 1}; "
-                             f"{output}/checkpoint.pt is of epoch {epoch}: try a lower --lr or --clip-grad")
         epoch += 1
         broken.found = set().union(*gather(broken.found))  # a file is broken for all processes
         broken.check()
@@ -255,7 +251,6 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
             write_atomically(output / "log.jsonl", lambda to: to.write_text("\n".join(log) + "\n"))
             draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed)
         write_checkpoint(output, method, optimizer, scaler, epoch, args)
-    return log
 
 
 def main(argv):
@@ -273,31 +268,30 @@ def main(argv):
     if tokenizer is not None:
         tokenizer.to(device)
         args |= dict(vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest)
+    args |= dict(device=str(device), precision=precision, workers=workers)
     torch.manual_seed(args["seed"])
     method = build_method(**args).to(device)
     if rank() == 0:
         print(source.description)
-        for name, value in (args | dict(device=device, precision=precision, workers=workers)).items():
+        for name, value in args.items():
             if value is not None:
                 print(f"  {name:16s} {value}")
     regions = None
     if "regions" in method.inputs:
-        regions = call(open_regions, args, source=source, split="pretrain", device=device)
+        regions = call(open_regions, args, source=source, split="pretrain")
         if hasattr(regions, "fill"):
             regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
         gather(None)  # each process computes its share, and reads all
-    if not given.get("prepare"):
-        args["precision"] = precision
-        call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer,
-             output=output, device=device, precision=precision, workers=workers, args=args, state=state)
-        if rank() == 0:
-            labelled = source.classes and args["method"] != "dvae"
-            file, task = ("encoder.pt", "linear") if labelled else ("checkpoint.pt", "reconstruct")
-            print(f"{args['epochs']} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and "
-                  "reconstruction.png")
-            print(f"next: python eval.py {output}/{file} --task {task} --data {args['data']}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if args["prepare"]:
+        return
+    call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer, output=output,
+         args=args, state=state)
+    if rank() == 0:
+        labelled = source.classes and args["method"] != "dvae"
+        file, task = ("encoder.pt", "linear") if labelled else ("checkpoint.pt", "reconstruct")
+        print(f"{args['epochs']} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and "
+              "reconstruction.png")
+        print(f"next: python eval.py {output}/{file} --task {task} --data {args['data']}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -308,8 +302,8 @@ def choose_loader(loader, dataset, batches, device, workers):
     """The loader of a run's micro-batches: see --loader of `pretrain`."""
     can_crop = dataset.source.in_memory and dataset.regions is None
     if loader == "device" and not can_crop:
-        raise UsageError("--loader device is for shapes, cifar10, cifar100 and stl10, and for methods without"
-                         " regions")
+        raise UsageError("--loader device is for data in memory (shapes, cifar10, cifar100, stl10), and for "
+                         "methods without regions")
     if loader == "device" or loader is None and can_crop and device.type == "cuda":
         return DeviceLoader(dataset, batches, device)
     return make_loader(dataset, workers, device, batch_sampler=batches)
@@ -337,35 +331,31 @@ def parameter_groups(module, weight_decay):
             dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
 
 
-@torch.no_grad()
 def add_lookahead(optimizer, k=5, alpha=0.5):
     """Lookahead: k steps forward, one step back (Zhang, Lucas, Hinton, Ba, NeurIPS 2019, arXiv:1907.08610).
 
     After every k-th step of the torch optimizer the slow weights move `alpha` of the way to the weights,
     which then return to them. The slow weights are part of the optimizer's state, and so of its state dict.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    start = [p.clone() for p in weights]
+    start = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
 
     @torch.no_grad()
     def after_step(optimizer, args, kwargs):
-        slow = [optimizer.state[p].setdefault("slow", first) for p, first in zip(weights, start)]
         group = optimizer.param_groups[0]
         group["lookahead_count"] = group.get("lookahead_count", 0) + 1
-        if group["lookahead_count"] % k == 0:
-            torch._foreach_lerp_(slow, weights, alpha)
-            torch._foreach_copy_(weights, slow)
+        for p, first in start.items():
+            slow = optimizer.state[p].setdefault("slow", first)
+            if group["lookahead_count"] % k == 0:
+                p.copy_(slow.lerp_(p, alpha))
 
     optimizer.register_step_post_hook(after_step)
 
 
 def cut_batch(batch_size, num_images, accumulate=None):
-    """(batch size, micro-batches of a step): at most all images, in equal micro-batches, as many for each
-    process.
+    """The batch size, made no larger than the number of images and divisible into equal micro-batches; and
+    the number of micro-batches, the same for each process.
 
-    accumulate: micro-batches; None: as few as keep them at 256 images.
+    accumulate: that number; None: the smallest that leaves at most 256 images in each.
     """
     batch_size = min(batch_size, num_images)
     pieces = accumulate or world_size() * math.ceil(batch_size / world_size() / 256)
@@ -384,10 +374,10 @@ def all_finite(module):
 
 
 def update_maps(method, source, device, precision="fp32", workers=0):
-    """AMT: this process's share of the training images, whole and resized, through the encoder."""
+    """AMT: computes the attention maps of this process's share of the training images, whole and resized."""
     whole = Images(source, method.encoder.image_size, "whole")
-    share = torch.utils.data.Subset(whole, range(rank(), len(whole), world_size()))
-    loader = make_loader(share, workers, device, batch_size=256)
+    share = range(rank(), len(whole), world_size())
+    loader = make_loader(whole, workers, device, batch_size=256, sampler=share)
 
     def batches():
         for batch in tqdm(loader, "attention maps", leave=False, disable=rank() > 0 or None):
@@ -431,10 +421,10 @@ def gather(value):
 def first_process_first():
     """The first process goes through the block before the others, as it may download."""
     if rank():
-        dist.barrier()
+        gather(None)
     yield
-    if world_size() > 1 and not rank():
-        dist.barrier()
+    if not rank():
+        gather(None)
 
 
 def cores():
@@ -537,13 +527,12 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
         return None
     with explained(f"--tokenizer {tokenizer}", "there is no tokenizer in it"):
         content = mim.load_file(tokenizer)
-        args = run_settings(content)
-        if args.get("method", "dvae") != "dvae":
-            raise ValueError(f"it is of a {args['method']} run, not of dvae")
-        if args:
+        if run_settings(content):
             module = load_method(content, tokenizer)
         else:
             module = mim.DVAE.from_encoder(mim.read_checkpoint(content))
+        if not isinstance(module, mim.DVAE):
+            raise ValueError("it is of another method's run, not of dvae")
     module.digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
     if tokenizer_digest not in (None, module.digest):
         raise UsageError(f"--tokenizer {tokenizer} is not the file that the run was started with")
@@ -558,20 +547,17 @@ def write_atomically(path, write):
     """write(temporary path), then rename: a file under `path` is always whole. UsageError if the disk
     refuses."""
     temporary = Path(f"{path}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-        with contextlib.suppress(OSError):
+    with explained(f"cannot write {path}", "what was there before is kept"):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "the disk may be full, or the folder read-only"
-        kept = "; what was there before is kept" if Path(path).exists() else ""
-        raise UsageError(f"cannot write {path}: {reason}{kept}") from None
 
 
 def write_checkpoint(output, method, optimizer, scaler, epoch, args):
-    """Writes encoder.pt, a plain state dict with timm's names, and last checkpoint.pt, all that an exact
-    resume needs.
+    """Writes encoder.pt, a plain state dict with timm's names (a tokenizer's: with DALL-E's), and then
+    checkpoint.pt, all that an exact resume needs.
 
     There are no states of random generators to keep: every draw follows from numbers that the run knows.
     """
@@ -601,7 +587,7 @@ def load_run(path):
 
 def restore(state, method, optimizer, scaler, device):
     """Puts a checkpoint's state into a method, its optimizer and scaler; UsageError if it does not fit."""
-    with explained("--resume", "the checkpoint does not fit its own settings"):
+    with explained("--resume", "the checkpoint does not fit the settings"):
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
@@ -646,7 +632,7 @@ def picture(columns, per_row=1):
     Titles stand over the columns; tiles of fewer than 128 pixels are enlarged.
     """
     tiles = torch.stack([tile.float().cpu() for tile in columns.values()], dim=1)  # [n, columns, 3, h, w]
-    tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=max(1, 128 // tiles.shape[-1]), mode="nearest")
+    tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=max(1, 128 // tiles.shape[-1]))
     grid = make_grid(tiles, nrow=per_row * len(columns), padding=4, pad_value=1.0)
     image = TF.to_pil_image(F.pad(grid, (0, 0, 12, 0), value=1.0))
     for place, title in enumerate(per_row * list(columns)):
@@ -674,9 +660,10 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
     Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's
     window or of ObjMAE's objects) are black. Of LoMaR's windows and of R-MAE's regions the first is shown.
     """
+    image = denormalize(images)
     if isinstance(method, mim.DVAE):
-        pred = method(images)["pred"]
-        return picture(dict(image=denormalize(images), reconstruction=denormalize(pred)), per_row=4)
+        out = method(images)
+        return picture(dict(image=image, reconstruction=denormalize(out["pred"])), per_row=4), out
     p, grid = method.encoder.patch_size, method.encoder.grid
     inputs = {} if regions is None else dict(regions=regions)
     if tokenizer is not None:
@@ -684,37 +671,37 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
     out = method(images, **inputs)
     windows = getattr(method, "num_windows", 1)
     ids_visible, ids_masked = (out[name].chunk(windows, dim=1)[0] for name in ("ids_visible", "ids_masked"))
+    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
 
-    def show(under, ids, patches):
-        return mim.put(under, ids, mim.take(patches, ids))
+    def show(under, ids, image):
+        """`under` with the patches `ids` of an image."""
+        return mim.reconstruct(under, mim.take(mim.patchify(image, p), ids), ids, p)
 
     def predicted(pred, ids):
-        """All patches, those of `ids` as predicted; predicted tokens are drawn by their tokenizer."""
+        """The images with the patches `ids` as predicted; predicted tokens are drawn by their tokenizer."""
         if tokenizer is None:
-            filled = mim.reconstruct(images, pred.float(), ids, p, method.norm_pix)
-        elif tokenizer.decoder is None:
+            return denormalize(mim.reconstruct(images, pred.float(), ids, p, method.norm_pix))
+        if tokenizer.decoder is None:
             return black  # DALL-E's encoder alone cannot draw tokens
-        else:
-            filled = tokenizer.decode(inputs["tokens"].scatter(1, ids, pred.argmax(-1)), grid)
-            filled = F.interpolate(filled, images.shape[-2:], mode="bicubic", antialias=True)
-        return mim.patchify(denormalize(filled), p)
+        drawn = tokenizer.decode(inputs["tokens"].scatter(1, ids, pred.argmax(-1)), grid)
+        return denormalize(F.interpolate(drawn, image.shape[-2:], mode="bicubic", antialias=True))
 
-    image = mim.patchify(denormalize(images), p)
-    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
     visible = show(black, ids_visible, image)
     tiles = dict(image=image, masked=show(visible, ids_masked, grey))
     if "pred" in out:
         pred = out["pred"].chunk(windows, dim=1)[0]
         tiles["reconstruction"] = show(visible, ids_masked, predicted(pred, ids_masked))
     if hasattr(method, "reconstruct_full"):
-        everything = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
-        tiles["from all patches"] = predicted(method.reconstruct_full(images), everything)
+        everything = torch.arange(math.prod(grid), device=image.device).expand(len(image), -1)
+        full = method.reconstruct_full(images)
+        out["loss_full"] = method.head.compare(full, images, inputs.get("tokens"), everything)[0]
+        tiles["from all patches"] = predicted(full, everything)
     if "pred_regions" in out:
         maps = out["region_maps"]
         completed = mim.reconstruct_regions(maps, out["pred_regions"], ids_masked, p)
-        true, completed = (mim.patchify(x[:, :1].float().expand(-1, 3, -1, -1), p) for x in (maps, completed))
+        true, completed = (x[:, :1].expand_as(image).float() for x in (maps, completed))
         tiles |= {"true region": true, "masked region": show(true, ids_masked, grey), "completed": completed}
-    return picture({title: mim.unpatchify(tile, p, grid) for title, tile in tiles.items()}, per_row=2)
+    return picture(tiles, per_row=2), out
 
 
 def draw_examples(path, method, items, tokenizer, device, seed=0):
@@ -723,7 +710,7 @@ def draw_examples(path, method, items, tokenizer, device, seed=0):
     method.eval()
     items = {name: value.to(device) for name, value in items.items()}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it was compiled for batches of one size
-        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer))
+        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -737,32 +724,30 @@ def recipe_of(method, base="mae"):
 
 def parse(argv):
     """Command line -> (dict of what the user gave, dict of all flags' defaults)."""
+    first = Parser(add_help=False)  # other flags depend on these two
+    first.add_argument("--method", choices=mim.METHODS)
+    first.add_argument("--base", choices=("mae", "simmim"), default="mae")
+    known = first.parse_known_args(argv)[0]
     about, more = __doc__.split("\n")[0], "With --method, --help lists its own flags too."
     parser = Parser(description=about, epilog=more)
-    parser.add_argument("--method", help=", ".join(mim.METHODS))
-    known = parser.known(argv, "--method", "--base")
-    method, base = known.get("method"), known.get("base", "mae")
+    parser.add_argument("--method", required=True, choices=mim.METHODS)
     functions, skip, recipe = [load_data, pretrain, open_device, open_output, build_method], {"base"}, {}
-    if method is not None:
-        check_choice("--method", method, list(mim.METHODS))
-        check_choice("--base", base, ["mae", "simmim"])
-        cls, recipe = mim.METHODS[method], recipe_of(method, base)
+    if "method" in known:
+        cls, recipe = mim.METHODS[known.method], recipe_of(known.method, known.base)
         functions += [cls]
         if "regions" in cls.inputs:
             functions += [open_regions]
-        if method == "dvae":
+        if cls is mim.DVAE:
             skip |= {"model", "patch_size"}
         elif "vocab_size" in inspect.signature(cls).parameters:
             functions += [load_tokenizer]
             skip |= {"vocab_size"}  # the tokenizer's
-        if method == "amt":
-            functions += [mim.METHODS[base]]
+        if cls is mim.AMT:
+            functions += [mim.METHODS[known.base]]
             skip = set()
     for function in functions:
         parser.add(function, skip, **recipe)
     given = parser.parse(argv)
-    if method is None:
-        raise UsageError(f"--method is missing; it may be {', '.join(mim.METHODS)}")
     if "lr" in given and "base_lr" in given:
         raise UsageError("--lr and --base-lr exclude each other")
     if "image_size" in given:
@@ -781,35 +766,32 @@ def resumed(given, state):
         if name not in MAY_CHANGE and saved.get(name) != value:
             raise UsageError(f"--{name.replace('_', '-')} {value}: the run to resume was made with "
                              f"{saved.get(name)}; leave the flag out or write to another --output")
-    if given.get("epochs", saved["epochs"]) != saved["epochs"]:
-        print(f"--epochs {given['epochs']}: from epoch {state['epoch'] + 1} on, the learning rate follows the"
-              f" cosine of so many epochs; before, it followed that of {saved['epochs']}")
     return {name: value for name, value in saved.items() if name not in ("device", "workers")} | given
 
 
 def settle(given, defaults, source):
     """Every setting of a run, in plain types: the user's (or those of the run that is resumed), else the
     recipe's, else the flag's default."""
-    recipe = dict(recipe_of(given["method"], given.get("base", "mae")))
-    natural = source.image_size if source.image_size <= SMALL else recipe.get("image_size", source.image_size)
+    recipe = defaults | recipe_of(given["method"], given.get("base", "mae"))
+    natural = min(source.image_size, recipe["image_size"] or 224)
     size = given.get("image_size", [natural, natural])
     if max(size) <= SMALL:
         nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
-        recipe |= NANO_RECIPE if nano else SMALL_RECIPE
+        small = (NANO_RECIPE if nano else SMALL_RECIPE) | dict(patch_size=small_patch(size))
         if given["method"] == "dvae":
-            recipe |= SMALL_DVAE_RECIPE
-        recipe["patch_size"] = small_patch(size)
+            small |= SMALL_DVAE_RECIPE
+        recipe |= {name: value for name, value in small.items() if name in recipe}
     # A shorter run warms up for the same share of it.
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
-    args = defaults | dict(lr_batch=256, betas=(), crop_scale=(), flip=True)  # these in the recipes alone
-    args |= {name: value for name, value in recipe.items() if name in args}
-    args |= dict(image_size=size, num_images=len(source)) | given
+    args = recipe | dict(image_size=size, num_images=len(source)) | given
     if args["num_images"] != len(source):
         raise UsageError(f"--resume: the run had {args['num_images']} images, --data {args['data']} has "
                          f"{len(source)}")
     settle_batch(args, "batch_size" in given)
     if args["warmup_epochs"] > args["epochs"]:
         raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
+    if "min_lr" not in given:
+        args["min_lr"] = min(args["min_lr"], args["lr"])
     if args["min_lr"] > args["lr"]:
         raise UsageError(f"--min-lr {args['min_lr']} is above the peak learning rate, {args['lr']:.3g}")
     if "regions" in args:
@@ -822,25 +804,26 @@ def settle(given, defaults, source):
 def settle_batch(args, chosen):
     """Settles batch size, micro-batches and learning rate.
 
-    Where the user has not chosen it, few images get a batch of a sixteenth of them, but at least 8. The rate
-    is then that of lr_batch images, as a batch of a few would shrink it to nothing.
+    If the user did not choose the batch size and the images are few, a batch is a sixteenth of them, but at
+    least 8. The learning rate is then computed for lr_batch images: for so few it would be almost 0.
     """
     images, wanted = args["num_images"], args["batch_size"]
     if chosen and wanted > images:
         raise UsageError(f"--batch-size {wanted} is more than the {images} images that there are")
     batch = wanted if chosen else min(wanted, max(8, images // 16))
-    rate_batch = wanted if chosen else min(wanted, max(batch, args["lr_batch"]))
-    args["batch_size"], args["accumulate"] = cut_batch(batch, images, args["accumulate"])
+    rate_batch = min(wanted, max(batch, args["lr_batch"]))
     args["lr"] = args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
+    args["batch_size"] = batch
+    args["accumulate"] = cut_batch(batch, images, args["accumulate"])[1]
     if batch < wanted and rank() == 0:
-        print(f"{images} images are few for the recipe's batch of {wanted}: taking {args['batch_size']}, and "
+        print(f"{images} images are few for the recipe's batch of {wanted}: taking {batch}, and "
               f"a learning rate of {args['lr']:.3g}; --batch-size and --lr set others")
 
 
 def small_patch(size):
-    """The patch size for a small image (height, width): an eighth of it, or the next smaller that divides
-    both sides."""
-    return max(p for p in range(1, max(1, max(size) // 8) + 1) if math.gcd(*size) % p == 0)
+    """The patch size for a small image (height, width): an eighth of the longer side, or the next smaller
+    that divides both sides."""
+    return max(p for p in range(1, max(size) // 8 + 1) if math.gcd(*size) % p == 0)
 
 
 def image_pair(size):
@@ -868,7 +851,8 @@ def flag_parameters(function):
 
 
 def flag_help(function):
-    """The lines `name: text` of a docstring, of a class those of its bases too -> {name: text}."""
+    """Reads the lines `name: text` of a docstring -> {name: text}. For a class, the docstrings of its base
+    classes are read too."""
     found = {}
     for part in reversed(inspect.getmro(function)) if inspect.isclass(function) else [function]:
         text = inspect.cleandoc(part.__doc__ or "")
@@ -918,8 +902,8 @@ class Parser(argparse.ArgumentParser):
         self.defaults = {}
 
     def add(self, function, skip=(), **defaults):
-        """Adds the flags of a function but for those in `skip`; defaults: for the help, in place of its
-        own."""
+        """Adds the flags of a function, except those in `skip`. defaults: shown in the help instead of the
+        function's own."""
         texts = flag_help(function)
         for name, parameter in flag_parameters(function).items():
             flag, default = "--" + name.replace("_", "-"), defaults.get(name, parameter.default)
@@ -927,47 +911,31 @@ class Parser(argparse.ArgumentParser):
                 continue
             self.defaults[name] = parameter.default
             text = texts.get(name, "").replace("%", "%%")
-            if default not in (None, False):
+            if default is not None and default is not False:
                 text += f" (default: {default})"
             self.add_argument(flag, dest=name, help=text, **flag_options(parameter.annotation))
 
     def error(self, message):
         raise UsageError(re.sub(r"^argument (--[\w-]+): ", r"\1 ", message))
 
-    @staticmethod
-    def known(argv, *flags):
-        """What the command line has for these flags alone: other flags depend on them."""
-        parser = Parser(add_help=False)
-        for flag in flags:
-            parser.add_argument(flag, nargs=None if flag.startswith("-") else "?")
-        return vars(parser.parse_known_args(argv)[0])
-
     def parse(self, argv):
         """Command line -> dict of what was given."""
         arguments, rest = self.parse_known_args(argv)
         if rest:
             flag = rest[0].split("=")[0]
-            raise UsageError(f"unknown argument {flag}{nearest(flag, self._option_string_actions)}")
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise UsageError(f"unknown argument {flag}: {hint}")
         return vars(arguments)
 
 
-def nearest(word, words):
-    """What to say behind a word that is none of `words`."""
-    near = difflib.get_close_matches(word, words, 1)
-    return f": did you mean {near[0]}?" if near else f"; it may be {', '.join(words)}"
-
-
-def check_choice(flag, value, choices):
-    """Raises UsageError, with the nearest choice, if value is none of them."""
-    if value not in choices:
-        raise UsageError(f"{flag} {value!r} is unknown{nearest(value, choices)}")
-
-
 def exit_with_one_line(program, main):
-    """Runs main(); a user's mistake, an interrupt or a full memory ends in one line on stderr, not in a
-    traceback."""
+    """Runs main(). If the user made a mistake, interrupts the program, or memory runs out, prints one line on
+    stderr instead of a traceback."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except UsageError as error:  # from a worker process it brings a traceback; its last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
@@ -977,11 +945,10 @@ def exit_with_one_line(program, main):
         if "alloc" not in str(error):
             raise
         message = f"out of memory: use fewer or smaller images a step ({str(error).splitlines()[0]})"
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the workers' end
-        kept = "the last epoch's checkpoint is kept, --resume continues from it"
-        kept = kept if program == "train.py" else str(error)
-        print(f"\n{program}: interrupted{kept and '; ' + kept}", file=sys.stderr)
+        print(f"\n{program}: interrupted; a checkpoint that was saved is kept, --resume continues from it",
+              file=sys.stderr)
         return 130
     if int(os.environ.get("RANK", 0)):
         time.sleep(10)  # if the first process fails too, it says so, and torchrun ends this one meanwhile

@@ -30,7 +30,7 @@ import mim  # noqa: E402
 import train  # noqa: E402
 from datasets import MEAN, SMALL, STD, Images, UsageError, default_regions, load_data  # noqa: E402
 from train import NonNegativeInt, Parser, PositiveInt  # noqa: E402
-from train import autocast, call, check_choice, exit_with_one_line  # noqa: E402
+from train import autocast, call, exit_with_one_line  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------
 # speed
@@ -132,8 +132,8 @@ def matmul_peak(device, dtype, seconds=2.0):
     return n**3 / best / 1e9
 
 
-def speed(methods: list[str] | None = None, reference: str = "mae",
-          model: Literal[tuple(mim.SIZES)] | None = None, image_size: PositiveInt = 224,
+def speed(methods: list[Literal[tuple(VARIANTS)]] | None = None,
+          reference: Literal[tuple(VARIANTS)] = "mae", model: Literal[tuple(mim.SIZES)] | None = None, image_size: PositiveInt = 224,
           patch_size: PositiveInt = 16, batch_size: PositiveInt | None = None, repeats: PositiveInt = 5,
           compile: bool = False, device="cpu", precision="fp32"):
     """Parameters, GMAC, training images/s, ratio to the reference, share of the matmul peak, peak memory: a
@@ -154,9 +154,6 @@ def speed(methods: list[str] | None = None, reference: str = "mae",
     """
     on_cuda, rows = device.type == "cuda", []
     model, batch_size = model or ("base" if on_cuda else "small"), batch_size or (64 if on_cuda else 4)
-    for name in methods or ():
-        check_choice("--methods", name, list(VARIANTS))
-    check_choice("--reference", reference, list(VARIANTS))
     peak = matmul_peak(device, train.PRECISIONS[precision])
     print(f"ViT-{model}/{patch_size}, {image_size} pixels, batch {batch_size}, {precision}, {device}; matmul "
           f"peak {peak:.0f} GMAC/s")
@@ -377,7 +374,8 @@ def compare_table(share, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def compare(methods: list[str] | None = None, data: str = "shapes", limit: PositiveInt | None = None,
+def compare(methods: list[Literal[tuple(COMPARED)]] | None = None, data: str = "shapes",
+            limit: PositiveInt | None = None,
             model: Literal[tuple(mim.SIZES)] | None = None, epochs: PositiveInt | None = None,
             finetune_epochs: PositiveInt | None = None, probe_epochs: PositiveInt | None = None,
             compile: bool = False, output: str | None = None, seed: NonNegativeInt = 0, device="cpu",
@@ -407,8 +405,6 @@ def compare(methods: list[str] | None = None, data: str = "shapes", limit: Posit
     epochs, probe_epochs = epochs or (200 if on_cuda else 10), probe_epochs or (90 if on_cuda else 30)
     finetune_epochs, names = finetune_epochs or (30 if on_cuda else 5), methods or list(COMPARED)
     output = Path(output or f"runs/compare-{Path(data).name}")
-    for name in names:
-        check_choice("--methods", name, list(COMPARED))
     labelled = load_data(data, "train", limit=limit)
     if len(labelled.classes) < 2:
         raise UsageError(f"compare needs labels: a folder per class; {labelled.description}")
@@ -446,9 +442,8 @@ BENCHMARKS = dict(speed=speed, data=data, compare=compare)
 def main(argv):
     """One benchmark, from the command line to its line of JSON."""
     began, parser = time.perf_counter(), Parser(description=__doc__)
-    parser.add_argument("benchmark", help=", ".join(BENCHMARKS))
-    if argv and not argv[0].startswith("-"):
-        check_choice("the benchmark", argv[0], list(BENCHMARKS))
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    if argv and argv[0] in BENCHMARKS:
         parser.add(BENCHMARKS[argv[0]])
         parser.add(train.open_device)
     given = parser.parse(argv)
