@@ -460,7 +460,7 @@ def test_coco_objects_and_crowds(tmp_path):
     (tmp_path / "annotations").mkdir()
     for i in range(2):
         Image.new("RGB", (30, 20)).save(tmp_path / "train2017" / f"{i}.jpg")
-    shapes = [dict(image_id=1, category_id=9, area=50, iscrowd=0, bbox=[2, 3, 10, 5], segmentation=[[2, 3, 12, 3, 12, 8, 2, 8]]),
+    shapes = [dict(image_id=1, category_id=9, area=50, iscrowd=0, bbox=[1.5, 3, 10.5, 5], segmentation=[[2, 3, 12, 3, 12, 8, 2, 8]]),
               dict(image_id=1, category_id=4, area=600, iscrowd=1, bbox=[0, 0, 30, 20],
                    segmentation=dict(size=[20, 30], counts=[0, 600]))]
     images = [dict(id=i, file_name=f"{i}.jpg", width=30, height=20) for i in range(2)]
@@ -473,6 +473,7 @@ def test_coco_objects_and_crowds(tmp_path):
     assert empty["masks"].shape == (0, 20, 30) and len(empty["labels"]) == 0
     assert full["labels"].tolist() == [1, 2] and full["crowd"].tolist() == [True, False]
     assert full["masks"][1].sum() == 50 and full["areas"].tolist() == [600, 50]
+    assert full["boxes"].tolist() == [[0, 0, 30, 20], [1.5, 3, 12, 8]]  # as annotated, not around the mask
     items = DenseImages(source, (32, 32), (1, 1))
     assert items[0]["label"]["boxes"].shape == (0, 4) and items[1]["label"]["labels"].tolist() == [2]
     encoder = make_encoder(32)
