@@ -811,7 +811,8 @@ def draw_classes(shown, names):
     columns = dict(image=[], prediction=[], truth=[], classes=[])
     for image, found, truth in shown:
         legend = Image.new("RGB", (256, 256), "white")
-        seen = [k for k in torch.cat([truth, found]).unique().tolist() if k != IGNORED]
+        seen = dict.fromkeys(truth.unique().tolist() + found.unique().tolist())  # the truth first
+        seen.pop(IGNORED, None)
         for line, k in enumerate(seen):
             ImageDraw.Draw(legend).text((4, 4 + 14 * line), names[k], fill=colours[k])
         maps = (table[classes].permute(2, 0, 1) for classes in (found, truth))
