@@ -282,6 +282,8 @@ def main(argv):
         if hasattr(regions, "fill"):
             regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
         gather(None)  # each process computes its share, and reads all
+    elif args["prepare"]:
+        raise UsageError(f"--prepare computes regions, and --method {args['method']} takes none")
     if args["prepare"]:
         return
     call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer, output=output,

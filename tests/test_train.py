@@ -548,6 +548,7 @@ MISTAKES = {
     "no decoder": (["--method", "mae", "--decoder-dim", "0"], "decoder_dim"),
     "negative decoder": (["--method", "mae", "--decoder-depth", "-1"], "decoder_depth"),
     "long warm-up": (["--method", "mae", "--epochs", "3", "--warmup-epochs", "4"], "--warmup-epochs 4.0 is more than --epochs 3"),
+    "nothing to prepare": (["--method", "mae", "--prepare"], "--prepare computes regions, and --method mae takes none"),
     "high minimum": (["--method", "mae", "--min-lr", "1"], "--min-lr 1.0 is above the peak learning rate, 0.001"),
     "two ways": (["--method", "mae", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
     "nothing near": (["--method", "mae", "--frobnicate"], "unknown argument --frobnicate: see --help"),
