@@ -456,7 +456,7 @@ def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: in
 
     data: the images: shapes (built-in scenes), cifar10, cifar100, stl10 (downloaded), or a folder: train/ and
         val/ with a folder per class, a folder per class, COCO's layout, or plain images
-    limit: use so many of the images, evenly spread, and so of the classes of a folder; default: all
+    limit: use so many of the training images, evenly spread, and so of the classes of a folder; default: all
 
     split: "pretrain" (labels unused), "train" or "val". image_size: of the scenes, an int or (height, width).
     root: where torchvision's data sets lie. Raises UsageError if there is no such data, or no image in it.

@@ -281,7 +281,8 @@ def open_kept(path, settings):
         kept = state["args"]
     for name, value in settings.items():
         if kept.get(name) != value:
-            raise UsageError(f"--resume: {path} was made with {name} {kept.get(name)}, not {value}")
+            raise UsageError(f"--resume: {path} was made with {name} {kept.get(name)}, not {value}; give the "
+                             "same, or another --output")
     return state
 
 
@@ -1551,11 +1552,15 @@ TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, sem
              reconstruct=reconstruct, attention=attention, segment=segment)
 
 
+MORE = ("With --task, --help lists its flags. The defaults are the papers'; images of up to 96 pixels have "
+        "others, which the last line shows.")
+
+
 def parse(argv):
     """Command line -> (what the user gave; for a task that takes a whole method the checkpoint's method and
     its run's settings, else None and {})."""
     first = Parser(add_help=False)  # other flags depend on these two
-    parser = Parser(description=__doc__, epilog="With --task, --help lists its flags.")
+    parser = Parser(description=__doc__, epilog=MORE)
     for some in (first, parser):
         some.add_argument("checkpoint", nargs="?" if some is first else None, help="a file, or `random`")
         some.add_argument("--task", choices=TASKS, required=some is parser)
@@ -1631,7 +1636,8 @@ def main(argv):
     if rank() == 0:
         shown = {name: p.default for name, p in flag_parameters(run).items()} | settings | result
         shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))
-        shown.pop("resume", None)
+        for name in ("resume", "data") if "images" in given else ("resume",):
+            shown.pop(name, None)
         print(json.dumps(shown, default=str))
 
 
