@@ -290,8 +290,7 @@ def test_boxes_and_masks_are_cropped_with_the_image():
         mask = item["label"]["masks"]
         if not len(mask):  # all of it was cut off
             continue
-        shown = (item["image"][0] > 160) | ((item["image"][0] < 90) & (item["image"][0] > 160))
-        assert (shown != mask[0].bool()).float().mean() < 0.06  # but for the edge
+        assert ((item["image"][0] > 160) != mask[0].bool()).float().mean() < 0.06  # but for the edge
         x1, y1, x2, y2 = item["label"]["boxes"][0].int().tolist()
         assert mask[0, y1:y2, x1:x2].any(0).all() and mask.sum() == mask[0, y1:y2, x1:x2].sum()
         sizes.add((x2 - x1, y2 - y1))
@@ -306,18 +305,18 @@ OVERFIT = dict(layer_decay=1.0, drop_path=0.0, width=32)
 
 @pytest.mark.parametrize("head, patch_size", [("linear", 4), ("upernet", 8)])
 def test_segmentation_overfits(head, patch_size):
-    train, val = scenes(False)
+    train, val = scenes(False, 12)
     torch.manual_seed(0)
     encoder = mim.ViT(64, patch_size, embed_dim=64, depth=3, num_heads=4)
-    result = semseg(encoder, train, val, head, epochs=60, batch_size=8, base_lr=6e-3, warmup_epochs=6, **OVERFIT)
+    result = semseg(encoder, train, val, head, epochs=60, batch_size=6, base_lr=8e-3, warmup_epochs=6, **OVERFIT)
     assert result["miou"] > 80 and result["pixel_accuracy"] > 90 and result["classes"] == 11
 
 
 def test_detection_overfits():
-    train, val = scenes(True)
+    train, val = scenes(True, 8)
     torch.manual_seed(0)
     encoder = mim.ViT(64, 8, embed_dim=64, depth=3, num_heads=4)
-    result = detect(encoder, train, val, epochs=60, batch_size=4, base_lr=5e-3, warmup_epochs=6, **OVERFIT)
+    result = detect(encoder, train, val, epochs=100, batch_size=4, base_lr=5e-3, warmup_epochs=10, **OVERFIT)
     assert result["box_ap"] > 60 and result["box_ap50"] > 90 and result["mask_ap50"] > 70
 
 
