@@ -286,6 +286,8 @@ def main(argv):
     elif args["prepare"]:
         raise UsageError(f"--prepare computes regions, and --method {args['method']} takes none")
     if args["prepare"]:
+        if rank() == 0:
+            print(f"the regions of {len(source)} images are ready: without --prepare the run starts")
         return
     call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer, output=output,
          args=args, state=state)
@@ -627,6 +629,7 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
 
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
+
 
 def picture(columns, per_row=1):
     """Tiles by title, {title: [n, 3, h, w] in 0..1} -> one picture [3, H, W], a sample a row, or per_row of
