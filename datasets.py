@@ -983,7 +983,7 @@ class ComputedRegions(Dataset):
             return
         classify = self.open_classifier and self.open_classifier()
         loader = make_loader(Subset(self, missing), workers, batch_size=8)
-        for batch in tqdm(loader, f"regions ({os.path.basename(self.folder)})", disable=rank > 0):
+        for batch in tqdm(loader, f"regions ({os.path.basename(self.folder)})", disable=rank > 0 or None):
             if classify:
                 for index, maps in zip(batch["index"].tolist(), classify(batch)):
                     self.save(index, maps)
