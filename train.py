@@ -86,8 +86,12 @@ SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_b
                     decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5)
 NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
                    decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64)
-SMALL_DVAE_RECIPE = dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0,
-                         hidden_dim=32, groups=3, vocab_size=512)
+SMALL_METHOD_RECIPES = {
+    "dvae": dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0, hidden_dim=32,
+                 groups=3, vocab_size=512),
+    # At the others' rate its encoder ends worse than an untrained one in a linear probe.
+    "rae": dict(base_lr=5e-4),
+}
 
 # Types of flags (see `Parser`): the kind, the smallest and the largest value, the words for the error message
 LARGEST = sys.float_info.max
@@ -786,8 +790,7 @@ def settle(given, defaults, source):
     if max(size) <= SMALL:
         nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
         small = (NANO_RECIPE if nano else SMALL_RECIPE) | dict(patch_size=small_patch(size))
-        if given["method"] == "dvae":
-            small |= SMALL_DVAE_RECIPE
+        small |= SMALL_METHOD_RECIPES.get(given["method"], {})
         recipe |= {name: value for name, value in small.items() if name in recipe}
     # A shorter run warms up for the same share of it.
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])

@@ -136,6 +136,7 @@ def test_recipes_shrink_for_small_images():
     settings = settle("--method", "simmim", images=4096, size=64)
     assert (settings["patch_size"], settings["model"]) == (8, "nano") and "decoder_dim" not in settings
     assert settle("--method", "mae", "--data", "x", images=100, size=50)["patch_size"] == 5
+    assert [settle("--method", m, images=4096, size=64)["base_lr"] for m in ("rmae", "rae")] == [4e-3, 5e-4]
 
 
 def test_few_images_get_a_batch_and_a_rate_that_train(capsys):
