@@ -1465,7 +1465,6 @@ class RAE(RMAE):
     Its dict has neither `pred` nor `loss_pixel`. The image still feeds the regions: this trains the encoder.
     """
 
-
     def __init__(self, encoder: ViT, mask_ratio: float = 0.75, num_regions: int = 8,
                  variant: Variant = "length", region_dim: int = 128, region_heads: int = 8,
                  region_decoder_depth: int = 1):  # all as RMAE

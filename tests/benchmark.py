@@ -133,9 +133,9 @@ def matmul_peak(device, dtype, seconds=2.0):
 
 
 def speed(methods: list[Literal[tuple(VARIANTS)]] | None = None,
-          reference: Literal[tuple(VARIANTS)] = "mae", model: Literal[tuple(mim.SIZES)] | None = None, image_size: PositiveInt = 224,
-          patch_size: PositiveInt = 16, batch_size: PositiveInt | None = None, repeats: PositiveInt = 5,
-          compile: bool = False, device="cpu", precision="fp32"):
+          reference: Literal[tuple(VARIANTS)] = "mae", model: Literal[tuple(mim.SIZES)] | None = None,
+          image_size: PositiveInt = 224, patch_size: PositiveInt = 16, batch_size: PositiveInt | None = None,
+          repeats: PositiveInt = 5, compile: bool = False, device="cpu", precision="fp32"):
     """Parameters, GMAC, training images/s, ratio to the reference, share of the matmul peak, peak memory: a
     table.
 
