@@ -679,7 +679,7 @@ class DeviceLoader:
 
 
 class BrokenFiles:
-    """Names each broken file once, and raises UsageError when more than 1% of the images are broken."""
+    """Collects the broken files of a source in `found`, and names each of them once."""
 
     def __init__(self, source, echo=print):
         self.source, self.echo, self.found = source, echo, set()
@@ -689,13 +689,6 @@ class BrokenFiles:
         for index in set(broken[broken >= 0].tolist()) - self.found:
             self.found.add(index)
             self.echo(f"broken image, another takes its place: {self.source.name(index)}")
-        self.check()
-
-    def check(self):
-        """Raises UsageError if too many have been found."""
-        if len(self.found) > 0.01 * len(self.source):
-            raise UsageError(f"{len(self.found)} of {len(self.source)} images are broken, more than 1%: "
-                             f"{self.source.name(min(self.found))} is one")
 
 
 # ---------------------------------------------------------------------------------------------------------

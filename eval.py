@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
-                      boxes_of, check_shape, collate, decode, denormalize, explained, load_data, load_dense,
-                      make_loader, normalize, open_regions, read_ids, seed_of)
+                      boxes_of, collate, decode, denormalize, explained, load_data, load_dense,
+                      make_loader, normalize, open_regions, seed_of)
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
                    autocast, call, cut_batch, draw_reconstruction, exit_with_one_line,
                    first_process_first, flag_parameters, half_cosine, image_pair, join_processes,
@@ -1351,60 +1351,6 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
     return means | dict(objects=objects, picture=picture(columns))
 
 
-def read_hints(image, size, patch_size, points=(), background=(), hints=None):
-    """An image's hints -> its label map [H, W] int64: 0 unknown, 1 background, 2 region.
-
-    image: [3, h, w]. size: (height, width) of the map. For the rest see `segment_image`.
-    """
-    (height, width), (H, W), p = image.shape[1:], size, patch_size
-    labels = torch.zeros(H, W, dtype=torch.long)
-    if hints is not None:
-        drawn = read_ids(hints)
-        check_shape(f"--hints {hints}: the image", image, drawn.shape, exact=True)
-        drawn = torch.from_numpy(drawn.clip(0, 2))[None, None].float()
-        labels = F.interpolate(drawn, (H, W), mode="nearest-exact")[0, 0].long()
-    for flag, label, places in (("points", 2, points), ("background", 1, background)):
-        for place in places or ():
-            with explained(f"--{flag} {place}", f"a point is x,y in pixels of the {width}x{height} image"):
-                x, y = map(float, place.split(","))
-                if not (0 <= x < width and 0 <= y < height):
-                    raise ValueError("outside of it")
-            row, column = int(y * H / height) // p * p, int(x * W / width) // p * p
-            labels[row : row + p, column : column + p] = label
-    return labels
-
-
-@torch.no_grad()
-def segment_image(method, image, points: list[str] | None = None, background: list[str] | None = None,
-                  hints: str | None = None, image_visible: Fraction = 0.25, seed: NonNegativeInt = 0,
-                  device="cpu", precision="fp32") -> dict:
-    """Completes the region of one image from the user's hints -> a `picture` and the `mask`, [1, h, w] as the
-    image.
-
-    method: mim.RMAE or RAE. image: uint8 [3, h, w].
-    points: with --images: x,y ... in pixels of the image, inside the region; each shows its whole patch
-    background: with --images: x,y ... in pixels of the image, outside of the region
-    hints: with --images: label PNG of the image's size, 0 unknown, 1 background, 2 region
-    image_visible: see `segment`
-    seed: of the image's patches
-    """
-    method = frozen(method, device)
-    encoder, p = method.encoder, method.encoder.patch_size
-    labels = read_hints(image, encoder.image_size, p, points, background, hints)[None, None].to(device)
-    shown, region = mim.patchify(labels, p).any(-1), labels == 2
-    if not region.any() or shown.all():
-        raise UsageError("--task segment of --images needs hints: --points x,y ... inside the region, or "
-                         "--hints; and patches without one to complete")
-    whole = v2.functional.resize(image[None], encoder.image_size, v2.InterpolationMode.BICUBIC)
-    whole = prepare(whole, device)
-    torch.manual_seed(seed)
-    with autocast(device, precision):
-        completed, drawn = complete(method, whole, region, shown.nonzero()[:, 1][None], image_visible)
-    columns = dict(image=denormalize(whole), hints=drawn, completed=completed)
-    columns["region"] = columns["image"] * (0.2 + 0.8 * completed)
-    return dict(picture=picture(columns), mask=(resize(completed[:, :1], image.shape[1:])[0] > 0.5).float())
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints and images of the command line
 
@@ -1580,14 +1526,11 @@ def parse(argv):
             functions += [open_regions] * ("regions" in method.inputs)
             if task == "segment" and not hasattr(method, "complete"):
                 raise UsageError("--task segment is for runs of rae and rmae")
-        functions += [segment_image] * (task == "segment") + [open_images, few] * ("images" in takes)
+        functions += [open_images, few] * ("images" in takes)
         functions += [open_output] * ("images" in takes or "output" in takes)
     for function in functions:
         parser.add(function, ("vocab_size",) if "train" in takes else ("vocab_size", "limit"))
     given = parser.parse(argv)
-    for flag in ("points", "background", "hints"):
-        if flag in given and "images" not in given:
-            raise UsageError(f"--{flag} needs --images: the hints are of one image")
     overrides = {name: given[name] for cls in own for name in flag_parameters(cls) if name in given}
     if overrides:
         method, args = open_method(given["checkpoint"], **overrides)
@@ -1625,14 +1568,11 @@ def main(argv):
     if "images" in takes:
         images = call(open_images, settings, settings=settings, size=size)
         fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
-        if task == "segment" and "images" in given:
-            run, fixed = segment_image, dict(method=method, image=images.source[0]["image"])
     result = call(run, settings, **fixed)
-    for name, ending in (("picture", ".png"), ("mask", "_mask.png")):
-        if name in result:
-            path = settings["output"].with_name(settings["output"].stem + ending)
-            save_picture(path, result[name])
-            result[name] = str(path)
+    if "picture" in result:
+        path = settings["output"].with_suffix(".png")
+        save_picture(path, result["picture"])
+        result["picture"] = str(path)
     if rank() == 0:
         shown = {name: p.default for name, p in flag_parameters(run).items()} | settings | result
         shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))

@@ -245,7 +245,6 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
                            clip_grad=clip_grad, seed=seed, device=device, precision=precision)
         epoch += 1
         broken.found = set().union(*gather(broken.found))  # a file is broken for all processes
-        broken.check()
         line = dict(epoch=epoch, step=epoch * steps, **line, seconds=round(time.perf_counter() - began, 3))
         if broken.found:
             line["broken_images"] = len(broken.found)

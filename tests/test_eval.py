@@ -378,19 +378,6 @@ def test_hints_show_the_object_and_the_nearest_one_is_copied():
     assert near[[0, 1, 4]].all() and not near[[15, 14, 11]].any()
 
 
-def test_one_image_is_segmented_from_points_and_from_a_label_map(call, runs, folder, tmp_path):
-    image, label = folder / "val" / "a" / "0.png", torch.zeros(1, 32, 32, dtype=torch.uint8)
-    label[0, 8:12, 8:12], label[0, 24:, 24:] = 2, 1
-    write_png(label, str(tmp_path / "hints.png"))
-    for hints in (["--points", "9.5,9", "--background", "25,25", "30,30.0"], ["--hints", tmp_path / "hints.png"]):
-        code, result, err = call(runs / "rmae" / "checkpoint.pt", "segment", "--images", image, *hints, "--output", tmp_path / "a.png")
-        assert code == 0, err
-        assert read_image(result["picture"]).shape == picture_shape(1, 4)
-        mask = read_image(result["mask"])
-        assert mask.shape[1:] == (32, 32) and set(mask.unique().tolist()) <= {0, 255}
-        assert mask[:, 9:11, 9:11].eq(255).all() and mask[:, 29:, 29:].eq(0).all()  # the hints themselves
-
-
 # In a notebook
 
 
@@ -519,10 +506,6 @@ def test_small_images_are_cached_and_large_ones_are_not():
     (["{mae}/encoder.pt", "--task", "linear", "--base-lr", "1e38", "--data", "{data}"], "Try a lower"),
     (["--task", "knn"], "the following arguments are required: checkpoint"),
     (["{mae}/checkpoint.pt", "--task", "segment"], "--task segment is for runs of rae and rmae"),
-    (["{rmae}/checkpoint.pt", "--task", "segment", "--images", "{image}"], "needs hints: --points"),
-    (["{rmae}/checkpoint.pt", "--task", "segment", "--points", "4,4"], "--points needs --images"),
-    (["{rmae}/checkpoint.pt", "--task", "segment", "--images", "{image}", "--points", "40,3"], "--points 40,3: a point is x,y in pixels of the 32x32 image"),
-    (["{rmae}/checkpoint.pt", "--task", "segment", "--images", "{image}", "--points", "4"], "--points 4: a point is x,y in pixels of the 32x32 image"),
     (["{rmae}/checkpoint.pt", "--task", "segment", "--image-visible", "2"], "--image-visible must be"),
     (["{rmae}/checkpoint.pt", "--task", "segment", "--regions", "panoptic"], "--regions panoptic: --data shapes has none"),
     (["{mae}/encoder.pt", "--task", "knn", "--limit", "0"], "--limit must be positive, got 0"),
