@@ -1,8 +1,18 @@
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import socket
 import sys
+import tempfile
+import time
+import types
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere: a GPU's sums are not bit for bit repeatable
+# The same tests everywhere: a GPU's sums are not bit for bit repeatable.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -15,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
+    words = "The image decoding and encoding capabilities"
+    config.addinivalue_line("filterwarnings", f"ignore:{words}:DeprecationWarning")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +36,8 @@ def checkout_stays_as_it_is():
 
     def state():
         files = (path for path in ROOT.rglob("*") if path.is_file())
-        own = (path for path in files if not {".git", "__pycache__", ".pytest_cache", ".venv"} & set(path.parts))
+        others = {".git", "__pycache__", ".pytest_cache", ".venv"}
+        own = (path for path in files if not others & set(path.parts))
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in own}
 
     before = state()
@@ -64,6 +76,122 @@ def cli(capsys):
         code = exit_with_one_line(f"{module.__name__}.py", lambda: module.main([str(a) for a in arguments]))
         out, err = capsys.readouterr()
         return code, out, err
+
+    return call
+
+
+class Program:
+    """A program in forked children of this process, for which the imports are paid already.
+
+    `kill` sends a signal to it, `until` waits for something that it does, `wait` for its end.
+    """
+
+    def __init__(self, target, processes, environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.files = [(tempfile.TemporaryFile(), tempfile.TemporaryFile()) for _ in range(processes)]
+        self.children = []
+        for rank, files in enumerate(self.files):
+            variables = dict(environment)
+            if processes > 1:  # as torchrun sets them
+                variables |= dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank,
+                                  LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            arguments = (target, variables, files)
+            child = multiprocessing.get_context("fork").Process(target=run_as_program, args=arguments)
+            child.start()
+            self.children.append(child)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have done so, or ended
+                os.setpgid(child.pid, child.pid)
+
+    @property
+    def pid(self):
+        return self.children[0].pid
+
+    def kill(self, number=signal.SIGKILL, group=False):
+        """Sends a signal to each process; with `group` to its own children too, as Ctrl-C does."""
+        for child in self.children:
+            if child.exitcode is None:
+                (os.killpg if group else os.kill)(child.pid, number)
+
+    def until(self, happened, timeout=60):
+        """Waits until happened() is true. Fails if the program ends before, or after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not happened():
+            if time.monotonic() > deadline or not any(child.is_alive() for child in self.children):
+                raise AssertionError(f"it did not happen: {self.wait(0)}")
+            time.sleep(0.005)
+
+    def wait(self, timeout=60):
+        """Waits for the end -> (exit code, stdout, stderr). After `timeout` seconds the program is killed.
+
+        The exit code of a process that a signal ended is the signal's negative number. Of several processes
+        it is a list, in the order of the ranks; if one fails, the others are ended, as torchrun does.
+        """
+        deadline = time.monotonic() + timeout
+        while alive := [child for child in self.children if child.exitcode is None]:
+            left = max(0, deadline - time.monotonic())
+            multiprocessing.connection.wait([child.sentinel for child in alive], left)
+            if time.monotonic() > deadline:
+                self.kill(group=True)
+            elif any(child.exitcode for child in self.children):
+                self.kill(signal.SIGTERM)
+        codes = [child.exitcode for child in self.children]
+        return codes if len(codes) > 1 else codes[0], self.stdout, self.stderr
+
+    @property
+    def stdout(self):
+        """What it has written so far; of several processes, one after the other."""
+        return "".join(os.pread(out.fileno(), 10**7, 0).decode() for out, _ in self.files)
+
+    @property
+    def stderr(self):
+        return "".join(os.pread(err.fileno(), 10**7, 0).decode() for _, err in self.files)
+
+
+def run_as_program(target, variables, files):
+    """Runs target() in a forked child as if it were a program of its own; it returns the exit code, or None
+    for 0."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    sys.exit(target())
+
+
+@pytest.fixture
+def start():
+    """start(module, *arguments, processes=1, environment={}) starts a program's command line, or a function
+    with these arguments, in a forked child -> Program. If it runs at the end of the test, it is killed."""
+    programs = []
+
+    def call(module, *arguments, processes=1, environment={}):
+        def command_line():
+            from train import exit_with_one_line
+
+            given = [str(argument) for argument in arguments]
+            return exit_with_one_line(f"{module.__name__}.py", lambda: module.main(given))
+
+        is_program = isinstance(module, types.ModuleType)
+        target = command_line if is_program else functools.partial(module, *arguments)
+        programs.append(Program(target, processes, environment))
+        return programs[-1]
+
+    yield call
+    for program in programs:
+        program.wait(timeout=0)
+
+
+@pytest.fixture
+def fork(start):
+    """fork(...) is `start`(...).wait() -> (exit code, or a list of those of several processes, stdout,
+    stderr)."""
+
+    def call(*arguments, timeout=60, **options):
+        return start(*arguments, **options).wait(timeout)
 
     return call
 

@@ -9,10 +9,9 @@ import math
 import os
 import re
 import resource
-import socket
+import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -296,9 +295,12 @@ def test_a_checkpoint_that_does_not_fit_itself_is_one_line(call):
 
 def test_a_log_file_has_no_bars(folder, tmp_path):
     """Where stderr is no terminal, an epoch is one line."""
-    process = launch("--method", "mae", "--data", folder, *TINY, "--device", "cpu", "--output", tmp_path / "run")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "\r" not in out + err and "images/s" not in err
+    command = [sys.executable, "train.py", "--method", "mae", "--data", folder, *TINY, "--device", "cpu"]
+    command = [str(part) for part in [*command, "--output", tmp_path / "run"]]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                            env=dict(os.environ, OMP_NUM_THREADS="1"))
+    out, err = result.stdout, result.stderr
+    assert result.returncode == 0 and "\r" not in out + err and "images/s" not in err
     assert sum(line.startswith("epoch ") for line in out.splitlines()) == 3
     assert f"next: python eval.py {tmp_path}/run/encoder.pt --task linear" in out.splitlines()[-1]
 
@@ -322,44 +324,28 @@ def test_an_interrupt_inside_an_epoch_repeats_the_epoch(call, monkeypatch):
     assert_same_run(whole, output)
 
 
-def launch(*arguments, processes=1):
-    start = ["train.py"]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", *start]
-    return subprocess.Popen([sys.executable, *start, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-
-
-def test_a_killed_run_resumes_exactly(folder, tmp_path):
-    arguments = ["--method", "mae", "--data", folder, *TINY, "--epochs", 12, "--device", "cpu"]
-    process = launch(*arguments, "--output", tmp_path / "killed")
-    path, deadline = tmp_path / "killed" / "log.jsonl", time.time() + 60
-    while not (path.exists() and len(path.read_text().splitlines()) >= 3) and time.time() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    done = len(path.read_text().splitlines())
-    assert 3 <= done < 12
-    finish = [launch(*arguments, "--output", tmp_path / "killed", "--resume"), launch(*arguments, "--output", tmp_path / "whole")]
-    for process in finish:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+def test_a_killed_run_resumes_exactly(start, fork, folder, tmp_path):
+    arguments = ["--method", "mae", "--data", folder, *TINY, "--epochs", 12]
+    program = start(train, *arguments, "--output", tmp_path / "killed")
+    path = tmp_path / "killed" / "log.jsonl"
+    program.until(lambda: path.exists() and len(log(tmp_path / "killed")) >= 3)
+    program.kill()
+    assert program.wait()[0] == -signal.SIGKILL and 3 <= len(log(tmp_path / "killed")) < 12
+    for out, flags in (("killed", ["--resume"]), ("whole", [])):
+        code, _, err = fork(train, *arguments, "--output", tmp_path / out, *flags)
+        assert code == 0, err
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("flags", [["amt", "--interval", 1], ["rmae", "--region-dim", 16, "--region-heads", 2]])
-def test_two_processes_train_as_one(folder, tmp_path, flags):
-    """2 processes see the micro-batches that 1 process accumulates, so losses agree to rounding, maps and regions too."""
-    arguments = ["--method", *flags, "--data", folder, *TINY, "--device", "cpu"]
-    cache = lambda name: ["--region-cache", tmp_path / f"cache-{name}"] if flags[0] == "rmae" else []  # noqa: E731
-    both = [launch(*arguments, *cache("one"), "--accumulate", 2, "--output", tmp_path / "one"),
-            launch(*arguments, *cache("two"), "--accumulate", 2, "--output", tmp_path / "two", processes=2)]
-    for process in both:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+def test_two_processes_train_as_one(fork, folder, tmp_path, flags):
+    """2 processes see the micro-batches that 1 process accumulates, so losses agree to rounding, and maps
+    and regions too."""
+    arguments = ["--method", *flags, "--data", folder, *TINY, "--accumulate", 2]
+    for out, processes in (("one", 1), ("two", 2)):
+        cache = ["--region-cache", tmp_path / f"cache-{out}"] if flags[0] == "rmae" else []
+        codes, _, err = fork(train, *arguments, *cache, "--output", tmp_path / out, processes=processes)
+        assert codes in (0, [0, 0]), err
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
