@@ -1571,7 +1571,7 @@ def main(argv):
     result = call(run, settings, **fixed)
     if "picture" in result:
         path = settings["output"].with_suffix(".png")
-        save_picture(path, result["picture"])
+        save_picture(path, result["picture"], "eval.py")
         result["picture"] = str(path)
     if rank() == 0:
         shown = {name: p.default for name, p in flag_parameters(run).items()} | settings | result

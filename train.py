@@ -30,10 +30,10 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ImageDraw
+from PIL import ImageDraw, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import mim
@@ -251,7 +251,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         if rank() == 0:
             log.append(json.dumps(line))
             tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-            write_atomically(output / "log.jsonl", lambda to: to.write_text("\n".join(log) + "\n"))
+            write_atomically(output / "log.jsonl", lambda to: to.write("\n".join([*log, ""]).encode()))
             draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed)
         write_checkpoint(output, method, optimizer, scaler, epoch, args)
 
@@ -552,12 +552,13 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a file under `path` is always whole. UsageError if the disk
-    refuses."""
-    temporary = Path(f"{path}.tmp")
+    """write(file) into a new file, which then takes the name `path`: under that name a file is always whole.
+    UsageError if the disk refuses."""
+    temporary = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another run may write here too
     with explained(f"cannot write {path}", "what was there before is kept"):
         try:
-            write(temporary)
+            with open(temporary, "xb") as file:  # x: never an existing file
+                write(file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -649,9 +650,12 @@ def picture(columns, per_row=1):
     return TF.pil_to_tensor(image).float() / 255
 
 
-def save_picture(path, image):
-    """A picture [3 or 1, H, W] in 0..1 -> a PNG file."""
-    write_atomically(path, lambda to: save_image(image, to, format="png"))
+def save_picture(path, image, program):
+    """A picture [3, H, W] in 0..1 -> a PNG file, in which the program's name is kept (`Software`)."""
+    made_by = PngImagePlugin.PngInfo()
+    made_by.add_text("Software", program)
+    picture = TF.to_pil_image((255 * image).round().byte())
+    write_atomically(path, lambda to: picture.save(to, "png", pnginfo=made_by))
 
 
 def picture_items(dataset, count=8):
@@ -719,7 +723,7 @@ def draw_examples(path, method, items, tokenizer, device, seed=0):
     method.eval()
     items = {name: value.to(device) for name, value in items.items()}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it was compiled for batches of one size
-        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer)[0])
+        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer)[0], "train.py")
 
 
 # ---------------------------------------------------------------------------------------------------------
