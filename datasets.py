@@ -12,6 +12,7 @@ run is the same for any number of workers and processes, and a resumed run equal
 import collections
 import contextlib
 import difflib
+import errno
 import glob
 import hashlib
 import io
@@ -20,6 +21,7 @@ import math
 import os
 import pickle
 import random
+import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -71,8 +73,23 @@ def explained(what, problem):
     except FileNotFoundError as error:
         raise UsageError(f"{what}: there is no {error.filename}") from None
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"{what}: {problem} ({reason})") from None
+        raise UsageError(f"{what}: {problem} ({reason_of(error)})") from None
+
+
+def reason_of(error):
+    """What an exception says, in one line, without the words that Python and torch have for themselves."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save hides it
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "the disk is full"
+    words = getattr(error, "strerror", None) or str(error)
+    words = re.sub(r"<\S+ object at \w+>|\[enforce fail .*?\]", "", words)
+    return " ".join(words.split())[:200] or type(error).__name__
+
+
+def counted(number, things):
+    """1, "classes" -> "1 class"; 2, "classes" -> "2 classes"."""
+    return f"{number} {re.sub('(?<=ss)es$|s$', '', things) if number == 1 else things}"
 
 
 def seed_of(*keys):
@@ -432,7 +449,7 @@ def load_folder(root, split):
     if not paths:
         raise UsageError(f"--data {root}: no images in {folder} for the {split} split "
                          f"(looked for {' '.join(EXTENSIONS)})")
-    description = f"{root}: {layout}, {len(paths)} images, {len(classes)} classes"
+    description = f"{root}: {layout}, {counted(len(paths), 'images')}, {counted(len(classes), 'classes')}"
     return Files(folder, paths, labels, classes, description)
 
 
@@ -776,7 +793,7 @@ def load_coco(root, split):
     if folder is None:
         raise UsageError(f"--data {root}: no val* folder with .jpg images in it")
     paths = find_files(folder)
-    description = f"{root}: COCO {folder.name}, {len(paths)} images"
+    description = f"{root}: COCO {folder.name}, {counted(len(paths), 'images')}"
     return Files(folder, paths, [], [], description, turn=False)
 
 
@@ -1187,7 +1204,8 @@ def read_classes(source, folder, first, index, item):
     known = (labels >= first) & (labels < first + len(source.classes))
     wrong = labels[~known & (labels != 0) & (labels != 255)]
     if wrong.size:
-        raise UsageError(f"{path}: label {wrong[0]} is not one of {len(source.classes)} classes")
+        raise UsageError(f"{path}: label {wrong[0]} is not one of "
+                         f"{counted(len(source.classes), 'classes')}")
     return np.where(known, labels - first, IGNORED).astype(np.uint8)
 
 

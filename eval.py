@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
-                      boxes_of, collate, decode, denormalize, explained, load_data, load_dense,
+                      boxes_of, collate, counted, decode, denormalize, explained, load_data, load_dense,
                       make_loader, normalize, open_regions, seed_of)
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
                    autocast, call, cut_batch, draw_reconstruction, exit_with_one_line,
@@ -202,7 +202,7 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
     """
     train, val = as_items(train), as_items(val)
     if k > len(train):
-        raise UsageError(f"--k {k} is more than the {len(train)} training images")
+        raise UsageError(f"--k {k} is more than the {counted(len(train), 'training images')}")
     features = pooled(frozen(encoder, device), pool)
     known, labels = extract(features, train, device, precision, workers, "train features")
     new, truth = extract(features, val, device, precision, workers, "val features")

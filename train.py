@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -37,9 +38,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import mim
-from datasets import (SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
+from datasets import (SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate, counted,
                       default_regions, denormalize, explained, load_data, make_loader, normalize,
-                      open_regions, seed_of)
+                      open_regions, reason_of, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
@@ -290,16 +291,17 @@ def main(argv):
         raise UsageError(f"--prepare computes regions, and --method {args['method']} takes none")
     if args["prepare"]:
         if rank() == 0:
-            print(f"the regions of {len(source)} images are ready: without --prepare the run starts")
+            print("the regions are ready: without --prepare the run starts")
         return
     call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer, output=output,
          args=args, state=state)
     if rank() == 0:
         labelled = source.classes and args["method"] != "dvae"
         file, task = ("encoder.pt", "linear") if labelled else ("checkpoint.pt", "reconstruct")
-        print(f"{args['epochs']} epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl and "
-              "reconstruction.png")
-        print(f"next: python eval.py {output}/{file} --task {task} --data {args['data']}")
+        print(f"{counted(args['epochs'], 'epochs')} done: {output}/ holds checkpoint.pt, encoder.pt, "
+              "log.jsonl and reconstruction.png")
+        command = ["python", "eval.py", f"{output}/{file}", "--task", task, "--data", args["data"]]
+        print("next:", shlex.join(command))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -371,8 +373,8 @@ def cut_batch(batch_size, num_images, accumulate=None):
         raise UsageError(f"--accumulate {pieces}: {world_size()} processes cannot share out {pieces} "
                          "micro-batches evenly")
     if batch_size < 2 * pieces:
-        raise UsageError(f"--batch-size must be at least {2 * pieces}, got {batch_size}: 2 images in each of "
-                         f"{pieces} micro-batches")
+        raise UsageError(f"--batch-size must be at least {2 * pieces}, got {batch_size}: 2 images in each "
+                         "micro-batch")
     return batch_size // pieces * pieces, pieces
 
 
@@ -455,14 +457,18 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
 
     device: cuda, cuda:1, cpu, ...; default: cuda if there is one; each process of torchrun takes its own
     precision: of autocast; default: bf16 or fp16 on CUDA, else fp32
-    workers: data loading processes; default: on CUDA as many as cores, at most 16, else 0
+    workers: data loading processes, at most 8 for each core; default: on CUDA as many as cores, at most 16,
+        else 0
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with explained(f"--device {name}", "it cannot be used"):
+    try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
+    except Exception:  # torch raises all kinds for what is not there
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UsageError(f"--device {name}: it cannot be used here; there is {', '.join(there)}") from None
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
@@ -471,6 +477,8 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if workers is None:
         workers = min(16, cores()) if on_cuda else 0
+    if workers > 8 * cores():
+        raise UsageError(f"--workers {workers}: at most 8 for each core, here {8 * cores()}")
     return device, precision or "fp32", workers
 
 
@@ -626,8 +634,8 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     elif (output / "log.jsonl").exists():
         raise UsageError(f"{output} holds the log of a run but no checkpoint.pt: {ways}")
     if state and state["epoch"] and not resume:
-        raise UsageError(f"{output} already holds a run of {state['epoch']} epochs: --resume continues it, "
-                         f"{ways}")
+        raise UsageError(f"{output} already holds a run of {counted(state['epoch'], 'epochs')}: --resume "
+                         f"continues it, {ways}")
     return output, state if resume else None
 
 
@@ -799,8 +807,8 @@ def settle(given, defaults, source):
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
     args = recipe | dict(image_size=size, num_images=len(source)) | given
     if args["num_images"] != len(source):
-        raise UsageError(f"--resume: the run had {args['num_images']} images, --data {args['data']} has "
-                         f"{len(source)}")
+        raise UsageError(f"--resume: the run had {counted(args['num_images'], 'images')}, "
+                         f"--data {args['data']} has {len(source)}")
     settle_batch(args, "batch_size" in given)
     if args["warmup_epochs"] > args["epochs"]:
         raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
@@ -823,7 +831,7 @@ def settle_batch(args, chosen):
     """
     images, wanted = args["num_images"], args["batch_size"]
     if chosen and wanted > images:
-        raise UsageError(f"--batch-size {wanted} is more than the {images} images that there are")
+        raise UsageError(f"--batch-size {wanted} is more than the {counted(images, 'images')} of --data")
     batch = wanted if chosen else min(wanted, max(8, images // 16))
     rate_batch = min(wanted, max(batch, args["lr_batch"]))
     args["lr"] = args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
@@ -932,6 +940,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(re.sub(r"^argument (--[\w-]+): ", r"\1 ", message))
 
+    def parse_known_args(self, argv):
+        arguments, rest = super().parse_known_args(argv)
+        for name, value in vars(arguments).items():
+            if "" in (value if isinstance(value, list) else [value]):
+                raise UsageError(f"{name.replace('_', '-')} is an empty string")
+        return arguments, rest
+
     def parse(self, argv):
         """Command line -> dict of what was given."""
         arguments, rest = self.parse_known_args(argv)
@@ -954,11 +969,11 @@ def exit_with_one_line(program, main):
     except UsageError as error:  # from a worker process it brings a traceback; its last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
     except OSError as error:
-        message = f"{error.filename or 'system'}: {error.strerror or error}"
-    except RuntimeError as error:
-        if "alloc" not in str(error):
+        message = f"{error.filename or 'system'}: {reason_of(error)}"
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" not in str(error) and isinstance(error, RuntimeError):
             raise
-        message = f"out of memory: use fewer or smaller images a step ({str(error).splitlines()[0]})"
+        message = "out of memory: use fewer or smaller images a step"
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the workers' end
         print(f"\n{program}: interrupted; a checkpoint that was saved is kept, --resume continues from it",
