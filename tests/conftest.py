@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -194,6 +195,73 @@ def fork(start):
         return start(*arguments, **options).wait(timeout)
 
     return call
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def log(output):
+    """The lines of a run's log, without its speeds."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "seconds")} for line in lines]
+
+
+def tensors(state, name=""):
+    """All that a checkpoint holds, beside the settings: {place: value}."""
+    if isinstance(state, dict | list):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, value in pairs if key != "args" for k, v in tensors(value, f"{name}.{key}").items()}
+    return {name: state}
+
+
+def assert_same_run(one, other):
+    """Two runs left the same, to the bit, but for the speeds in the log and the settings in the checkpoint."""
+    assert log(one) == log(other)
+    a, b = tensors(load(one / "checkpoint.pt")), tensors(load(other / "checkpoint.pt"))
+    assert a.keys() == b.keys()
+    assert not [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
+    assert (one / "reconstruction.png").read_bytes() == (other / "reconstruction.png").read_bytes()
+
+
+@contextlib.contextmanager
+def after_checkpoints(do):
+    """Inside, do(path) is called after each checkpoint.pt that train.py has written."""
+    replace = os.replace
+
+    def replace_then_do(temporary, path):
+        replace(temporary, path)
+        if Path(path).name == "checkpoint.pt":
+            do(Path(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace_then_do)
+        yield
+
+
+@contextlib.contextmanager
+def interrupted_after(epoch):
+    """Runs inside are interrupted, as by Ctrl-C, once they have saved this epoch."""
+
+    def interrupt(path):
+        if load(path)["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with after_checkpoints(interrupt):
+        yield
+
+
+@pytest.fixture
+def saved():
+    """Every checkpoint.pt as it was written, beside the encoder.pt that lay there at this moment."""
+    found = []
+
+    def note(path):
+        encoder = path.with_name("encoder.pt")
+        found.append((load(path), load(encoder) if encoder.exists() else None))
+
+    with after_checkpoints(note):
+        yield found
 
 
 class MeanTokenizer(torch.nn.Module):
