@@ -1477,7 +1477,7 @@ def few(dataset, images=None, count: PositiveInt = 8):
 def open_output(checkpoint, task, output: str | None = None):
     """The file to write. It is tried now, not after an hour of training.
 
-    output: the file of the picture, or of the fine-tuned model (default: TASK.png, or TASK.pt, beside the
+    output: the file of the picture (PNG), or of the fine-tuned model (default: TASK.png, or TASK.pt, beside the
         checkpoint)
     """
     beside = Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent
@@ -1485,6 +1485,8 @@ def open_output(checkpoint, task, output: str | None = None):
     path = Path(beside / (task + ending) if output is None else output)
     if path.is_dir():
         raise UsageError(f"--output {output}: it is a folder; give a file")
+    if ending == ".pt" and path.suffix == ".png":
+        raise UsageError(f"--output {output}: it is for the model; a picture beside it ends in .png")
     with explained(f"--output {path}", "it cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -1570,7 +1572,9 @@ def main(argv):
         fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
     result = call(run, settings, **fixed)
     if "picture" in result:
-        path = settings["output"].with_suffix(".png")
+        path = settings["output"]
+        if "output" in takes:  # it is the model's
+            path = path.with_suffix(".png")
         save_picture(path, result["picture"], "eval.py")
         result["picture"] = str(path)
     if rank() == 0:

@@ -1,5 +1,6 @@
 """What both programs say: one line for every mistake, in words that a user knows, and no flag ignored in silence."""
 
+import json
 import shlex
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_full_disk_is_called_a_full_disk(content, tmp_path, monkeypatch):
              "log": lambda to: to.write(b"a line")}.get(content)
     with pytest.raises(datasets.UsageError) as error:
         if content == "picture":
-            train.save_picture(tmp_path / "kept", torch.zeros(3, 9, 9))
+            train.save_picture(tmp_path / "kept", torch.zeros(3, 9, 9), "train.py")
         else:
             train.write_atomically(tmp_path / "kept", write)
     assert str(error.value) == f"cannot write {tmp_path}/kept: what was there before is kept (the disk is full)"
@@ -145,3 +146,18 @@ def test_more_workers_than_a_machine_bears_are_refused(monkeypatch):
     assert train.open_device(workers=16)[2] == 16
     with pytest.raises(datasets.UsageError, match="^--workers 17: at most 8 for each core, here 16$"):
         train.open_device(workers=17)
+
+
+# Files
+
+
+def test_a_picture_gets_the_name_it_was_given(run, cli, tmp_path):
+    output, photos, _ = run
+    command = [output / "checkpoint.pt", "--task", "reconstruct", "--data", photos, "--output"]
+    for name in ("notes.txt", "no ending", "a.b.png"):
+        code, out, _ = cli(evaluation, *command, name)
+        assert code == 0 and json.loads(out)["picture"] == name
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "no ending", "notes.txt"]
+    message = one_line(cli(evaluation, "random", "--task", "semseg", "--output", "model.png"), "eval")
+    assert message == "--output model.png: it is for the model; a picture beside it ends in .png"
