@@ -405,7 +405,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(call):
     *_, output = call("mae")
     before = (output / "checkpoint.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # Python ignores the signal; writes fail as on a full disk
+    # Python ignores the signal; writes fail as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 4, limits[1]))
     try:
         code, _, err, _ = call("mae", "--overwrite")
     finally:
