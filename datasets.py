@@ -73,6 +73,8 @@ def explained(what, problem):
     except FileNotFoundError as error:
         raise UsageError(f"{what}: there is no {error.filename}") from None
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
+        if "DataLoader worker" in str(error):  # one was killed meanwhile, which is not of what is inside
+            raise
         raise UsageError(f"{what}: {problem} ({reason_of(error)})") from None
 
 

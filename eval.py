@@ -10,6 +10,14 @@ timm state dict, or `random` for an untrained encoder. `python eval.py --task kn
 task.
 """
 
+# First, because it sets what a signal does while the rest is imported
+from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
+                   autocast, call, cut_batch, draw_reconstruction, exit_with_one_line,
+                   first_process_first, flag_parameters, half_cosine, image_pair, join_processes,
+                   learning_rate, load_method, load_tokenizer, open_device, parameter_groups, picture,
+                   picture_items, rank, restore, run_settings, save_picture, sized, small_patch, train_epoch,
+                   world_size, write_atomically)
+
 import copy
 import functools
 import inspect
@@ -44,12 +52,6 @@ import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
                       boxes_of, collate, counted, decode, denormalize, explained, load_data, load_dense,
                       make_loader, normalize, open_regions, seed_of)
-from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
-                   autocast, call, cut_batch, draw_reconstruction, exit_with_one_line,
-                   first_process_first, flag_parameters, half_cosine, image_pair, join_processes,
-                   learning_rate, load_method, load_tokenizer, open_device, parameter_groups, picture,
-                   picture_items, rank, restore, run_settings, save_picture, sized, small_patch, train_epoch,
-                   world_size, write_atomically)
 
 PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover

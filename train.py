@@ -10,6 +10,49 @@ result as one that was never stopped: the same bits on a CPU, and on CUDA the sa
 kernels add numbers.
 """
 
+import os
+import signal
+import sys
+
+
+def become_program(name):
+    """Makes this process a program that ends in one line, whatever it does at the moment.
+
+    SIGINT (Ctrl-C) and SIGTERM end it and its workers at once, with one line on stderr and exit code 130 or
+    143; written files are whole all the same, see `write_atomically`. Of torchrun's processes the first
+    speaks. What cannot be printed in the terminal's encoding, such as a strange file name, is escaped.
+    """
+    process = os.getpid()
+
+    def end(number, frame):
+        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # nothing may disturb the end
+            signal.signal(other, signal.SIG_IGN)
+        if os.getpid() != process:  # a forked worker, which inherits this; the main process speaks
+            os._exit(0)
+        if int(os.environ.get("RANK", 0)) == 0:
+            line = (f"{name}: interrupted ({signal.Signals(number).name}); a checkpoint that was saved is "
+                    "kept, --resume continues from it\n")
+            try:
+                os.write(2, ("\n" * os.isatty(2) + line).encode())
+            except OSError:  # nobody reads it
+                pass
+        # While the imports below are at work, multiprocessing may be missing or incomplete.
+        for worker in getattr(sys.modules.get("multiprocessing"), "active_children", list)():
+            worker.kill()
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed, as by `2>&-`: the next file would take its number
+            setattr(sys, stream, open(os.devnull, "w"))
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+
+
+PROGRAM = os.path.basename(sys.argv[0])
+if PROGRAM in ("train.py", "eval.py"):  # not a notebook; now, because the imports below take seconds
+    become_program(PROGRAM)
+
 import argparse
 import contextlib
 import datetime
@@ -18,11 +61,8 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import shlex
-import signal
-import sys
 import time
 import typing
 from pathlib import Path
@@ -959,8 +999,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_with_one_line(program, main):
-    """Runs main(). If the user made a mistake, interrupts the program, or memory runs out, prints one line on
-    stderr instead of a traceback."""
+    """Runs main(). If the user made a mistake, or memory runs out, prints one line on stderr instead of a
+    traceback."""
     try:
         main()
         if dist.is_initialized():
@@ -968,17 +1008,18 @@ def exit_with_one_line(program, main):
         return 0
     except UsageError as error:  # from a worker process it brings a traceback; its last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
+    except BrokenPipeError:  # as in `| head`
+        sys.stdout = open(os.devnull, "w")  # at the exit Python would try again, and complain
+        message = "nobody reads its output any more"
     except OSError as error:
         message = f"{error.filename or 'system'}: {reason_of(error)}"
     except (RuntimeError, MemoryError) as error:
-        if "alloc" not in str(error) and isinstance(error, RuntimeError):
+        if "DataLoader worker" in str(error):
+            message = "a worker was killed, perhaps because memory ran out: try fewer --workers"
+        elif isinstance(error, MemoryError) or "alloc" in str(error):
+            message = "out of memory: use fewer or smaller images a step"
+        else:
             raise
-        message = "out of memory: use fewer or smaller images a step"
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the workers' end
-        print(f"\n{program}: interrupted; a checkpoint that was saved is kept, --resume continues from it",
-              file=sys.stderr)
-        return 130
     if int(os.environ.get("RANK", 0)):
         time.sleep(10)  # if the first process fails too, it says so, and torchrun ends this one meanwhile
     print(f"{program}: error: {message}", file=sys.stderr)

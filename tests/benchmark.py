@@ -456,4 +456,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    train.become_program("benchmark.py")
     sys.exit(exit_with_one_line("benchmark.py", lambda: main(sys.argv[1:])))

@@ -74,7 +74,10 @@ def cli(capsys):
     def call(module, *arguments):
         from train import exit_with_one_line
 
-        code = exit_with_one_line(f"{module.__name__}.py", lambda: module.main([str(a) for a in arguments]))
+        try:
+            code = exit_with_one_line(f"{module.__name__}.py", lambda: module.main([str(a) for a in arguments]))
+        except KeyboardInterrupt:  # as Ctrl-C's signal ends a program
+            code = 130
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -171,8 +174,9 @@ def start():
 
     def call(module, *arguments, processes=1, environment={}):
         def command_line():
-            from train import exit_with_one_line
+            from train import become_program, exit_with_one_line
 
+            become_program(f"{module.__name__}.py")
             given = [str(argument) for argument in arguments]
             return exit_with_one_line(f"{module.__name__}.py", lambda: module.main(given))
 

@@ -215,8 +215,8 @@ def test_pictures_show_thrown_patches_black_and_masked_ones_grey():
 def test_a_resumed_run_is_the_uninterrupted_one(call, flags):
     *_, whole = call(*flags, out="whole")
     with interrupted_after(2):
-        code, _, err, output = call(*flags)
-    assert code == 130 and "interrupted" in err and load(output / "checkpoint.pt")["epoch"] == 2
+        code, *_, output = call(*flags)
+    assert code == 130 and load(output / "checkpoint.pt")["epoch"] == 2
     assert call(*flags, "--resume")[0] == 0
     assert_same_run(whole, output)
     code, out, *_ = call(*flags, "--resume")
