@@ -1,4 +1,4 @@
-"""CAE, BEiT, the token target and the attentive probe: equations against numbers by hand, and what the papers claim."""
+"""CAE, BEiT, the token target and the attentive probe: equations by hand, and what the papers claim."""
 
 import copy
 import json
@@ -8,9 +8,9 @@ import eval as evaluation
 import pytest
 import torch
 import torch.nn.functional as F
-from mim import CAE, MAE, BEiT, Block, LoMaR, TargetHead, ViT, patchify, pixel_loss, take, token_loss, vit_from_checkpoint
 from conftest import MeanTokenizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from mim import (CAE, BEiT, Block, LoMaR, TargetHead, ViT, patchify, pixel_loss, put, take, token_loss,
+                 unpatchify, vit_from_checkpoint)
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import read_image, write_png
 
@@ -53,7 +53,8 @@ def gradients(loss, module):
 def test_layer_scale_has_timms_names_and_is_absent_by_default():
     plain, scaled = vit(), vit(layer_scale=0.1)
     extra = {f"blocks.{i}.ls{j}.gamma" for i in range(2) for j in (1, 2)}
-    assert set(scaled.state_dict()) - set(plain.state_dict()) == extra and not set(plain.state_dict()) - set(scaled.state_dict())
+    assert set(scaled.state_dict()) == set(plain.state_dict()) | extra
+    assert not any("ls1" in k for k in plain.state_dict())
     assert all((scaled.state_dict()[k] == 0.1).all() for k in extra)
 
 
@@ -77,7 +78,8 @@ def test_a_checkpoint_with_layer_scale_is_recognised():
     encoder = shaken(vit(layer_scale=1e-5))
     other, (missing, left_over) = vit_from_checkpoint(CAE(encoder).state_dict(), num_heads=2)
     x = images()
-    assert not missing and torch.allclose(encoder(x), other(x)) and any(k.startswith("regressor") for k in left_over)
+    assert not missing and torch.allclose(encoder(x), other(x))
+    assert any(k.startswith("regressor") for k in left_over)
 
 
 # Targets
@@ -96,28 +98,32 @@ def words(x, vocab_size=8, patch_size=8):
     return tokenizer.tokenize(x, (x.shape[2] // patch_size, x.shape[3] // patch_size))
 
 
-def token_methods(vocab_size=8):
-    return [CAE(vit(), vocab_size), BEiT(vit(), vocab_size), LoMaR(vit(relative_position=True), vocab_size, window_size=3)]
+TOKEN_METHODS = {
+    "cae": lambda vocab_size: CAE(vit(), vocab_size),
+    "beit": lambda vocab_size: BEiT(vit(), vocab_size),
+    "lomar": lambda vocab_size: LoMaR(vit(relative_position=True), vocab_size, window_size=3),
+}
 
 
-def test_tokens_are_an_input_and_no_module_holds_their_source():
-    x = images()
-    for method in token_methods():
-        assert method.vocab_size == 8 and method.head.weight.shape == (8, 32)
-        out = method(x, words(x))
-        again = method(x, words(x), out["ids_visible"], out["ids_masked"])
-        other = method(x, (words(x) + 1) % 8, out["ids_visible"], out["ids_masked"])
-        assert torch.equal(again["loss"], out["loss"]) and torch.equal(other["pred"], out["pred"])
-        assert other["loss"] != out["loss"] and not torch.equal(other["loss_token"], out["loss_token"])
-    for method in (CAE(vit()), LoMaR(vit(relative_position=True), window_size=3)):
-        assert method.vocab_size is None and method.head.weight.shape == (192, 32)
+@pytest.mark.parametrize("name", TOKEN_METHODS)
+def test_tokens_are_an_input_and_no_module_holds_their_source(name):
+    method, x = TOKEN_METHODS[name](8), images()
+    assert method.vocab_size == 8 and method.head.weight.shape == (8, 32)
+    out = method(x, words(x))
+    again = method(x, words(x), out["ids_visible"], out["ids_masked"])
+    other = method(x, (words(x) + 1) % 8, out["ids_visible"], out["ids_masked"])
+    assert torch.equal(again["loss"], out["loss"]) and torch.equal(other["pred"], out["pred"])
+    assert other["loss"] != out["loss"] and not torch.equal(other["loss_token"], out["loss_token"])
+    if name != "beit":
+        pixels = TOKEN_METHODS[name](None)
+        assert pixels.vocab_size is None and pixels.head.weight.shape == (192, 32)
 
 
 def test_tokens_are_given_if_and_only_if_there_is_a_vocabulary():
     x = images()
-    for method in token_methods():
+    for build in TOKEN_METHODS.values():
         with pytest.raises(ValueError, match="tokens must be given if .* vocab_size is 8"):
-            method(x, None)
+            build(8)(x, None)
     with pytest.raises(ValueError, match="tokens must be given if .* and only then; vocab_size is None"):
         CAE(vit())(x, words(x))
 
@@ -130,7 +136,8 @@ def test_targets_are_the_masked_patches_own_tokens():
     loss, parts = head.compare(100.0 * F.one_hot(expected, 27), x, tokens, ids)
     assert loss.item() < 1e-6 and parts["accuracy"].item() == 1.0
     wrong = torch.where(torch.arange(8) < 2, (expected + 1) % 27, expected)
-    assert head.compare(100.0 * F.one_hot(wrong, 27), x, tokens, ids)[1]["accuracy"].item() == pytest.approx(6 / 8)
+    _, parts = head.compare(100.0 * F.one_hot(wrong, 27), x, tokens, ids)
+    assert parts["accuracy"].item() == pytest.approx(6 / 8)
 
 
 def test_the_pixel_target_is_maes():
@@ -163,7 +170,8 @@ def test_mistakes_are_named(build, words):
 def test_defaults_are_the_papers():
     large = ViT(224, 16, 32, 1, 2)
     cae, beit = CAE(large), BEiT(large, 8)
-    assert cae.num_masked == 98 and len(cae.regressor_blocks) == len(cae.decoder_blocks) == 4 and cae.alignment_weight == 2
+    assert cae.num_masked == 98 and cae.alignment_weight == 2
+    assert len(cae.regressor_blocks) == len(cae.decoder_blocks) == 4
     assert beit.num_masked == 75
     out = beit(images(2, 224, 224), torch.zeros(2, 196, dtype=torch.int64))
     assert out["ids_masked"].shape == (2, 75) and out["ids_visible"].shape == (2, 121)
@@ -194,7 +202,7 @@ def regressor_by_hand(cae, latents, ids_visible, ids_masked):
             for h in range(a.num_heads):
                 part = slice(h * d, (h + 1) * d)
                 for i in range(len(q)):
-                    weights = torch.stack([(q[i, part] * k[j, part]).sum() / math.sqrt(d) for j in range(len(k))]).exp()
+                    weights = torch.stack([q[i, part] @ key / math.sqrt(d) for key in k[:, part]]).exp()
                     gathered[i, part] = (weights / weights.sum()) @ v[:, part]
             x = norm(queries + block.ls1.gamma.double() * affine(gathered, a.proj), block.norm2)
             queries = x + block.ls2.gamma.double() * affine(F.gelu(affine(x, block.mlp.fc1)), block.mlp.fc2)
@@ -218,7 +226,14 @@ def test_the_decoder_adds_positions_once():
     x = z + cae.encoder.pos_embed[0, 1:][ids]
     for block in cae.decoder_blocks:
         x = block(x)
-    assert torch.allclose(cae.decode(z, ids), F.linear(cae.decoder_norm(x), cae.head.weight, cae.head.bias), atol=1e-6)
+    expected = F.linear(cae.decoder_norm(x), cae.head.weight, cae.head.bias)
+    assert torch.allclose(cae.decode(z, ids), expected, atol=1e-6)
+
+
+def test_regressor_and_decoder_take_over_the_encoders_drop_path():
+    cae = CAE(ViT(32, 8, 32, 3, 2, drop_path=0.4), regressor_depth=5, decoder_depth=3)
+    assert [block.drop_path.p for block in cae.regressor_blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert [block.drop_path.p for block in cae.decoder_blocks] == pytest.approx([0, 0.2, 0.4])
 
 
 def test_order_of_patches_does_not_matter():
@@ -230,12 +245,12 @@ def test_order_of_patches_does_not_matter():
 
 def test_masked_pixels_reach_the_targets_only():
     x, other, (visible, masked) = images(), images(), split()
-    patches = patchify(x, 8).scatter(1, masked[..., None].expand(-1, -1, 192), take(patchify(other, 8), masked))
-    mixed = patches.view(2, 4, 4, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 32, 32)
+    mixed = unpatchify(put(patchify(x, 8), masked, take(patchify(other, 8), masked)), 8, (4, 4))
     for method, tokens in ((CAE(vit()), None), (BEiT(vit(), 8), words)):
         shaken(method)
         first, second = (method(y, tokens and tokens(y), visible, masked) for y in (x, mixed))
-        assert torch.allclose(first["pred"], second["pred"], atol=1e-5) and not torch.isclose(first["loss"], second["loss"])
+        assert torch.allclose(first["pred"], second["pred"], atol=1e-5)
+        assert not torch.isclose(first["loss"], second["loss"])
 
 
 def test_visible_latents_do_not_enter_the_decoder(monkeypatch):
@@ -287,9 +302,9 @@ def test_the_whole_image_is_decoded_without_the_regressor(monkeypatch):
 
 def test_cost_is_the_papers():
     """24.2 GMAC forward at ViT-B/16 with 8192 tokens, the alignment pass counted."""
-    cae = CAE(ViT(224, layer_scale=0.1), 8192).requires_grad_(False)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # torch 2.6 cannot count the fused one
-        cae(images(1, 224, 224), torch.zeros(1, 196, dtype=torch.int64))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        cae = CAE(ViT(224, layer_scale=0.1), 8192).requires_grad_(False)
+        cae(torch.empty(1, 3, 224, 224), torch.zeros(1, 196, dtype=torch.int64))
     assert counter.get_total_flops() / 2e9 == pytest.approx(24.2, rel=0.01)
 
 
@@ -297,7 +312,7 @@ def test_cost_is_the_papers():
 
 
 def waves(count, seed):
-    """Images [count, 3, 32, 32], each of two slow waves in random directions and colours: the context tells the rest."""
+    """Images [count, 3, 32, 32], each of two slow waves in random directions and colours."""
     generator = torch.Generator().manual_seed(seed)
     x = (torch.arange(32) + 0.5) / 32
     fx, fy, phase = (2 * math.pi * torch.rand(3, count, 2, 1, 1, generator=generator)).unbind(0)
@@ -311,7 +326,7 @@ def data():
     return waves(512, 0), waves(64, 1)
 
 
-def fit(method, data, steps, lr=4e-3, batch_size=32):
+def fit(method, data, steps, lr, batch_size=32):
     tokens = words(data) if method.vocab_size else None
     optimizer = torch.optim.AdamW(method.parameters(), lr=lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
@@ -331,25 +346,27 @@ def fit(method, data, steps, lr=4e-3, batch_size=32):
     lambda: LoMaR(vit(relative_position=True), 8, mask_ratio=0.5, window_size=4, num_windows=1),
 ], ids=["cae", "beit", "lomar"])
 def test_tokens_are_learned(data, build):
-    """Better than the most frequent token, and than the entropy of the tokens' frequencies: it reads the context."""
+    """Better than the most frequent token, and than the entropy of the tokens' frequencies."""
     train, val = data
     share = words(train).flatten().bincount(minlength=8) / (512 * 16)
     entropy = -(share * share.clamp_min(1e-9).log()).sum().item()
-    method = fit(build(), train, 100)
+    method = fit(build(), train, 30, lr=1e-2)
     with torch.no_grad():
         out = method(val, words(val))
     assert out["loss_token"].item() < entropy - 0.2 and out["accuracy"].item() > share.max().item() + 0.12
 
 
 def full_error(alignment_weight, data):
-    cae = CAE(vit(layer_scale=0.1), regressor_depth=1, decoder_depth=1, min_block=4, alignment_weight=alignment_weight)
-    fit(cae, data[0], 100)
+    cae = CAE(vit(layer_scale=0.1), regressor_depth=1, decoder_depth=1, min_block=4,
+              alignment_weight=alignment_weight)
+    fit(cae, data[0], 50, lr=8e-3, batch_size=24)
     with torch.no_grad():
-        return pixel_loss(cae.reconstruct_full(data[1]), patchify(data[1], 8), True).item(), cae(data[1])["loss_pixel"].item()
+        full = pixel_loss(cae.reconstruct_full(data[1]), patchify(data[1], 8), True)
+        return full.item(), cae(data[1])["loss_pixel"].item()
 
 
 def test_alignment_keeps_predictions_in_the_encoders_space(data):
-    """Figure 3: with it the decoder reads what the encoder says of the whole image; without, not even a patch's mean.
+    """Figure 3: with it the decoder reads what the encoder says of the whole image; without, nothing.
 
     The error is that of patches normalised to variance one, so that 1 is the error of saying nothing.
     """
@@ -366,7 +383,8 @@ def test_attentive_probe_by_hand():
     patches = torch.randn(2, 6, 32).half()
     x, a = patches.double(), probe.attn
     probe.float()
-    q, k, v = affine(norm(probe.query.double(), a.norm_q), a.q)[0, 0], affine(norm(x, a.norm_k), a.k), affine(norm(x, a.norm_v), a.v)
+    q = affine(norm(probe.query.double(), a.norm_q), a.q)[0, 0]
+    k, v = affine(norm(x, a.norm_k), a.k), affine(norm(x, a.norm_v), a.v)
     gathered, maps = [], []
     for h in range(4):
         part = slice(8 * h, 8 * h + 8)
@@ -374,13 +392,13 @@ def test_attentive_probe_by_hand():
         gathered.append((weights[..., None] * v[..., part]).sum(1))
         maps.append(weights)
     pooled = affine(torch.cat(gathered, 1), a.proj)  # no skip: the query itself is not in it
-    logits = affine(pooled / math.sqrt(1 + 1e-6), probe.classifier[1])  # batch norm's statistics are 0 and 1 here
+    logits = affine(pooled / math.sqrt(1 + 1e-6), probe.classifier[1])  # batch norm's statistics are 0 and 1
     assert torch.allclose(probe(patches).double(), logits, atol=1e-5)
     assert torch.allclose(probe.attention(patches).double(), torch.stack(maps, 1), atol=1e-5)
 
 
 def test_the_probe_finds_the_patch_that_tells():
-    """One patch in 16, anywhere, carries class and marker: the query learns to look there and nowhere else."""
+    """One patch in 16, anywhere, carries class and marker: the query learns to look there alone."""
     def draw(count):
         patches, where = 0.5 * torch.randn(count, 16, 32), torch.randint(16, (count,))
         labels = torch.randint(4, (count,))
@@ -400,7 +418,8 @@ def test_the_probe_finds_the_patch_that_tells():
     assert found.float().mean() > 0.95 and (probe(patches).argmax(1) == labels).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("flags", [["--cache-features", "--epochs", "60"], ["--no-cache-features", "--epochs", "20"]])
+@pytest.mark.parametrize("flags", [
+    ["--cache-features", "--epochs", "60"], ["--no-cache-features", "--epochs", "20"]])
 def test_the_attentive_task(flags, tmp_path, capsys):
     for name, count in (("train", 32), ("val", 8)):
         for i in range(count):
@@ -416,8 +435,3 @@ def test_the_attentive_task(flags, tmp_path, capsys):
     assert result["features"] == ("cached" if "--cache-features" in flags else "augmented")
     # Three rows of image and 1 head, with a bar of titles and a gap.
     assert read_image(result["picture"]).shape == (3, 16 + 3 * 132, 4 + 2 * 132)
-
-
-def test_other_methods_are_unchanged():
-    encoder = vit()
-    assert MAE(encoder)(images())["loss"].isfinite() and not any("ls1" in k for k in encoder.state_dict())

@@ -1,8 +1,9 @@
 """The methods against numbers that their authors' own code gives.
 
-golden.json holds losses, predictions, gradient norms and the losses of five steps of AdamW, which the authors' modules
-gave in float64 for weights, images and masks made by the formulas below; its "tolerance" is what float32 may differ
-by, relative to the root mean square of what is expected. README.md names the repositories and commits.
+golden.json holds losses, predictions, gradient norms and the losses of five steps of AdamW. The authors'
+modules gave them in float64, for weights, images and masks made by the formulas below. "tolerance" is what
+float32 may differ by, relative to the root mean square of what is expected. README.md names the repositories
+and commits.
 """
 
 import json
@@ -29,7 +30,7 @@ def cases(kind):
 
 
 def fill(module, amplitude):
-    """Sets the k-th element of each trained parameter to A sin(phi k^2 (1 + s % 7) + s), with s from its name.
+    """Sets the k-th element of each trained parameter to A sin(phi k^2 (1 + s % 7) + s), s from its name.
 
     The weight of a LayerNorm gets 1 more, layer scale 0.5 more.
     """
@@ -65,10 +66,11 @@ def region_maps():
 
 
 def photo(n):
-    """uint8 [3, 64, 80]: waves, a disc, slanted bands and a texture, so that no two edges of the grid weigh the same."""
+    """uint8 [3, 64, 80]: waves, a disc, bands and a texture. No two edges of the grid weigh the same."""
     c, y, x = np.ogrid[:3, :64, :80]
     values = 120 + 30 * np.sin(x / 7 + c + n) * np.cos(y / 9 - c / 2)
-    values = values + 80 * ((x - 25 - 20 * n) ** 2 + (y - 30) ** 2 < 500) - 70 * ((x + (2 - 3 * n) * y) % 90 < 40)
+    values = values + 80 * ((x - 25 - 20 * n) ** 2 + (y - 30) ** 2 < 500)
+    values = values - 70 * ((x + (2 - 3 * n) * y) % 90 < 40)
     values = values + 6 * np.sin(1.3 * x + 2.1 * y + c + 0.01 * x * y)
     return np.clip(np.floor(values), 0, 255).astype(np.uint8)
 
@@ -119,7 +121,7 @@ def build(case):
         inputs["region_maps"] = region_maps()
     if case["class"] == "AMT":
         base = {"mae": mim.MAE, "simmim": mim.SimMIM}[options.pop("base", "mae")]
-        masking = {k: options.pop(k) for k in ("mask_ratio", "throw_ratio", "throw", "interval") if k in options}
+        masking = {k: options.pop(k) for k in ("mask_ratio", "throw_ratio") if k in options}
         module = mim.AMT(base(encoder, **options), **masking)
     else:
         module = getattr(mim, case["class"])(encoder, **options)
@@ -182,7 +184,7 @@ def test_the_tokenizer_equals_dall_es_encoder(name):
 def test_relative_position_buckets_equal_lomars():
     for side, packed in CASES["lomar_buckets"]["buckets"].items():
         own = mim.relative_buckets((int(side), int(side))).numpy()
-        theirs = unpack(packed, own.shape)  # their offset is i - j, ours j - i: 48 - b; 49 is the class token's
+        theirs = unpack(packed, own.shape)  # their offset is i - j, ours j - i: 48 - b; 49: class token
         assert np.array_equal(np.where(own == 49, 49, 48 - own), theirs)
 
 

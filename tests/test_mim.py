@@ -821,7 +821,7 @@ def test_loads_timm_release_and_own_checkpoints(tmp_path):
         "timm": state | {"head.weight": torch.zeros(10, 32)},
         "release": {"model": state | {"mask_token": torch.zeros(1, 1, 16),
                                       "decoder_embed.weight": torch.zeros(16, 32)}},
-        "ours": {"model": {"base.mask_token": torch.zeros(1)} | {f"base.encoder.{k}": state[k] for k in state},
+        "ours": {"model": {f"base.encoder.{k}": v for k, v in state.items()} | {"base.extra": torch.zeros(1)},
                  "epoch": 3},
         "wrapped": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
     }
