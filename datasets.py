@@ -431,9 +431,9 @@ def load_folder(root, split):
         folder, layout = train, "train/ and val/ with a folder per class"
     paths, names = find_labelled(folder)
     if any(os.sep not in path for path in paths):
-        if folder == train:
+        if folder == train and split != "pretrain":
             raise UsageError(f"--data {root}: images lie directly in {train}, which must have a folder per "
-                             f"class; for pre-training alone give --data {train}")
+                             "class")
         names, layout = [], "plain images, no labels"
     classes = sorted(set(names))
     if folder == train and split == "val":
@@ -1091,7 +1091,8 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
         instances for the built-in scenes and for objmae on COCO, else cam for objmae, fh for rae and rmae
     fh_scales: scales of fh, which are minimum sizes in pixels too; default: 500 1000 1500 for COCO, 1000 for
         other large images, in proportion to their area for small ones
-    region_cache: folder for computed regions
+    region_cache: folder for computed regions (not with --images, not with --regions instances, not with
+        --regions panoptic)
     cam_weights: file with torchvision's ResNet-50 weights for cam; default: they are downloaded
     cam_labels: cam of the images' labels, which must be ImageNet's 1000 classes, instead of the predicted
         classes
@@ -1100,9 +1101,10 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
     Raises UsageError if there are no such regions, or a flag is of another kind of regions.
     """
     if fh_scales and regions != "fh":
-        raise UsageError(f"--fh-scales belongs to --regions fh, not to {regions}")
+        raise UsageError(f"--fh-scales belongs to --regions fh, not to {regions or 'none'}")
     if (cam_weights or cam_labels) and regions != "cam":
-        raise UsageError(f"--cam-weights and --cam-labels belong to --regions cam, not to {regions}")
+        raise UsageError("--cam-weights and --cam-labels belong to --regions cam, not to "
+                         f"{regions or 'none'}")
     if regions == "instances" and data == "shapes":
         return SceneInstances()
     if regions in ("instances", "panoptic"):
@@ -1126,7 +1128,7 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
                 name += "-" + hashlib.sha256(Path(cam_weights).read_bytes()).hexdigest()[:8]
         open_classifier = partial(open_cam, cam_weights, cam_labels, device)
         return ComputedRegions(source, os.path.join(region_cache, name), open_classifier=open_classifier)
-    return MaskFolder(source, regions)
+    return None if regions is None else MaskFolder(source, regions)
 
 
 # ---------------------------------------------------------------------------------------------------------

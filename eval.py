@@ -761,9 +761,9 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
     warmup_epochs: epochs of linear warm-up; default: 1.2 (of ADE20K, the papers' 1,500 steps), or a ninth of
         the epochs if they are fewer than 11
     weight_decay: of AdamW
-    layer_decay: learning rate of a block over that of the one above
-    drop_path: stochastic depth of the last block
-    width: channels of UPerNet's maps
+    layer_decay: learning rate of a block over that of the one above (not with --freeze)
+    drop_path: stochastic depth of the last block (not with --freeze)
+    width: channels of UPerNet's maps (not with --head linear)
     resume: go on from --output
     seed: of everything random
     """
@@ -962,8 +962,8 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     warmup_epochs: epochs of linear warm-up; default: 0.14 (of COCO, the paper's 250 steps), or a ninth of the
         epochs if that is less
     weight_decay: of AdamW
-    layer_decay: learning rate of a block over that of the one above
-    drop_path: stochastic depth of the last block
+    layer_decay: learning rate of a block over that of the one above (not with --freeze)
+    drop_path: stochastic depth of the last block (not with --freeze)
     width: channels of the feature pyramid and the heads
     window: patches on the side of the windows that most blocks attend in
     resume: go on from --output
@@ -1381,7 +1381,7 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
     """
     size = image_pair(image_size) if image_size else None
     if checkpoint == "random":
-        size = size or image_pair([load_data(data, "val").image_size])
+        size = size or image_pair([load_unlabelled(data).image_size])
         small = max(size) <= SMALL
         model = model or ("nano" if data == "shapes" else "tiny" if small else "base")
         patch_size = patch_size or (small_patch(size) if small else 16)
@@ -1399,7 +1399,7 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
         if size is None and not any(name.endswith("pos_embed") for name in mim.read_checkpoint(content)):
             if images:
                 raise UsageError(f"--image-size is needed: {checkpoint} has relative positions")
-            size = load_data(data, "val").image_size
+            size = load_unlabelled(data).image_size
         encoder, names = mim.vit_from_checkpoint(content, size)
     return loaded(encoder, checkpoint, *names)
 
@@ -1448,6 +1448,14 @@ def open_pair(data, task, size, limit=None, cache_features=False, seed=0):
     return dict(train=train, val=Images(val, size, "center"))
 
 
+def load_unlabelled(data, size=None):
+    """The images that --data names, for what needs no labels: the val split or, where there is none, all."""
+    try:
+        return load_data(data, "val", size)
+    except UsageError:
+        return load_data(data, "pretrain", size)
+
+
 def open_images(data, size, settings, images: list[str] | None = None):
     """What is drawn, as datasets.Images: the files of --images, or the val split of --data.
 
@@ -1457,10 +1465,8 @@ def open_images(data, size, settings, images: list[str] | None = None):
         with explained(f"--images {path}", "it cannot be used as an image"):
             if min(decode(path).shape[1:]) < MIN_SIDE:
                 raise ValueError(f"a side has fewer than {MIN_SIDE} pixels")
-    source = Files("", images, [], [], "") if images else load_data(data, "val", size)
-    if not settings.get("regions"):
-        return Images(source, size, "center")
-    if images and settings["regions"] != "fh":
+    source = Files("", images, [], [], "") if images else load_unlabelled(data, size)
+    if images and settings.get("regions") not in (None, "fh"):
         raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
     regions = call(open_regions, settings, source=source, split="val")
     if hasattr(regions, "fill") and not images:
@@ -1471,7 +1477,7 @@ def open_images(data, size, settings, images: list[str] | None = None):
 def few(dataset, images=None, count: PositiveInt = 8):
     """The images (and regions) to draw.
 
-    count: images in the picture, spread over those of --data
+    count: images in the picture, spread over those of --data (not with --images)
     """
     return picture_items(dataset, len(images) if images else count)
 
@@ -1479,8 +1485,8 @@ def few(dataset, images=None, count: PositiveInt = 8):
 def open_output(checkpoint, task, output: str | None = None):
     """The file to write. It is tried now, not after an hour of training.
 
-    output: the file of the picture (PNG), or of the fine-tuned model (default: TASK.png, or TASK.pt, beside the
-        checkpoint)
+    output: the file of the picture (PNG), or of the fine-tuned model (default: TASK.png, or TASK.pt, beside
+        the checkpoint)
     """
     beside = Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent
     ending = ".pt" if "resume" in inspect.signature(TASKS[task]).parameters else ".png"
@@ -1525,16 +1531,20 @@ def parse(argv):
             if known["checkpoint"] == "random":
                 raise UsageError(f"--task {task} needs a whole pre-trained model, not random")
             method, args = open_method(known["checkpoint"])
-            own = [type(method), type(getattr(method, "base", method))]
+            if task == "reconstruct":
+                own = [type(method), type(getattr(method, "base", method))]
             functions += own + [load_tokenizer] * bool(args.get("tokenizer"))
             functions += [open_regions] * ("regions" in method.inputs)
             if task == "segment" and not hasattr(method, "complete"):
                 raise UsageError("--task segment is for runs of rae and rmae")
         functions += [open_images, few] * ("images" in takes)
         functions += [open_output] * ("images" in takes or "output" in takes)
+    unused = {"vocab_size", "interval", "tau_start", "tau_end"}  # the tokenizer's, and of training alone
     for function in functions:
-        parser.add(function, ("vocab_size",) if "train" in takes else ("vocab_size", "limit"))
+        parser.add(function, unused if "train" in takes else unused | {"limit"})
     given = parser.parse(argv)
+    if {"data", "images"} <= given.keys() and "train" not in takes:
+        raise UsageError("--images are drawn instead of --data: leave one out")
     overrides = {name: given[name] for cls in own for name in flag_parameters(cls) if name in given}
     if overrides:
         method, args = open_method(given["checkpoint"], **overrides)

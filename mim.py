@@ -767,8 +767,8 @@ class AMT(nn.Module):
     throw_ratio: share of the patches that is thrown; None is 0.40 on MAE, 0.26 on SimMIM
     throw: which part of the order is thrown (Table 4): middle, as in the paper; low, its end; or random
         patches, for which no attention maps are needed
-    interval: epochs between updates of the maps; None is 10% of the run's epochs on MAE, 20% on SimMIM, at
-        least 2, as an update costs up to an epoch's time, and at most the paper's 40
+    interval: epochs between updates of the maps (not with throw=random); None is 10% of the run's epochs on
+        MAE, 20% on SimMIM, at least 2, as an update costs up to an epoch's time, and at most the paper's 40
 
     Masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image for
     each training image; forward(images, index, box, flip) cuts from them what the augmentation cut from the
@@ -911,7 +911,7 @@ class LoMaR(nn.Module):
     num_windows: windows an image; None is as many as hold the patches of a 14x14 grid (or of a smaller one,
         whole), as in Table 4: 8 of 5x5, 4 of 7x7, 3 of 9x9; and §4.1's 6 and 9 of 7x7 for images of 384 and
         448 pixels
-    norm_pix: see `MAE`
+    norm_pix: see `MAE` (not with a tokenizer)
 
     Departs from the authors' code, and follows the paper: each image has windows at different places of its
     own (there the batch shares the places, and they may repeat). "Zero out" (§3.2) is a learned mask token,
@@ -1085,7 +1085,7 @@ class ObjMAE(MAE):
         with tokens that take part in nothing, replicate repeats patches, random adds other patches
     selection: intra is source and target from one object; inter is target from another, or the background
         (§4.5)
-    object_floor: smallest object, as a share of the image
+    object_floor: smallest object, as a share of the image (not with regions=cam)
     patch_share: share of a patch's pixels that makes it the object's
 
     Of a class activation map the patches above 0.3 (Appendix A) are the object, cut to the 2 * alpha * N of
@@ -1808,7 +1808,7 @@ class CAE(nn.Module):
     regressor_depth: blocks of the latent contextual regressor
     decoder_depth: blocks of the decoder; 0 is a linear layer alone
     alignment_weight: lambda of Eq. 1
-    norm_pix: predict pixels of patches of mean 0 and variance 1 each, as MAE
+    norm_pix: predict pixels of patches of mean 0 and variance 1 each, as MAE (not with a tokenizer)
 
     The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5); regressor
     and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the

@@ -218,7 +218,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     accumulate: number of micro-batches of a step, over all processes; default: the smallest that leaves at
         most 256 images in each
     lr: absolute learning rate at the end of the warm-up, instead of --base-lr
-    base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048)
+    base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048);
+        not with --lr
     warmup_epochs: epochs in which the learning rate rises from 0; with fewer epochs than the recipe's, the
         same fraction of the epochs
     min_lr: absolute learning rate at the end of the cosine
@@ -497,8 +498,8 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
 
     device: cuda, cuda:1, cpu, ...; default: cuda if there is one; each process of torchrun takes its own
     precision: of autocast; default: bf16 or fp16 on CUDA, else fp32
-    workers: data loading processes, at most 8 for each core; default: on CUDA as many as cores, at most 16,
-        else 0
+    workers: data loading processes, at most 8 for each core (not with --loader device of train.py); default:
+        on CUDA as many as cores, at most 16, else 0
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
@@ -659,11 +660,9 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
 
     output: folder of the run; default: runs/METHOD
     resume: continue the run in --output, or start it if there is none
-    overwrite: start anew where --output already holds a run
-    prepare: compute the regions of all images, and stop
+    overwrite: start anew where --output already holds a run (not with --resume)
+    prepare: compute the regions of all images, and stop (not with --resume, not with --overwrite)
     """
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
     output = Path(output or f"runs/{method}")
     path, state = output / "checkpoint.pt", None
     ways = "--overwrite starts anew, --output writes elsewhere"
@@ -811,8 +810,6 @@ def parse(argv):
     for function in functions:
         parser.add(function, skip, **recipe)
     given = parser.parse(argv)
-    if "lr" in given and "base_lr" in given:
-        raise UsageError("--lr and --base-lr exclude each other")
     if "image_size" in given:
         given["image_size"] = image_pair(given["image_size"])
     return given, parser.defaults
@@ -956,8 +953,8 @@ def flag_options(annotation):
 
 class Parser(argparse.ArgumentParser):
     """Flags from functions: `add` makes one of every annotated keyword argument. Its type, choices and range
-    come from the annotation, its help from its line in the docstring. Errors are UsageErrors with the nearest
-    flag."""
+    come from the annotation, its help from its line in the docstring. Where the help says "not with --lr" or
+    "not with --head linear", the two together are refused. Errors are UsageErrors with the nearest flag."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
@@ -995,7 +992,13 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise UsageError(f"unknown argument {flag}: {hint}")
-        return vars(arguments)
+        given = vars(arguments)
+        for action in self._actions:
+            for other, value in re.findall(r"not with (?:a |--)?(\w+)[ =]?(\w*)", action.help or ""):
+                if action.dest in given and given.get(other) and value in ("", given[other]):
+                    both = f"--{other} {value}".strip(), action.option_strings[0]
+                    raise UsageError(f"{' and '.join(both)} exclude each other")
+        return given
 
 
 def exit_with_one_line(program, main):

@@ -155,11 +155,21 @@ def test_tiny_imagenets_validation_list(folder, tmp_path):
     (lambda p: p / "none", "none: no such folder, and not one of shapes, cifar10"),
     (lambda p: p, "no images in"),
     (lambda p: (p / "train" / "a").mkdir(parents=True) or p, "no images in .*train for the pretrain split"),
-    (lambda p: (p / "train").mkdir() or (p / "train" / "1.png").write_bytes(b"") or p, "images lie directly in"),
 ])
 def test_bad_folders_are_named(tmp_path, make, words):
     with pytest.raises(UsageError, match=words):
         load_data(str(make(tmp_path)))
+
+
+@pytest.mark.parametrize("split", ["pretrain", "train", "val"])
+def test_images_directly_in_train_are_for_pretraining_alone(tmp_path, split):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "1.png").write_bytes(b"")
+    if split == "pretrain":
+        assert len(load_data(str(tmp_path))) == 1
+    else:
+        with pytest.raises(UsageError, match="images lie directly in .*train, which must have a folder per class"):
+            load_data(str(tmp_path), split)
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):

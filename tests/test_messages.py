@@ -1,4 +1,4 @@
-"""What both programs say: one line for every mistake, in words that a user knows, and no flag ignored in silence."""
+"""What both programs say: a mistake is one line in a user's words, and no flag is ignored in silence."""
 
 import json
 import shlex
@@ -9,34 +9,43 @@ from torchvision.io import write_png
 
 import datasets
 import eval as evaluation
-import mim
 import train
 
+PROGRAMS = dict(train=train, eval=evaluation)
 NANO = ["--model", "nano", "--image-size", 16, "--patch-size", 8, "--batch-size", 2, "--epochs", 1]
 
 
-def one_line(result, program="train"):
-    """The message of a run that a mistake stopped: the only line on stderr, and the program's own."""
-    code, out, err = result
-    assert code == 2 and err.startswith(f"{program}.py: error: ") and err.count("\n") == 1, err
-    return err.removeprefix(f"{program}.py: error: ").strip()
+@pytest.fixture
+def mistake(cli):
+    """mistake(program, *arguments) -> the only line on stderr of a run that a mistake stopped."""
+
+    def run(program, *arguments):
+        code, _, err = cli(PROGRAMS[program], *arguments)
+        assert code == 2 and err.startswith(f"{program}.py: error: ") and err.count("\n") == 1, err
+        return err.removeprefix(f"{program}.py: error: ").strip()
+
+    return run
 
 
-def write_images(folder, count, size=16):
-    folder.mkdir(parents=True)
-    for i in range(count):
-        write_png(torch.full((3, size, size), 40 * i, dtype=torch.uint8), str(folder / f"{i}.png"))
+def write_images(folder, *names):
+    """Images of 16x16 pixels, name.png, below a folder, which is returned."""
+    for number, name in enumerate(names):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(torch.full((3, 16, 16), 40 * number, dtype=torch.uint8), str(path))
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of one epoch of SimMIM on two plain images, in folders whose names a shell would take apart."""
+    """A run of one epoch of SimMIM on two plain images, in folders whose names a shell would take apart: its
+    folder, its data, and what it said."""
     root = tmp_path_factory.mktemp("runs")
-    photos, output = write_images(root / "my photos; $HOME", 2), root / "it's a run"
+    photos, output = write_images(root / "my photos; $HOME", "a", "b"), root / "it's a run"
+    flags = ["--method", "simmim", "--unit-size", 1, "--data", photos, "--output", output, *NANO]
     with pytest.MonkeyPatch.context() as patch, open(root / "out", "w") as out:
         patch.setattr("sys.stdout", out)
-        train.main([str(a) for a in ["--method", "simmim", "--data", photos, "--output", output, *NANO, "--unit-size", 1]])
+        train.main([str(flag) for flag in flags])
     return output, photos, (root / "out").read_text()
 
 
@@ -45,20 +54,24 @@ def run(tmp_path_factory):
 
 def test_the_next_command_can_be_pasted_into_a_shell(run):
     output, photos, out = run
-    command = shlex.split(out.splitlines()[-1].removeprefix("next:"))
-    assert command == ["python", "eval.py", f"{output}/checkpoint.pt", "--task", "reconstruct", "--data", str(photos)]
+    command = shlex.split(out.splitlines()[-1].removeprefix("next: python eval.py"))
+    assert command == [f"{output}/checkpoint.pt", "--task", "reconstruct", "--data", str(photos)]
 
 
-def test_one_thing_is_not_called_several(run, cli, tmp_path):
+def test_one_thing_is_not_called_several(run, mistake, tmp_path):
+    def description():
+        return datasets.load_folder(str(tmp_path / "data"), "pretrain").description
+
     output, photos, out = run
     assert "1 epoch done" in out
-    assert "a run of 1 epoch:" in one_line(cli(train, "--method", "simmim", "--data", photos, "--output", output))
-    write_images(tmp_path / "data" / "a", 1)
-    assert datasets.load_folder(str(tmp_path / "data"), "pretrain").description.endswith(", 1 image, 1 class")
-    write_images(tmp_path / "data" / "b", 2)
-    assert datasets.load_folder(str(tmp_path / "data"), "pretrain").description.endswith(", 3 images, 2 classes")
-    message = one_line(cli(train, "--method", "mae", "--data", tmp_path / "data" / "a", "--batch-size", 2))
-    assert "--batch-size 2 is more than the 1 image of --data" in message
+    message = mistake("train", "--method", "simmim", "--data", photos, "--output", output)
+    assert "a run of 1 epoch:" in message
+    write_images(tmp_path / "data" / "a", "1")
+    assert description().endswith(", 1 image, 1 class")
+    write_images(tmp_path / "data" / "b", "1", "2")
+    assert description().endswith(", 3 images, 2 classes")
+    message = mistake("train", "--method", "mae", "--data", tmp_path / "data" / "a", "--batch-size", 2)
+    assert message == "--batch-size 2 is more than the 1 image of --data"
 
 
 @pytest.mark.parametrize("content", ["tensors", "many tensors", "picture", "log"])
@@ -73,16 +86,19 @@ def test_a_full_disk_is_called_a_full_disk(content, tmp_path, monkeypatch):
             train.save_picture(tmp_path / "kept", torch.zeros(3, 9, 9), "train.py")
         else:
             train.write_atomically(tmp_path / "kept", write)
-    assert str(error.value) == f"cannot write {tmp_path}/kept: what was there before is kept (the disk is full)"
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept").read_text() == "as it was"
+    problem = "what was there before is kept (the disk is full)"
+    assert str(error.value) == f"cannot write {tmp_path}/kept: {problem}"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_text() == "as it was"
+
+
+TOO_LARGE = "out of memory: use fewer or smaller images a step"
 
 
 @pytest.mark.parametrize("error, says", [
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
-                  "tried to allocate 9 bytes."), "out of memory: use fewer or smaller images a step"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
-     "out of memory: use fewer or smaller images a step"),
-    (MemoryError(), "out of memory: use fewer or smaller images a step"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), TOO_LARGE),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"), TOO_LARGE),
+    (MemoryError(), TOO_LARGE),
     (OSError(28, "No space left on device"), "system: the disk is full"),
     (OSError(28, "No space left on device", "data/a.npz"), "data/a.npz: the disk is full"),
     (PermissionError(13, "Permission denied", "data"), "data: Permission denied"),
@@ -100,43 +116,46 @@ def test_an_error_of_the_program_itself_keeps_its_traceback():
         train.exit_with_one_line("train.py", lambda: torch.zeros(2).view(3))
 
 
-def test_pythons_and_torchs_names_for_things_are_left_out(run, cli, tmp_path):
+def test_pythons_and_torchs_names_for_things_are_left_out(run, mistake, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
-    output, *_ = run
-    message = one_line(cli(evaluation, output / "encoder.pt", "--task", "attention", "--images", "text.png"), "eval")
+    message = mistake("eval", run[0] / "encoder.pt", "--task", "attention", "--images", "text.png")
     assert message == "--images text.png: it cannot be used as an image (cannot identify image file)"
-    with pytest.raises(datasets.UsageError, match=r"^a: b \(. unexpected pos 64 vs 0\)$"), datasets.explained("a", "b"):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with pytest.raises(datasets.UsageError, match=r"^a: b \(. unexpected pos 64 vs 0\)$"):
+        with datasets.explained("a", "b"):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
 
 # Values
 
 
 @pytest.mark.parametrize("program, command", [
-    (train, "--method objmae"), (train, "--method cae"),
-    (evaluation, "random --task finetune"), (evaluation, "random --task attention")])
-def test_no_flag_takes_an_empty_string(program, command, cli):
-    parsers = []
+    ("train", "--method objmae"), ("train", "--method cae"),
+    ("eval", "random --task finetune"), ("eval", "random --task attention")])
+def test_no_flag_takes_an_empty_string(program, command, mistake):
+    parsers, command = [], command.split()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Parser, "parse", lambda parser, argv: parsers.append(parser))
-        with pytest.raises(TypeError):
-            program.main(command.split())
+        patch.setattr(train.Parser, "parse", lambda parser, argv: parsers.append(parser) or {})
+        PROGRAMS[program].parse(command)
     flags = {a.option_strings[-1] for a in parsers[0]._actions if a.option_strings and a.nargs != 0}
     assert {"--data", "--device", "--output"} <= flags and len(flags) > 15
     for flag in flags - {"--method", "--task"}:
-        message = one_line(cli(program, *command.split(), flag, ""), program.__name__)
+        message = mistake(program, *command, flag, "")
         assert flag.lstrip("-") in message and ("empty string" in message or "''" in message)
-        assert one_line(cli(program, *command.split(), f"{flag}="), program.__name__) == message
-    assert one_line(cli(train, "--method", "")).startswith("--method invalid choice: ''")
-    assert one_line(cli(evaluation, "", "--task", "knn"), "eval") == "checkpoint is an empty string"
-    assert one_line(cli(evaluation, "", "--task", "reconstruct"), "eval") == "checkpoint is an empty string"
-    assert one_line(cli(evaluation, "random", "--task", "attention", "--images", "a.png", ""),
-                    "eval") == "images is an empty string"
+        assert mistake(program, *command, f"{flag}=") == message
 
 
-@pytest.mark.parametrize("name", ["meta", "mps", "xla", "cuda:99", "cuda", "gpu", "opengl", "privateuseone", "cpu:x"])
-def test_a_device_that_is_not_there_is_one_line(name, cli):
-    message = one_line(cli(train, "--method", "mae", "--device", name))
+def test_nothing_else_is_an_empty_string(mistake):
+    assert mistake("train", "--method", "").startswith("--method invalid choice: ''")
+    for task in ("knn", "reconstruct"):
+        assert mistake("eval", "", "--task", task) == "checkpoint is an empty string"
+    message = mistake("eval", "random", "--task", "attention", "--images", "a.png", "")
+    assert message == "images is an empty string"
+
+
+@pytest.mark.parametrize("name", [
+    "meta", "mps", "xla", "cuda:99", "cuda", "gpu", "opengl", "privateuseone", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_line(name, mistake):
+    message = mistake("train", "--method", "mae", "--device", name)
     named = "cuda:0" if name == "cuda" else name
     assert message == f"--device {named}: it cannot be used here; there is cpu"
 
@@ -148,10 +167,75 @@ def test_more_workers_than_a_machine_bears_are_refused(monkeypatch):
         train.open_device(workers=17)
 
 
+# Two flags, one of which would do nothing
+
+
+@pytest.mark.parametrize("program, command, one, other", [
+    ("train", "--method mae --lr 1 --base-lr 1", "--lr", "--base-lr"),
+    ("train", "--method rmae --resume --overwrite", "--resume", "--overwrite"),
+    ("train", "--method rmae --prepare --resume", "--resume", "--prepare"),
+    ("train", "--method rmae --overwrite --prepare", "--overwrite", "--prepare"),
+    ("train", "--method mae --workers 1 --loader device", "--loader device", "--workers"),
+    ("train", "--method amt --throw random --interval 1", "--throw random", "--interval"),
+    ("train", "--method cae --no-norm-pix --tokenizer t.pt", "--tokenizer", "--norm-pix"),
+    ("train", "--method lomar --norm-pix --tokenizer t.pt", "--tokenizer", "--norm-pix"),
+    ("train", "--method objmae --regions cam --object-floor 0.1", "--regions cam", "--object-floor"),
+    ("train", "--method rmae --regions instances --region-cache a", "--regions instances", "--region-cache"),
+    ("eval", "random --task semseg --head linear --width 9", "--head linear", "--width"),
+    ("eval", "random --task semseg --freeze --drop-path 0.2", "--freeze", "--drop-path"),
+    ("eval", "random --task semseg --freeze --layer-decay 0.2", "--freeze", "--layer-decay"),
+    ("eval", "random --task detect --drop-path 0.2 --freeze", "--freeze", "--drop-path"),
+    ("eval", "random --task detect --layer-decay 0.2 --freeze", "--freeze", "--layer-decay"),
+    ("eval", "random --task attentive --images a.png --count 2", "--images", "--count"),
+    ("eval", "random --task attention --images a.png --count 2", "--images", "--count"),
+    ("eval", "random --task attention --images a.png --region-cache b", "--images", "--region-cache"),
+])
+def test_a_flag_that_another_makes_useless_is_refused(program, command, one, other, mistake):
+    assert mistake(program, *command.split()) == f"{one} and {other} exclude each other"
+
+
+@pytest.mark.parametrize("program, command, says", [
+    ("train", "--method rmae --fh-scales 9", "--fh-scales belongs to --regions fh, not to instances"),
+    ("eval", "random --task attention --rollout --fh-scales 9",
+     "--fh-scales belongs to --regions fh, not to none"),
+    ("eval", "random --task attention --rollout --cam-labels",
+     "--cam-weights and --cam-labels belong to --regions cam, not to none"),
+    ("eval", "random --task attention --images a.png --data shapes",
+     "--images are drawn instead of --data: leave one out"),
+])
+def test_a_flag_without_what_it_is_for_is_refused(program, command, says, mistake):
+    assert mistake(program, *command.split()) == says
+
+
+@pytest.mark.parametrize("program, command", [
+    ("train", "--method amt --throw low --interval 1"),
+    ("train", "--method mae --workers 1 --loader workers"),
+    ("train", "--method rmae --regions fh --region-cache a --fh-scales 9"),
+    ("train", "--method cae --no-norm-pix"),
+    ("train", "--method objmae --regions instances --object-floor 0.1"),
+    ("train", "--method mae --base-lr 1 --overwrite"),
+    ("eval", "random --task semseg --head upernet --width 9 --drop-path 0.2"),
+    ("eval", "random --task semseg --head linear --no-freeze --drop-path 0.2"),
+    ("eval", "random --task attention --count 2"),
+    ("eval", "random --task attentive --images a.png --data shapes"),
+])
+def test_flags_that_work_together_are_taken(program, command):
+    """The same flags with another value, or without the one that makes them useless."""
+    given = PROGRAMS[program].parse(command.split())[0]
+    flags = {word.removeprefix("--").removeprefix("no-") for word in command.split() if word.startswith("--")}
+    assert {flag.replace("-", "_") for flag in flags} <= given.keys()
+
+
+def test_pictures_take_no_flags_of_training_alone(run, mistake):
+    for flag in ("--interval", "--tau-end", "--limit"):
+        message = mistake("eval", run[0] / "checkpoint.pt", "--task", "reconstruct", flag, 1)
+        assert message.startswith(f"unknown argument {flag}")
+
+
 # Files
 
 
-def test_a_picture_gets_the_name_it_was_given(run, cli, tmp_path):
+def test_a_picture_gets_the_name_it_was_given(run, cli, mistake, tmp_path):
     output, photos, _ = run
     command = [output / "checkpoint.pt", "--task", "reconstruct", "--data", photos, "--output"]
     for name in ("notes.txt", "no ending", "a.b.png"):
@@ -159,5 +243,20 @@ def test_a_picture_gets_the_name_it_was_given(run, cli, tmp_path):
         assert code == 0 and json.loads(out)["picture"] == name
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "no ending", "notes.txt"]
-    message = one_line(cli(evaluation, "random", "--task", "semseg", "--output", "model.png"), "eval")
+    message = mistake("eval", "random", "--task", "semseg", "--output", "model.png")
     assert message == "--output model.png: it is for the model; a picture beside it ends in .png"
+
+
+@pytest.mark.parametrize("names, drawn", [
+    ("a b c", 3), ("a/0 b/0", 2), ("train/a/0 train/b/0", 2), ("train/0 train/1", 2), ("train/0 val/0", 1),
+    ("train/a/0 val/a/0 val/a/1 val/a/2", 3)])
+def test_images_without_labels_or_a_val_split_are_drawn(names, drawn, tmp_path):
+    write_images(tmp_path, *names.split())
+    assert len(evaluation.load_unlabelled(str(tmp_path))) == drawn
+
+
+@pytest.mark.parametrize("file, task", [("checkpoint.pt", "reconstruct"), ("encoder.pt", "attention")])
+def test_pictures_need_no_labels(file, task, run, cli, tmp_path):
+    write_images(tmp_path, "train/0", "train/1")
+    code, out, _ = cli(evaluation, run[0] / file, "--task", task, "--data", tmp_path, "--output", "a.png")
+    assert code == 0 and json.loads(out)["picture"] == "a.png"
