@@ -10,15 +10,15 @@ Contents. To copy a paper, copy the imports, its section and the sections that i
      5. Random masking             counts, random_masking, units of patches                1
      6. MAE                        MAE                                                     1-5
      7. SimMIM                     unit_masking, SimMIM                                    1-5
-     8. AMT                        attention_masking, crop_maps, AMT around a method       1, 5
-     9. LoMaR                      window_masking, LoMaR                                   1-5
-    10. Label maps                 areas and binary maps of regions                        2
-    11. ObjMAE                     its selection, division and alignment; ObjMAE           1-6, 10
-    12. R-MAE and RAE              sample_regions, three region branches, RMAE, RAE        1-6, 10
-    13. Tokenizer                  DVAE                                                    1, 2
-    14. Block-wise masking         block_masking                                           1
-    15. BEiT                       BEiT                                                    1-5, 14
-    16. CAE                        RegressorBlock, CAE                                     1-5, 14
+     8. Block-wise masking         block_masking                                           1
+     9. BEiT                       BEiT                                                    1-5, 8
+    10. CAE                        RegressorBlock, CAE                                     1-5, 8
+    11. AMT                        attention_masking, crop_maps, AMT around a method       1, 5
+    12. LoMaR                      window_masking, LoMaR                                   1-5
+    13. Label maps                 areas and binary maps of regions                        2
+    14. ObjMAE                     its selection, division and alignment; ObjMAE           1-6, 13
+    15. R-MAE and RAE              sample_regions, three region branches, RMAE, RAE        1-6, 13
+    16. Tokenizer                  DVAE                                                    1, 2
     17. Loading weights            of this project, of the MAE release, of timm            1-3
     18. The methods by name        METHODS                                                 all
 
@@ -690,7 +690,235 @@ class SimMIM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 8. AMT
+# 8. Block-wise masking, for BEiT and CAE
+
+
+def random_blocks(area, grid, min_aspect, generator=None):
+    """One rectangle of about `area` [B] patches an image, at a uniform place: [B, gh, gw] float, ones inside.
+
+    height / width is log-uniform in (min_aspect, 1 / min_aspect). All is 0 if it does not fit into the grid.
+    """
+    (gh, gw), device = grid, area.device
+    aspect, top, left = torch.rand(3, len(area), device=device, generator=generator)
+    aspect = ((2 * aspect - 1) * math.log(min_aspect)).exp()
+    height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    height = height * ((height <= gh) & (width <= gw))
+
+    def inside(size, extent, place):  # [B, size] float: ones from a uniform start on, `extent` of them
+        offset = torch.arange(size, device=device) - (place * (size - extent + 1)).floor()[:, None]
+        return ((offset >= 0) & (offset < extent[:, None])).float()
+
+    return inside(gh, height, top)[:, :, None] * inside(gw, width, left)[:, None, :]
+
+
+def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=None, generator=None):
+    """Block-wise masking of exactly num_masked patches an image (Bao et al., BEiT, arXiv:2106.08254, Alg. 1).
+
+    Blocks have at least min_block patches, or what remains to be masked if that is less, and may overlap. 30
+    are proposed to each image. Those are placed that mask no more patches than remain. What is still missing
+    then (about 0.3 patches an image in a grid of 24x24) is drawn at random, next to blocks first. A block may
+    be as high or as wide as the grid, which BEiT's code excludes. Returns ids_visible [B, N - num_masked] and
+    ids_masked [B, num_masked].
+    """
+    check_range(1, math.prod(grid) - 1, num_masked=num_masked)
+    min_block = min(min_block, num_masked)
+    visible = torch.ones(batch, *grid, device=device)
+    remaining = torch.full((batch,), float(num_masked), device=device)
+    for _ in range(30):  # a fixed number: to ask whether all are done would wait for the GPU
+        area = min_block + torch.rand(batch, device=device, generator=generator) * (remaining - min_block)
+        new = random_blocks(area, grid, min_aspect, generator) * visible
+        added = new.sum((1, 2))
+        placed = (added <= remaining).float()
+        visible.addcmul_(new, placed[:, None, None], value=-1)
+        remaining -= added * placed
+    beside = F.max_pool2d(1 - visible, 3, stride=1, padding=1)
+    noise = torch.rand(visible.shape, device=device, generator=generator)
+    order = (2 * visible - beside + noise).flatten(1).argsort(1)
+    return order[:, num_masked:], order[:, :num_masked]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. BEiT
+
+
+class BEiT(nn.Module):
+    """Bao, Dong, Piao, Wei, "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022, arXiv:2106.08254.
+
+    New: what is predicted is not pixels but the discrete token that a tokenizer gives a patch. As in BERT,
+    the encoder sees every patch, a masked one as a learned token, and one linear layer classifies; masks come
+    in blocks.
+
+    vocab_size: number of the tokenizer's tokens
+    mask_ratio: share of the patches that is masked
+    min_block: smallest block of masked patches
+
+    The paper's encoder has layer scale 0.1 (ViT-L: 1e-5). Departs from it in the position embedding, here the
+    sine-cosine table.
+    """
+
+    inputs = ()
+    encoder_options = dict(drop_path=0.1, layer_scale=0.1)
+
+    def __init__(
+        self,
+        encoder: ViT,
+        vocab_size: int,
+        mask_ratio: float = 75 / 196,  # §3.1
+        min_block: int = 16,  # §2.3, Alg. 1
+    ):
+        super().__init__()
+        if vocab_size is None:
+            raise ValueError("BEiT predicts tokens and needs the vocab_size of a tokenizer")
+        check_range(1, min_block=min_block)
+        self.encoder, self.vocab_size = encoder, vocab_size
+        self.num_masked, self.min_block = count_masked(encoder.num_patches, mask_ratio), min_block
+        self.mask_token = learned_token(encoder.embed_dim)
+        self.head = TargetHead(encoder, vocab_size)
+
+    def forward(self, images, tokens, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W], and optionally the mask to use -> loss, loss_token, accuracy, pred,
+        ids_visible, ids_masked.
+
+        tokens: [B, N] int64, of all patches.
+        """
+        if ids_visible is None:
+            ids_visible, ids_masked = block_masking(
+                len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
+        x = put(self.encoder.embed(images), ids_masked, self.mask_token)
+        pred = self.head(take(self.encoder.encode(x)[:, 1:], ids_masked))
+        loss, parts = self.head.compare(pred, images, tokens, ids_masked)
+        return dict(loss=loss, **parts, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 10. CAE
+
+
+class RegressorBlock(Block):
+    """Block of CAE's latent contextual regressor (§3.1): queries [B, m, D], context [B, n, D] -> queries.
+
+    The positions [B, m, D] and [B, n, D] tell queries and keys where they are; values are without. What comes
+    out of the attention is normed, and the MLP's residual starts from the normed value, as in their code.
+    """
+
+    def __init__(self, dim, num_heads, layer_scale=None):
+        super().__init__(dim, num_heads, layer_scale=layer_scale)
+        self.norm1, self.attn = nn.Identity(), CrossAttention(dim, num_heads)  # which has norms of its own
+
+    def forward(self, queries, context, query_positions, context_positions):
+        attended = self.attn(queries + query_positions, context + context_positions, context)
+        x = self.norm2(queries + self.drop_path(self.ls1(attended)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
+
+
+class CAE(nn.Module):
+    """Context autoencoder. Chen et al., "Context Autoencoder for Self-Supervised Representation Learning",
+    IJCV 2023, arXiv:2202.03026.
+
+    New: predicting and encoding are kept apart. A regressor predicts the masked patches' latents from the
+    visible ones, and an alignment loss keeps them in the encoder's own space; the decoder sees nothing but
+    them. So all of the representation is learned by the encoder, and the decoder can read what the encoder
+    says of a whole image.
+
+    vocab_size: number of the tokenizer's tokens; None predicts pixels (Table 9)
+    mask_ratio: share of the patches that is masked
+    min_block: smallest block of masked patches
+    regressor_depth: blocks of the latent contextual regressor
+    decoder_depth: blocks of the decoder; 0 is a linear layer alone
+    alignment_weight: lambda of Eq. 1
+    norm_pix: predict pixels of patches of mean 0 and variance 1 each, as MAE (not with a tokenizer)
+
+    The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5); regressor
+    and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the
+    latents that are aligned are those after its last norm. The authors keep a second encoder with the same
+    weights for the targets; here it is one encoder. Sections, tables and figures are numbered as in the
+    version under review.
+    """
+
+    inputs = ()
+    encoder_options = dict(drop_path=0.1, layer_scale=0.1)  # Appendix A, and the authors' code
+
+    def __init__(
+        self,
+        encoder: ViT,
+        vocab_size: int | None = None,
+        mask_ratio: float = 0.5,  # §3.2: 98 of 196
+        min_block: int = 16,  # as BEiT
+        regressor_depth: int = 4,  # Table 6
+        decoder_depth: int = 4,  # Table 6
+        alignment_weight: float = 2.0,  # Appendix A
+        norm_pix: bool = True,
+    ):
+        super().__init__()
+        if encoder.relative_position:
+            raise ValueError("CAE needs an encoder with a position table, not one with relative positions")
+        check_range(1, min_block=min_block, regressor_depth=regressor_depth)
+        check_range(0, decoder_depth=decoder_depth, alignment_weight=alignment_weight)
+        self.encoder, self.vocab_size, self.norm_pix = encoder, vocab_size, norm_pix
+        self.alignment_weight = alignment_weight
+        self.num_masked, self.min_block = count_masked(encoder.num_patches, mask_ratio), min_block
+        D, heads, scale = encoder.embed_dim, encoder.num_heads, encoder.layer_scale
+        self.mask_token = learned_token(D)
+        self.regressor_blocks = nn.ModuleList(RegressorBlock(D, heads, scale) for _ in range(regressor_depth))
+        self.regressor_norm = layer_norm(D)
+        self.decoder_blocks = nn.ModuleList(Block(D, heads, layer_scale=scale) for _ in range(decoder_depth))
+        self.decoder_norm = layer_norm(D)
+        self.head = TargetHead(encoder, vocab_size, norm_pix)
+        for blocks in (self.regressor_blocks, self.decoder_blocks):
+            set_drop_path(blocks, encoder.drop_path)
+            blocks.apply(init_weights)
+            rescale_projections(blocks)
+
+    def positions(self, ids):
+        """The position embeddings [B, n, D] of the patches `ids`."""
+        return F.embedding(ids, self.encoder.pos_embed[0, 1:])
+
+    def regress(self, latents, ids_visible, ids_masked):
+        """Latents Z_v [B, n_visible, D] of the visible patches -> Z_m [B, n_masked, D], predicted."""
+        positions = self.positions(ids_masked)
+        context_positions = torch.cat([self.positions(ids_visible), positions], dim=1)
+        queries = self.mask_token.expand(len(latents), ids_masked.shape[1], -1)
+        for block in self.regressor_blocks:
+            context = torch.cat([latents, queries], dim=1)  # Z_v never changes, the queries do
+            queries = block(queries, context, positions, context_positions)
+        return self.regressor_norm(queries)
+
+    def decode(self, latents, ids):
+        """Latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*3]."""
+        x = latents + self.positions(ids)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(self.decoder_norm(x))
+
+    def reconstruct_full(self, images):
+        """Whole images through encoder and decoder, no regressor (Figures 3, 10): pred [B, N, V or p*p*3]."""
+        ids = torch.arange(self.encoder.num_patches, device=images.device).expand(len(images), -1)
+        return self.decode(self.encoder(images)[:, 1:], ids)
+
+    def forward(self, images, tokens=None, ids_visible=None, ids_masked=None):
+        """images [B, 3, H, W], and optionally the mask to use -> loss and its parts loss_align and
+        loss_pixel, or loss_token with the tokens' accuracy; pred, ids_visible, ids_masked.
+
+        tokens: [B, N] of all patches, where it was built with vocab_size.
+        """
+        if ids_visible is None:
+            ids_visible, ids_masked = block_masking(
+                len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
+        embedded = self.encoder.embed(images)
+        predicted = self.regress(self.encoder.encode(embedded, ids_visible)[:, 1:], ids_visible, ids_masked)
+        # Stop-gradient of Eq. 1. This pass comes second: autocast caches weight copies, and copies made under
+        # no_grad would cut the other pass's gradients.
+        with torch.no_grad():
+            encoded = self.encoder.encode(embedded, ids_masked)[:, 1:]
+        pred = self.decode(predicted, ids_masked)
+        loss, parts = self.head.compare(pred, images, tokens, ids_masked)
+        loss_align = F.mse_loss(predicted.float(), encoded.float())
+        return dict(loss=loss + self.alignment_weight * loss_align, loss_align=loss_align, **parts,  # Eq. 1
+                    pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 11. AMT
 
 Throw = Literal["middle", "low", "random"]
 
@@ -869,7 +1097,7 @@ class AMT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 9. LoMaR
+# 12. LoMaR
 
 
 def window_places(grid, window_size, num_windows):
@@ -970,7 +1198,7 @@ class LoMaR(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 10. Label maps: regions or objects as numbers from 1 to 255 in layers [B, L, H, W]; 0 is nothing
+# 13. Label maps: regions or objects as numbers from 1 to 255 in layers [B, L, H, W]; 0 is nothing
 
 NUM_LABELS = 256  # of one layer
 
@@ -991,7 +1219,7 @@ def binary_maps(regions, chosen):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 11. ObjMAE
+# 14. ObjMAE
 
 Alignment = Literal["throwout", "zero", "replicate", "random"]
 Selection = Literal["intra", "inter"]
@@ -1167,7 +1395,7 @@ class ObjMAE(MAE):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 12. R-MAE and RAE
+# 15. R-MAE and RAE
 
 Variant = Literal["length", "channel", "batch"]
 CrossFeed = Literal["pixel_to_region", "region_to_pixel", "both"]
@@ -1478,7 +1706,7 @@ class RAE(RMAE):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 13. Tokenizer: what gives a patch its token, for LoMaR, BEiT and CAE
+# 16. Tokenizer: what gives a patch its token, for LoMaR, BEiT and CAE
 #
 # Methods get tokens [B, N] as an input of forward and never see a tokenizer. Any module will do that has
 # `vocab_size` and tokenize(images, grid) -> tokens [B, N] of the patches in raster order.
@@ -1669,234 +1897,6 @@ class DVAE(nn.Module):
         loss = loss_pixel + self.kl_weight / (3 * self.factor**2) * loss_kl
         return dict(loss=loss, loss_pixel=loss_pixel, loss_kl=loss_kl, pred=pred, ids=ids,
                     perplexity=perplexity, codes_used=(count > 0).sum())
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 14. Block-wise masking, for BEiT and CAE
-
-
-def random_blocks(area, grid, min_aspect, generator=None):
-    """One rectangle of about `area` [B] patches an image, at a uniform place: [B, gh, gw] float, ones inside.
-
-    height / width is log-uniform in (min_aspect, 1 / min_aspect). All is 0 if it does not fit into the grid.
-    """
-    (gh, gw), device = grid, area.device
-    aspect, top, left = torch.rand(3, len(area), device=device, generator=generator)
-    aspect = ((2 * aspect - 1) * math.log(min_aspect)).exp()
-    height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    height = height * ((height <= gh) & (width <= gw))
-
-    def inside(size, extent, place):  # [B, size] float: ones from a uniform start on, `extent` of them
-        offset = torch.arange(size, device=device) - (place * (size - extent + 1)).floor()[:, None]
-        return ((offset >= 0) & (offset < extent[:, None])).float()
-
-    return inside(gh, height, top)[:, :, None] * inside(gw, width, left)[:, None, :]
-
-
-def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=None, generator=None):
-    """Block-wise masking of exactly num_masked patches an image (Bao et al., BEiT, arXiv:2106.08254, Alg. 1).
-
-    Blocks have at least min_block patches, or what remains to be masked if that is less, and may overlap. 30
-    are proposed to each image. Those are placed that mask no more patches than remain. What is still missing
-    then (about 0.3 patches an image in a grid of 24x24) is drawn at random, next to blocks first. A block may
-    be as high or as wide as the grid, which BEiT's code excludes. Returns ids_visible [B, N - num_masked] and
-    ids_masked [B, num_masked].
-    """
-    check_range(1, math.prod(grid) - 1, num_masked=num_masked)
-    min_block = min(min_block, num_masked)
-    visible = torch.ones(batch, *grid, device=device)
-    remaining = torch.full((batch,), float(num_masked), device=device)
-    for _ in range(30):  # a fixed number: to ask whether all are done would wait for the GPU
-        area = min_block + torch.rand(batch, device=device, generator=generator) * (remaining - min_block)
-        new = random_blocks(area, grid, min_aspect, generator) * visible
-        added = new.sum((1, 2))
-        placed = (added <= remaining).float()
-        visible.addcmul_(new, placed[:, None, None], value=-1)
-        remaining -= added * placed
-    beside = F.max_pool2d(1 - visible, 3, stride=1, padding=1)
-    noise = torch.rand(visible.shape, device=device, generator=generator)
-    order = (2 * visible - beside + noise).flatten(1).argsort(1)
-    return order[:, num_masked:], order[:, :num_masked]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 15. BEiT
-
-
-class BEiT(nn.Module):
-    """Bao, Dong, Piao, Wei, "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022, arXiv:2106.08254.
-
-    New: what is predicted is not pixels but the discrete token that a tokenizer gives a patch. As in BERT,
-    the encoder sees every patch, a masked one as a learned token, and one linear layer classifies; masks come
-    in blocks.
-
-    vocab_size: number of the tokenizer's tokens
-    mask_ratio: share of the patches that is masked
-    min_block: smallest block of masked patches
-
-    The paper's encoder has layer scale 0.1 (ViT-L: 1e-5). Departs from it in the position embedding, here the
-    sine-cosine table.
-    """
-
-    inputs = ()
-    encoder_options = dict(drop_path=0.1, layer_scale=0.1)
-
-    def __init__(
-        self,
-        encoder: ViT,
-        vocab_size: int,
-        mask_ratio: float = 75 / 196,  # §3.1
-        min_block: int = 16,  # §2.3, Alg. 1
-    ):
-        super().__init__()
-        if vocab_size is None:
-            raise ValueError("BEiT predicts tokens and needs the vocab_size of a tokenizer")
-        check_range(1, min_block=min_block)
-        self.encoder, self.vocab_size = encoder, vocab_size
-        self.num_masked, self.min_block = count_masked(encoder.num_patches, mask_ratio), min_block
-        self.mask_token = learned_token(encoder.embed_dim)
-        self.head = TargetHead(encoder, vocab_size)
-
-    def forward(self, images, tokens, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W], and optionally the mask to use -> loss, loss_token, accuracy, pred,
-        ids_visible, ids_masked.
-
-        tokens: [B, N] int64, of all patches.
-        """
-        if ids_visible is None:
-            ids_visible, ids_masked = block_masking(
-                len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
-        x = put(self.encoder.embed(images), ids_masked, self.mask_token)
-        pred = self.head(take(self.encoder.encode(x)[:, 1:], ids_masked))
-        loss, parts = self.head.compare(pred, images, tokens, ids_masked)
-        return dict(loss=loss, **parts, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 16. CAE
-
-
-class RegressorBlock(Block):
-    """Block of CAE's latent contextual regressor (§3.1): queries [B, m, D], context [B, n, D] -> queries.
-
-    The positions [B, m, D] and [B, n, D] tell queries and keys where they are; values are without. What comes
-    out of the attention is normed, and the MLP's residual starts from the normed value, as in their code.
-    """
-
-    def __init__(self, dim, num_heads, layer_scale=None):
-        super().__init__(dim, num_heads, layer_scale=layer_scale)
-        self.norm1, self.attn = nn.Identity(), CrossAttention(dim, num_heads)  # which has norms of its own
-
-    def forward(self, queries, context, query_positions, context_positions):
-        attended = self.attn(queries + query_positions, context + context_positions, context)
-        x = self.norm2(queries + self.drop_path(self.ls1(attended)))
-        return x + self.drop_path(self.ls2(self.mlp(x)))
-
-
-class CAE(nn.Module):
-    """Context autoencoder. Chen et al., "Context Autoencoder for Self-Supervised Representation Learning",
-    IJCV 2023, arXiv:2202.03026.
-
-    New: predicting and encoding are kept apart. A regressor predicts the masked patches' latents from the
-    visible ones, and an alignment loss keeps them in the encoder's own space; the decoder sees nothing but
-    them. So all of the representation is learned by the encoder, and the decoder can read what the encoder
-    says of a whole image.
-
-    vocab_size: number of the tokenizer's tokens; None predicts pixels (Table 9)
-    mask_ratio: share of the patches that is masked
-    min_block: smallest block of masked patches
-    regressor_depth: blocks of the latent contextual regressor
-    decoder_depth: blocks of the decoder; 0 is a linear layer alone
-    alignment_weight: lambda of Eq. 1
-    norm_pix: predict pixels of patches of mean 0 and variance 1 each, as MAE (not with a tokenizer)
-
-    The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5); regressor
-    and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the
-    latents that are aligned are those after its last norm. The authors keep a second encoder with the same
-    weights for the targets; here it is one encoder. Sections, tables and figures are numbered as in the
-    version under review.
-    """
-
-    inputs = ()
-    encoder_options = dict(drop_path=0.1, layer_scale=0.1)  # Appendix A, and the authors' code
-
-    def __init__(
-        self,
-        encoder: ViT,
-        vocab_size: int | None = None,
-        mask_ratio: float = 0.5,  # §3.2: 98 of 196
-        min_block: int = 16,  # as BEiT
-        regressor_depth: int = 4,  # Table 6
-        decoder_depth: int = 4,  # Table 6
-        alignment_weight: float = 2.0,  # Appendix A
-        norm_pix: bool = True,
-    ):
-        super().__init__()
-        if encoder.relative_position:
-            raise ValueError("CAE needs an encoder with a position table, not one with relative positions")
-        check_range(1, min_block=min_block, regressor_depth=regressor_depth)
-        check_range(0, decoder_depth=decoder_depth, alignment_weight=alignment_weight)
-        self.encoder, self.vocab_size, self.norm_pix = encoder, vocab_size, norm_pix
-        self.alignment_weight = alignment_weight
-        self.num_masked, self.min_block = count_masked(encoder.num_patches, mask_ratio), min_block
-        D, heads, scale = encoder.embed_dim, encoder.num_heads, encoder.layer_scale
-        self.mask_token = learned_token(D)
-        self.regressor_blocks = nn.ModuleList(RegressorBlock(D, heads, scale) for _ in range(regressor_depth))
-        self.regressor_norm = layer_norm(D)
-        self.decoder_blocks = nn.ModuleList(Block(D, heads, layer_scale=scale) for _ in range(decoder_depth))
-        self.decoder_norm = layer_norm(D)
-        self.head = TargetHead(encoder, vocab_size, norm_pix)
-        for blocks in (self.regressor_blocks, self.decoder_blocks):
-            set_drop_path(blocks, encoder.drop_path)
-            blocks.apply(init_weights)
-            rescale_projections(blocks)
-
-    def positions(self, ids):
-        """The position embeddings [B, n, D] of the patches `ids`."""
-        return F.embedding(ids, self.encoder.pos_embed[0, 1:])
-
-    def regress(self, latents, ids_visible, ids_masked):
-        """Latents Z_v [B, n_visible, D] of the visible patches -> Z_m [B, n_masked, D], predicted."""
-        positions = self.positions(ids_masked)
-        context_positions = torch.cat([self.positions(ids_visible), positions], dim=1)
-        queries = self.mask_token.expand(len(latents), ids_masked.shape[1], -1)
-        for block in self.regressor_blocks:
-            context = torch.cat([latents, queries], dim=1)  # Z_v never changes, the queries do
-            queries = block(queries, context, positions, context_positions)
-        return self.regressor_norm(queries)
-
-    def decode(self, latents, ids):
-        """Latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*3]."""
-        x = latents + self.positions(ids)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.head(self.decoder_norm(x))
-
-    def reconstruct_full(self, images):
-        """Whole images through encoder and decoder, no regressor (Figures 3, 10): pred [B, N, V or p*p*3]."""
-        ids = torch.arange(self.encoder.num_patches, device=images.device).expand(len(images), -1)
-        return self.decode(self.encoder(images)[:, 1:], ids)
-
-    def forward(self, images, tokens=None, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W], and optionally the mask to use -> loss and its parts loss_align and
-        loss_pixel, or loss_token with the tokens' accuracy; pred, ids_visible, ids_masked.
-
-        tokens: [B, N] of all patches, where it was built with vocab_size.
-        """
-        if ids_visible is None:
-            ids_visible, ids_masked = block_masking(
-                len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
-        embedded = self.encoder.embed(images)
-        predicted = self.regress(self.encoder.encode(embedded, ids_visible)[:, 1:], ids_visible, ids_masked)
-        # Stop-gradient of Eq. 1. This pass comes second: autocast caches weight copies, and copies made under
-        # no_grad would cut the other pass's gradients.
-        with torch.no_grad():
-            encoded = self.encoder.encode(embedded, ids_masked)[:, 1:]
-        pred = self.decode(predicted, ids_masked)
-        loss, parts = self.head.compare(pred, images, tokens, ids_masked)
-        loss_align = F.mse_loss(predicted.float(), encoded.float())
-        return dict(loss=loss + self.alignment_weight * loss_align, loss_align=loss_align, **parts,  # Eq. 1
-                    pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
 
 
 # ---------------------------------------------------------------------------------------------------------

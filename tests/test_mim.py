@@ -1118,37 +1118,45 @@ def test_a_tiny_model_learns_in_seconds(build):
     assert sum(losses[-5:]) < 0.35 * sum(losses[:5])
 
 
-SOURCE = inspect.getsource(mim)
-USES = re.findall(r"^ +(\d+)\. .*  (\d[-\d, ]*)$", mim.__doc__, re.M)
-SECTIONS = {1: ""} | {int(number): used for number, used in USES}
+PARTS = re.split(r"^# -{100,}\n(?=# \d+\. )", inspect.getsource(mim), flags=re.M)
+CONTENTS = {title: (int(number), used) for number, title, used in re.findall(
+    r"^ +(\d+)\. (\S.*?)  +\S.*?(?:  +((?:\d[-\d, ]*|all)))?$", mim.__doc__, re.M)}
 
 
-def numbers(text):
-    """The sections that a line of the contents list uses: "1-3, 10" -> {1, 2, 3, 10}."""
-    spans = [[int(n) for n in part.split("-")] for part in text.split(",") if part.strip()]
-    return {n for span in spans for n in range(span[0], span[-1] + 1)}
+def test_the_contents_list_is_the_order_of_the_sections():
+    headings = [part.splitlines()[0] for part in PARTS[1:]]
+    assert len(headings) == len(CONTENTS)
+    for heading, (title, (number, _)) in zip(headings, CONTENTS.items()):
+        assert heading.startswith(f"# {number}. {title}")
 
 
-def lift(*sections):
-    """What mim.py's imports and these sections alone define."""
-    parts = re.split(r"^# -{100,}\n(?=# \d+\. )", SOURCE, flags=re.M)
+def lift(title):
+    """The names that the imports of mim.py, the section `title` and the sections that it uses define."""
+    number, used = CONTENTS[title]
+    spans = [[int(n) for n in part.split("-")] for part in used.split(",")]
+    numbers = [n for span in spans for n in range(span[0], span[-1] + 1)] + [number]
     space = {}
-    exec(parts[0], space)
-    for part in parts[1:]:
-        if int(re.match(r"# (\d+)", part)[1]) in sections:
-            exec(part, space)
+    for i in [0, *numbers]:
+        exec(PARTS[i], space)
     return space
 
 
-@pytest.mark.parametrize("section, build", [
-    (6, lambda m: m["MAE"](m["ViT"](**SMALL), **DECODER)), (7, lambda m: m["SimMIM"](m["ViT"](**SMALL))),
-    (9, lambda m: m["LoMaR"](m["ViT"](**SMALL, relative_position=True), window_size=5)),
-    (11, lambda m: m["ObjMAE"](m["ViT"](**SMALL), **DECODER)),
-    (12, lambda m: m["RMAE"](m["ViT"](**SMALL), **DECODER)), (16, lambda m: m["CAE"](m["ViT"](**SMALL))),
+@pytest.mark.parametrize("title, build", [
+    ("MAE", lambda m: m["MAE"](m["ViT"](**SMALL), **DECODER)),
+    ("SimMIM", lambda m: m["SimMIM"](m["ViT"](**SMALL))),
+    ("BEiT", lambda m: m["BEiT"](m["ViT"](**SMALL), 7)),
+    ("CAE", lambda m: m["CAE"](m["ViT"](**SMALL))),
+    ("LoMaR", lambda m: m["LoMaR"](m["ViT"](**SMALL, relative_position=True), window_size=5)),
+    ("ObjMAE", lambda m: m["ObjMAE"](m["ViT"](**SMALL), **DECODER)),
+    ("R-MAE and RAE", lambda m: m["RMAE"](m["ViT"](**SMALL), **DECODER)),
+    ("R-MAE and RAE", lambda m: m["RAE"](m["ViT"](**SMALL))),
+    ("Tokenizer", lambda m: m["DVAE"](32, 16, 8, 3, 1)),
 ])
-def test_a_paper_lifts_out_with_the_sections_that_the_contents_list_names(section, build):
-    method = build(lift(section, *numbers(SECTIONS[section])))
+def test_a_paper_lifts_out_with_the_sections_that_the_contents_list_names(title, build):
+    method = build(lift(title))
     inputs = dict(regions=torch.ones(4, 1, 32, 32, dtype=torch.uint8)) if "regions" in method.inputs else {}
+    if title == "BEiT":
+        inputs["tokens"] = torch.zeros(4, 64, dtype=torch.int64)
     assert method(images(), **inputs)["loss"].isfinite()
 
 
@@ -1167,9 +1175,8 @@ def test_amt_lifts_out():
         def forward(self, images, ids_visible=None, ids_masked=None):
             return dict(loss=images.mean(), ids_visible=ids_visible, ids_masked=ids_masked)
 
-    assert SECTIONS[8].strip() == "1, 5"
-    amt = lift(8, *numbers(SECTIONS[8]))["AMT"](Method())
-    out = amt(images())
+    assert CONTENTS["AMT"][1] == "1, 5"
+    out = lift("AMT")["AMT"](Method())(images())
     assert [out[k].shape[1] for k in ("ids_masked", "ids_thrown", "ids_visible")] == [28, 25, 11]
     assert_partition(out["ids_masked"], out["ids_thrown"], out["ids_visible"], n=64)
 
