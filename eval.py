@@ -12,11 +12,10 @@ task.
 
 # First, because it sets what a signal does while the rest is imported
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
-                   autocast, call, cut_batch, draw_reconstruction, exit_with_one_line,
-                   first_process_first, flag_parameters, half_cosine, image_pair, join_processes,
-                   learning_rate, load_method, load_tokenizer, open_device, parameter_groups, picture,
-                   picture_items, rank, restore, run_settings, save_picture, sized, small_patch, train_epoch,
-                   world_size, write_atomically)
+                   autocast, call, cut_batch, draw_reconstruction, exit_with_one_line, first_process_first,
+                   flag_parameters, half_cosine, image_pair, join_processes, load_method, load_tokenizer,
+                   open_device, parameter_groups, picture, picture_items, rank, run_settings, save_picture,
+                   sized, small_patch, train_epochs, world_size, write_atomically)
 
 import copy
 import functools
@@ -34,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
@@ -49,7 +47,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 import mim
-from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, EpochBatches, Files, Images, UsageError,
+from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, Files, Images, UsageError,
                       boxes_of, collate, counted, decode, denormalize, explained, load_data, load_dense,
                       make_loader, normalize, open_regions, seed_of)
 
@@ -242,36 +240,19 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     if warmup_epochs > epochs:
         raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
     batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
-    steps, peak = len(train) // batch_size, base_lr * batch_size / lr_batch
-    broken = BrokenFiles(train.source, tqdm.write)
-    batches = EpochBatches(len(train), batch_size, accumulate, seed, rank(), world_size())
-    loader = make_loader(train, workers, device, batch_sampler=batches, collate_fn=collate_fn)
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
-    done = 0
     settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, num_images=len(train),
                     warmup_epochs=warmup_epochs)
-    if resume:
-        state = open_kept(output, settings)
-        done = state["epoch"]
-        restore(state, model, optimizer, scaler, device)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
 
-    def losses(batch, step):
-        broken.watch(batch["broken"])
-        return compute_losses(wrapped, prepare(batch["image"], device), batch["label"])
+    def losses(model, batch, step):
+        return compute_losses(model, prepare(batch["image"], device), batch["label"])
 
-    def lr(step):
-        return learning_rate(step, epochs * steps, warmup_epochs * steps, peak, min_lr, fall)
-
-    for epoch in range(done, epochs):
-        batches.epoch = epoch
-        train_epoch(wrapped, loader, optimizer, losses, epoch=epoch, epochs=epochs, steps=steps, lr=lr,
-                    batch_size=batch_size, accumulate=accumulate, scaler=scaler, seed=seed, device=device,
-                    precision=precision, title=title)
+    for _, state in train_epochs(
+            model, optimizer, train, losses, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
+            peak_lr=base_lr * batch_size / lr_batch, warmup_epochs=warmup_epochs, min_lr=min_lr, fall=fall,
+            collate_fn=collate_fn, state=open_kept(output, settings) if resume else None, seed=seed,
+            device=device, precision=precision, workers=workers, title=title):
         if output is not None and rank() == 0:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         scaler=scaler.state_dict(), epoch=epoch + 1, args=settings)
-            write_atomically(output, functools.partial(torch.save, state))
+            write_atomically(output, functools.partial(torch.save, state | dict(args=settings)))
     model.eval()
     return dict(batch_size=batch_size, warmup_epochs=round(warmup_epochs, 3))
 

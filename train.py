@@ -144,23 +144,41 @@ Fraction = Annotated[float, 0, 1, "a number from 0 to 1"]
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Learning rate
+
+
+def half_cosine(progress):
+    """From 1 to 0 as the progress goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate(step, steps, warmup_steps, peak, minimum=0.0, fall=half_cosine):
+    """Linear warm-up from 0 to `peak`, then along `fall` (progress in 0..1 -> 1..0) to `minimum` after
+    `steps`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return minimum + (peak - minimum) * fall(progress)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The loop
 
 
 def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, steps, lr, batch_size, accumulate,
                 scaler, clip_grad=None, seed=0, device="cpu", precision="fp32", title="epoch"):
-    """One pass over the data -> the means of the losses, the last learning rate, images_per_s. Pre-training,
-    probes, fine-tuning and dense tasks all train by it.
+    """Trains for one pass over the data -> the means of the losses, the last learning rate, images_per_s.
 
-    model: what is trained, perhaps wrapped in DistributedDataParallel
+    model: the module that is trained, perhaps wrapped in DistributedDataParallel
     loader: gives this process's share of the steps * accumulate micro-batches
-    compute_losses: function (micro-batch, step) -> dict of scalars: first `loss`, which is minimised, then
-        others to log
+    compute_losses: function (model, micro-batch, step) -> dict of scalars: first `loss`, which is minimised,
+        then others to log
     lr: function step -> learning rate; a parameter group with `lr_scale` gets that much of it
     batch_size, accumulate: images and micro-batches of a step, over all processes
     """
     model.train()
-    micro_batches, share, history = iter(loader), accumulate // world_size(), []
+    own_micro_batches = range(rank(), accumulate, world_size())
+    micro_batches, history = iter(loader), []
     began = time.perf_counter()
     progress = tqdm(range(steps), f"{title} {epoch + 1}/{epochs}", unit=" images", unit_scale=batch_size,
                     disable=rank() > 0 or None, leave=False)
@@ -168,17 +186,17 @@ def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, step
         step, sums = epoch * steps + i, 0
         for group in optimizer.param_groups:
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
-        for micro in range(rank(), accumulate, world_size()):
+        for micro in own_micro_batches:
             batch = next(micro_batches)
             # Masks depend only on the seed, the step and the micro-batch. So neither a stop nor the number of
             # processes changes them.
             torch.manual_seed(seed_of(seed, step, micro))
             # DistributedDataParallel sums the processes' gradients only in the last backward pass of a step.
-            model.require_backward_grad_sync = micro + world_size() >= accumulate
+            model.require_backward_grad_sync = micro == own_micro_batches[-1]
             with autocast(device, precision):
-                losses = compute_losses(batch, step)
-            scaler.scale(losses["loss"] / share).backward()
-            sums = sums + torch.stack([value.detach() for value in losses.values()]) / share
+                losses = compute_losses(model, batch, step)
+            scaler.scale(losses["loss"] / len(own_micro_batches)).backward()
+            sums = sums + torch.stack([value.detach() for value in losses.values()]) / len(own_micro_batches)
         if clip_grad:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
@@ -196,6 +214,64 @@ def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, step
     speed = steps * batch_size / (time.perf_counter() - began)
     means = torch.tensor(gather(history), dtype=torch.float64).mean((0, 1)).tolist()
     return dict(zip(losses, means)) | dict(lr=lr(step), images_per_s=round(speed, 1))
+
+
+def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_size, accumulate, peak_lr,
+                 warmup_epochs, min_lr=0.0, fall=half_cosine, clip_grad=None, before_epoch=None, state=None,
+                 on_device=False, collate_fn=collate, seed=0, device="cpu", precision="fp32", workers=0,
+                 title="epoch"):
+    """Trains `model`, or goes on from a `state`. Pre-training, probes, fine-tuning and dense tasks share it.
+
+    A generator of pairs after every epoch, and one before the first: a dict of figures to log, and the state,
+    a dict of all that an exact resume needs. There are no states of random generators in it: every draw
+    follows from numbers that the run knows.
+
+    batch_size, accumulate: of `cut_batch`
+    peak_lr, warmup_epochs, min_lr, fall: see `learning_rate`
+    before_epoch: function of an epoch's number, from 0, that is called before it
+    on_device: crop on the device (`DeviceLoader`); else `workers` and `collate_fn` are of `make_loader`
+    For the others see `train_epoch`.
+    """
+    steps = len(dataset) // batch_size
+    batches = EpochBatches(len(dataset), batch_size, accumulate, seed, rank(), world_size())
+    if on_device:
+        loader = DeviceLoader(dataset, batches, device)
+    else:
+        loader = make_loader(dataset, workers, device, collate_fn, batch_sampler=batches)
+    broken = BrokenFiles(dataset.source, tqdm.write)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
+    if state is not None:
+        restore(state, model, optimizer, scaler)
+    wrapped = model
+    if world_size() > 1:
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def lr(step):
+        return learning_rate(step, epochs * steps, warmup_epochs * steps, peak_lr, min_lr, fall)
+
+    def watched_losses(model, batch, step):
+        broken.watch(batch["broken"])
+        return compute_losses(model, batch, step)
+
+    def state_after(epoch):
+        return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                    epoch=epoch)
+
+    if state is None:
+        yield {}, state_after(0)
+    for epoch in range(state["epoch"] if state else 0, epochs):
+        began, batches.epoch = time.perf_counter(), epoch
+        if before_epoch is not None:
+            before_epoch(epoch)
+        line = train_epoch(wrapped, loader, optimizer, watched_losses, epoch=epoch, epochs=epochs, steps=steps,
+                           lr=lr, batch_size=batch_size, accumulate=accumulate, scaler=scaler,
+                           clip_grad=clip_grad, seed=seed, device=device, precision=precision, title=title)
+        broken.found = set().union(*gather(broken.found))  # a file is broken for all processes
+        line = dict(epoch=epoch + 1, step=(epoch + 1) * steps, **line,
+                    seconds=round(time.perf_counter() - began, 3))
+        if broken.found:
+            line["broken_images"] = len(broken.found)
+        yield line, state_after(epoch + 1)
 
 
 def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: PositiveInt = 800,
@@ -231,39 +307,19 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     compile: torch.compile the method
     seed: of everything random
     """
-    # Data: random crops, in an order that follows from (seed, epoch)
     device, output = torch.device(device), Path(output)
     image_size = sized(method).image_size
     dataset = Images(source, image_size, "crop", crop_scale, flip, seed, regions=regions)
     examples = picture_items(Images(source, image_size, "center", regions=regions))
     batch_size, accumulate = cut_batch(batch_size, len(dataset), accumulate)
-    steps = len(dataset) // batch_size
-    batches = EpochBatches(len(dataset), batch_size, accumulate, seed, rank(), world_size())
-    loader = choose_loader(loader, dataset, batches, device, workers)
-    broken = BrokenFiles(source, tqdm.write)
-
-    # Optimizer
-    peak = lr or base_lr * batch_size / lr_batch
-    optimizer = torch.optim.AdamW(parameter_groups(method, weight_decay), lr=peak, betas=betas, fused=True)
+    steps, peak_lr = len(dataset) // batch_size, lr or base_lr * batch_size / lr_batch
+    optimizer = torch.optim.AdamW(parameter_groups(method, weight_decay), lr=peak_lr, betas=betas, fused=True)
     if lookahead:
         add_lookahead(optimizer, lookahead)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-    # Resume
-    epoch, log = 0, []
-    if state is not None:
-        epoch, path = state["epoch"], output / "log.jsonl"
-        log = path.read_text().splitlines()[:epoch] if path.exists() else []  # a kill may leave one line more
-        restore(state, method, optimizer, scaler, device)
-
-    model = method
     if compile:
         method.compile(dynamic=False)
-    if world_size() > 1:
-        model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def compute_losses(batch, step):
-        broken.watch(batch["broken"])
+    def compute_losses(model, batch, step):
         images = normalize(batch["image"].to(device, non_blocking=True))
         batch["progress"] = torch.full((), step / (epochs * steps), device=device)
         inputs = {k: batch[k].to(device, non_blocking=True) for k in method.inputs if k in batch}
@@ -272,30 +328,28 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         out = model(images, **inputs)
         return {name: value for name, value in out.items() if torch.is_tensor(value) and value.ndim == 0}
 
-    def lr_at(step):
-        return learning_rate(step, epochs * steps, warmup_epochs * steps, peak, min_lr)
-
-    output.mkdir(parents=True, exist_ok=True)
-    if epoch == 0:  # if the disk is full or read-only, the run fails now and not after the first epoch
-        write_checkpoint(output, method, optimizer, scaler, epoch, args)
-    while epoch < epochs:
-        began, batches.epoch = time.perf_counter(), epoch
+    def renew_maps(epoch):
         if hasattr(method, "maps_due") and method.maps_due(epoch, epochs):
             update_maps(method, source, device, precision, workers)
-        line = train_epoch(model, loader, optimizer, compute_losses, epoch=epoch, epochs=epochs, steps=steps,
-                           lr=lr_at, batch_size=batch_size, accumulate=accumulate, scaler=scaler,
-                           clip_grad=clip_grad, seed=seed, device=device, precision=precision)
-        epoch += 1
-        broken.found = set().union(*gather(broken.found))  # a file is broken for all processes
-        line = dict(epoch=epoch, step=epoch * steps, **line, seconds=round(time.perf_counter() - began, 3))
-        if broken.found:
-            line["broken_images"] = len(broken.found)
-        if rank() == 0:
+
+    output.mkdir(parents=True, exist_ok=True)
+    log = []
+    if state is not None and (output / "log.jsonl").exists():  # a kill may leave one line more
+        log = (output / "log.jsonl").read_text().splitlines()[:state["epoch"]]
+    for line, kept in train_epochs(
+            method, optimizer, dataset, compute_losses, epochs=epochs, batch_size=batch_size,
+            accumulate=accumulate, peak_lr=peak_lr, warmup_epochs=warmup_epochs, min_lr=min_lr,
+            clip_grad=clip_grad, before_epoch=renew_maps, state=state, seed=seed, device=device,
+            on_device=crops_on_device(loader, dataset, device), precision=precision, workers=workers):
+        if rank() > 0:
+            continue
+        if line:
             log.append(json.dumps(line))
             tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
             write_atomically(output / "log.jsonl", lambda to: to.write("\n".join([*log, ""]).encode()))
             draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed)
-        write_checkpoint(output, method, optimizer, scaler, epoch, args)
+        # If the disk is full or read-only, the run fails here before its first epoch and not after it.
+        write_checkpoint(output, method, kept | dict(args=args, maps=getattr(method, "maps", None)))
 
 
 def main(argv):
@@ -349,29 +403,13 @@ def main(argv):
 # Loading and optimization
 
 
-def choose_loader(loader, dataset, batches, device, workers):
-    """The loader of a run's micro-batches: see --loader of `pretrain`."""
-    can_crop = dataset.source.in_memory and dataset.regions is None
-    if loader == "device" and not can_crop:
+def crops_on_device(loader, dataset, device):
+    """The run's --loader (see `pretrain`) -> whether images are cropped on the device."""
+    possible = dataset.source.in_memory and dataset.regions is None
+    if loader == "device" and not possible:
         raise UsageError("--loader device is for data in memory (shapes, cifar10, cifar100, stl10), and for "
                          "methods without regions")
-    if loader == "device" or loader is None and can_crop and device.type == "cuda":
-        return DeviceLoader(dataset, batches, device)
-    return make_loader(dataset, workers, device, batch_sampler=batches)
-
-
-def half_cosine(progress):
-    """From 1 to 0 as the progress goes from 0 to 1."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def learning_rate(step, steps, warmup_steps, peak, minimum=0.0, fall=half_cosine):
-    """Linear warm-up from 0 to `peak`, then along `fall` (progress in 0..1 -> 1..0) to `minimum` after
-    `steps`."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return minimum + (peak - minimum) * fall(progress)
+    return loader == "device" or loader is None and possible and device.type == "cuda"
 
 
 def parameter_groups(module, weight_decay):
@@ -613,17 +651,10 @@ def write_atomically(path, write):
             temporary.unlink(missing_ok=True)
 
 
-def write_checkpoint(output, method, optimizer, scaler, epoch, args):
+def write_checkpoint(output, method, state):
     """Writes encoder.pt, a plain state dict with timm's names (a tokenizer's: with DALL-E's), and then
-    checkpoint.pt, all that an exact resume needs.
-
-    There are no states of random generators to keep: every draw follows from numbers that the run knows.
-    """
-    if rank() > 0:
-        return
-    state = dict(model=method.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 epoch=epoch, args=args, maps=getattr(method, "maps", None))
-    if epoch:
+    checkpoint.pt, the state, from which the run can go on."""
+    if state["epoch"]:
         write_atomically(output / "encoder.pt", lambda to: torch.save(method.encoder.state_dict(), to))
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
 
@@ -643,7 +674,7 @@ def load_run(path):
     return state
 
 
-def restore(state, method, optimizer, scaler, device):
+def restore(state, method, optimizer, scaler):
     """Puts a checkpoint's state into a method, its optimizer and scaler; UsageError if it does not fit."""
     with explained("--resume", "the checkpoint does not fit the settings"):
         method.load_state_dict(state["model"])
@@ -651,7 +682,7 @@ def restore(state, method, optimizer, scaler, device):
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     if state.get("maps") is not None:
-        method.maps = state["maps"].to(device)
+        method.maps = state["maps"].to(next(method.parameters()).device)
 
 
 def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,

@@ -260,7 +260,8 @@ def test_a_group_gets_its_share_of_the_rate():
     model = torch.nn.ParameterList(torch.zeros(()) for _ in range(2))
     groups = [dict(params=[model[0]]), dict(params=[model[1]], lr_scale=0.25)]
     line = train.train_epoch(
-        model, [None] * 3, torch.optim.SGD(groups, lr=9.0), lambda batch, step: dict(loss=model[0] + model[1]),
+        model, [None] * 3, torch.optim.SGD(groups, lr=9.0),
+        lambda model, batch, step: dict(loss=model[0] + model[1]),
         epoch=1, epochs=2, steps=3, lr=lambda step: 10.0**-step, batch_size=1, accumulate=1,
         scaler=torch.amp.GradScaler("cpu", enabled=False))
     assert [p.item() for p in model] == pytest.approx([-1.11e-3, -0.2775e-3]) and line["lr"] == 1e-5
