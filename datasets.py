@@ -523,7 +523,7 @@ def crop_boxes(images, box, flip, size, mode="bicubic"):
     sides[:, 0] *= 1 - 2 * flip.float()
     theta = torch.cat([torch.diag_embed(sides), centre[:, :, None]], dim=2)
     # grid_sample does not antialias, so an image larger than `size` is sampled more finely, then averaged.
-    times = max(1, math.ceil(images.shape[2] / size[0]))
+    times = math.ceil(max(1, images.shape[2] / size[0], images.shape[3] / size[1]))
     shape = (*images.shape[:2], times * size[0], times * size[1])
     grid = F.affine_grid(theta, shape, align_corners=False)
     out = F.grid_sample(images, grid, mode, padding_mode="border", align_corners=False)
