@@ -67,7 +67,8 @@ def test_colours_of_equal_brightness():
     assert np.array_equal(felzenszwalb(image, 10), np.repeat([[0, 1]], 4, 1).repeat(8, 0))
 
 
-@pytest.mark.parametrize("gray", [np.zeros((9, 7)), np.full((16, 16), 255), np.arange(64)[None].repeat(40, 0) * 4])
+@pytest.mark.parametrize("gray", [
+    np.zeros((9, 7)), np.full((16, 16), 255), np.arange(64)[None].repeat(40, 0) * 4])
 def test_flat_and_gradient_stay_one(gray):
     assert not felzenszwalb(picture(gray), scale=1000).any()
 
@@ -132,7 +133,8 @@ def test_equal_weights_keep_the_order_of_the_grid():
     edges.sort(key=lambda edge: round(edge[0], 6))  # Python's sort is stable
     weights, ends = grid_edges(image)
     assert np.allclose(weights, [weight for weight, _ in edges])
-    assert len(np.unique(weights)) == 4 and [{*pair} for pair in ends.T.tolist()] == [pair for _, pair in edges]
+    assert len(np.unique(weights)) == 4
+    assert [{*pair} for pair in ends.T.tolist()] == [pair for _, pair in edges]
 
 
 def test_an_edge_that_weighs_as_much_as_the_limit_joins_nothing():

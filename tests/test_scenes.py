@@ -68,7 +68,8 @@ def test_objects_stand_out_against_the_background(scenes):
 def test_raw_pixels_tell_little_about_the_class(scenes):
     """Neither a linear classifier nor the nearest neighbours; 1 in 10 is chance."""
     y = np.array([label for _, label, _, _ in scenes])
-    x = np.stack([image for image, _, _, _ in scenes]).reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(1000, -1)
+    x = np.stack([image for image, _, _, _ in scenes])
+    x = x.reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(1000, -1)
     x = (x - x.mean(0)) / x.std(0)
     train, val = slice(0, 700), slice(700, None)
     gram = x[train].T @ x[train] + 1000 * np.eye(x.shape[1])
@@ -89,7 +90,8 @@ def seeds_of(source):
 def test_no_scene_is_in_train_and_in_val():
     splits = {split: Shapes(split, 16) for split in ("pretrain", "train", "val")}
     seeds = {split: seeds_of(source) for split, source in splits.items()}
-    assert [len(set(seeds[split])) for split in seeds] == [4096, 4096, 1024] == [len(s) for s in splits.values()]
+    assert [len(source) for source in splits.values()] == [4096, 4096, 1024]
+    assert [len(set(numbers)) for numbers in seeds.values()] == [4096, 4096, 1024]
     assert seeds["pretrain"] == seeds["train"] and not set(seeds["val"]) & set(seeds["train"])
     for split, source in splits.items():
         for index in (0, 1, 1023, len(source) - 1):

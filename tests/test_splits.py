@@ -1,0 +1,384 @@
+"""Which images a split has, with which labels and truth: every kind of data, written small, each image known.
+
+An image's colour says which split it was written for, its number there and its label. So a split can be
+compared with what it must hold, and an image with its label, however the data are stored.
+"""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from datasets import IGNORED, SHAPE_CLASSES, UsageError, load_data, load_dense, render_scene
+
+WRITTEN_FOR = ("train", "val", "unlabelled")
+HEIGHT, WIDTH = 16, 32
+ADE_PARTS = dict(train="training", val="validation")
+LAST = dict(train=2, val=3)  # the last pixel's label in ADE20K's and Pascal VOC's maps
+
+
+def coded(split, number, label=0, height=HEIGHT, width=WIDTH):
+    """An image uint8 [height, width, 3], its colour (split, number, label), its upper right white."""
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = [8 * k + 4 for k in (WRITTEN_FOR.index(split), number, label)]  # JPEG may change it by 3
+    image[:height // 2, width // 2:] = 255
+    return image
+
+
+def code_of(image):
+    """(split, number, label) of such an image [3, H, W], which must be neither turned nor mirrored."""
+    height, width = image.shape[1:]
+    assert image[:, :height // 2, width // 2:].min() > 245 and image[:, height // 2:].max() < 245
+    assert image[:, :, :width // 2].max() < 245
+    split, number, label = (image[:, -1, 0] // 8).tolist()
+    return WRITTEN_FOR[split], number, label
+
+
+def codes_of(source):
+    return [code_of(source[i]["image"]) for i in range(len(source))]
+
+
+def three_and_two():
+    """Three images to train on and two to test on, without labels."""
+    counts = dict(train=3, val=2)
+    return {split: {(split, number, 0) for number in range(count)} for split, count in counts.items()}
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **(dict(quality=98, subsampling=0) if path.suffix == ".jpg" else {}))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data by kind: write_...(root) -> what each split must hold, as a set of (written for, number, label)
+
+
+def write_cifar(root, name):
+    """Five files to train on in CIFAR-10, one in CIFAR-100; one to test on. 100 has coarse labels, too."""
+    cls = getattr(torchvision.datasets, name.upper())
+    folder, found = root / cls.base_folder, dict(train=set(), val=set())
+    folder.mkdir()
+    (folder / cls.meta["filename"]).write_bytes(pickle.dumps({cls.meta["key"]: list("abcdefghij")}))
+    for split, files in (("train", cls.train_list), ("val", cls.test_list)):
+        for k, (file, _) in enumerate(files):
+            count = 3 if split == "val" else 2
+            codes = [(split, number, (number * 3 + 1) % 10) for number in range(2 * k, 2 * k + count)]
+            data = np.stack([coded(*code, 32, 32).transpose(2, 0, 1).ravel() for code in codes])
+            labels = [label for _, _, label in codes]
+            entry = dict(data=data, labels=labels)
+            if name == "cifar100":
+                entry = dict(data=data, fine_labels=labels, coarse_labels=labels[::-1])
+            (folder / file).write_bytes(pickle.dumps(entry))
+            found[split] |= set(codes)
+    return dict(pretrain=found["train"]) | found
+
+
+def write_stl10(root):
+    """Images are stored by columns, labels from 1."""
+    folder, found = root / "stl10_binary", {}
+    folder.mkdir()
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    for split, stem, count in (("train", "train", 4), ("val", "test", 3), ("unlabelled", "unlabeled", 5)):
+        codes = [(split, number, 9 - number) for number in range(count)]
+        np.stack([coded(*code, 96, 96).transpose(2, 1, 0) for code in codes]).tofile(folder / f"{stem}_X.bin")
+        if split != "unlabelled":
+            np.array([label + 1 for *_, label in codes], np.uint8).tofile(folder / f"{stem}_y.bin")
+        found[split] = set(codes)
+    return dict(pretrain=found["train"] | found["unlabelled"], train=found["train"], val=found["val"])
+
+
+def write_train_and_val(root):
+    """A folder per class in train/ and val/. val/ lacks the first class, and labels are those of train/."""
+    train = {("train", number, label) for label in range(3) for number in range(2 + label)}
+    val = {("val", number, label) for label in (1, 2) for number in range(2)}
+    for split, number, label in train | val:
+        write(root / split / f"n0{label}" / f"{number}.png", coded(split, number, label))
+    return dict(pretrain=train, train=train, val=val)
+
+
+def write_folder_per_class(root):
+    """Every tenth image of a class, in the order of names, is the val split."""
+    every = {("train", number, label) for label, count in enumerate((21, 9, 10)) for number in range(count)}
+    for split, number, label in every:
+        write(root / "abc"[label] / "deeper" / f"{number:02d}.png", coded(split, number, label))
+    val = {(split, number, label) for split, number, label in every if number % 10 == 9}
+    return dict(pretrain=every, train=every - val, val=val)
+
+
+def write_tiny_imagenet(root):
+    """The images of val/ lie in one folder, their classes in a list."""
+    train = {("train", number, label) for label in range(3) for number in range(2)}
+    val = {("val", number, (2 * number + 1) % 3) for number in range(4)}
+    for split, number, label in train:
+        write(root / "train" / f"n0{label}" / "images" / f"{number}.png", coded(split, number, label))
+    for split, number, label in val:
+        write(root / "val" / "images" / f"val_{number}.png", coded(split, number, label))
+    write(root / "test" / "images" / "test_0.png", coded("unlabelled", 0))
+    rows = [f"val_{number}.png\tn0{label}\t0\t0\t9\t9\n" for _, number, label in sorted(val)]
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
+    return dict(pretrain=train, train=train, val=val)
+
+
+def write_coco(root):
+    """Two years of train images, of which the newer count, and a folder of test images."""
+    found = three_and_two()
+    for split, codes in found.items():
+        for code in codes:
+            write(root / f"{split}2017" / f"{code[1]:012d}.jpg", coded(*code))
+        write_annotations(root, split, sorted(number for _, number, _ in codes))
+    for folder in ("train2014", "test2017"):
+        write(root / folder / "000000000000.jpg", coded("unlabelled", 0))
+    (root / "val2018").mkdir()  # empty: not a newer split
+    return dict(pretrain=found["train"]) | found
+
+
+def write_annotations(root, split, numbers):
+    """COCO's annotations: image k has one object and one segment in its upper right, of category 30 + k."""
+    images = [dict(id=k, file_name=f"{k:012d}.jpg", height=HEIGHT, width=WIDTH) for k in numbers]
+    categories = [dict(id=30 + k, name=f"{split} {k}") for k in (2, 0, 1)]
+    x, y = WIDTH // 2, HEIGHT // 2
+    objects = [dict(image_id=k, category_id=30 + k, area=50 + k, bbox=[x, 0, x, y], iscrowd=int(k == 1),
+                    segmentation=[[x, 0, WIDTH, 0, WIDTH, y, x, y]]) for k in numbers]
+    segments = [dict(image_id=k, file_name=f"{k:012d}.png", segments_info=[dict(id=7, category_id=30 + k)])
+                for k in numbers]
+    for kind, annotations in (("instances", objects), ("panoptic", segments)):
+        path = root / "annotations" / f"{kind}_{split}2017.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    ids = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    ids[:y, x:, 0] = 7
+    for k in numbers:
+        write(root / "annotations" / f"panoptic_{split}2017" / f"{k:012d}.png", ids)
+
+
+def write_ade20k(root):
+    """Classes from 1, 0 is unlabelled: the upper right of image k is of 3 k + 1, the lower left of 150."""
+    found = three_and_two()
+    for split, part in ADE_PARTS.items():
+        for _, number, _ in found[split]:
+            labels = quarters(3 * number + 1, 150, 0, LAST[split])
+            write(root / "images" / part / f"ADE_{number}.jpg", coded(split, number))
+            write(root / "annotations" / part / f"ADE_{number}.png", labels)
+    return found
+
+
+def write_pascal_voc(root):
+    """Classes from 0, the background; 255 is ignored. All images lie in one folder, the splits in lists."""
+    found = three_and_two()
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for split, codes in found.items():
+        for _, number, _ in codes:
+            labels = quarters(3 * number, 20, 255, LAST[split])
+            write(root / "JPEGImages" / f"{split}_{number}.jpg", coded(split, number))
+            write(root / "SegmentationClass" / f"{split}_{number}.png", labels)
+        names = [f"{split}_{number}\n" for _, number, _ in sorted(codes)]
+        (lists / f"{split}.txt").write_text("".join(names))
+        with open(lists / "trainval.txt", "a") as file:
+            file.writelines(names)
+    write(root / "JPEGImages" / "other.jpg", coded("unlabelled", 0))  # has no pixels' classes
+    return found
+
+
+def quarters(upper_right, lower_left, elsewhere, last):
+    """A label map [HEIGHT, WIDTH]; `last` is the label of the last pixel, at the lower right."""
+    labels = np.full((HEIGHT, WIDTH), elsewhere, np.uint8)
+    labels[:HEIGHT // 2, WIDTH // 2:] = upper_right
+    labels[HEIGHT // 2:, :WIDTH // 2] = lower_left
+    labels[-1, -1] = last
+    return labels
+
+
+WRITERS = dict(
+    cifar10=lambda root: write_cifar(root, "cifar10"), cifar100=lambda root: write_cifar(root, "cifar100"),
+    stl10=write_stl10, train_and_val=write_train_and_val, folder_per_class=write_folder_per_class,
+    tiny_imagenet=write_tiny_imagenet, coco=write_coco)
+DENSE_WRITERS = dict(coco=write_coco, ade20k=write_ade20k, pascal_voc=write_pascal_voc)
+
+
+@pytest.fixture
+def trusting(monkeypatch):
+    """torchvision takes the small archives for its own."""
+    for module in ("cifar", "stl10"):
+        check = f"torchvision.datasets.{module}.check_integrity"
+        monkeypatch.setattr(check, lambda path, md5=None: os.path.exists(path))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def check_splits(sources, expected):
+    """Each split holds what it must, no image twice, and train nothing of val, nor a file of its regions."""
+    codes = {split: codes_of(source) for split, source in sources.items()}
+    files = {split: [source.file(i) for i in range(len(source))] for split, source in sources.items()}
+    for split in expected:
+        assert len(codes[split]) == len(set(codes[split])) == len(set(files[split]))
+        assert set(codes[split]) == expected[split], split
+    assert not set(codes["train"]) & set(codes["val"]) and not set(files["train"]) & set(files["val"])
+    return codes
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_split_is_the_split_that_it_says(kind, tmp_path, trusting):
+    expected = WRITERS[kind](tmp_path)
+    data = kind if kind.startswith(("cifar", "stl")) else str(tmp_path)
+    sources = {split: load_data(data, split, root=str(tmp_path)) for split in ("pretrain", "train", "val")}
+    codes = check_splits(sources, expected)
+    for split in ("train", "val"):
+        source = sources[split]
+        assert [source[i]["label"] for i in range(len(source))] == [label for *_, label in codes[split]]
+        assert source.classes == sources["train"].classes
+    assert codes_of(load_data(data, root=str(tmp_path))) == codes["pretrain"]
+    part, places = load_data(data, "train", limit=2, root=str(tmp_path)), (0, len(codes["train"]) // 2)
+    assert codes_of(part) == [codes["train"][k] for k in places]
+    assert [part[i]["label"] for i in range(2)] == [codes["train"][k][2] for k in places]
+    assert [part.file(i) for i in range(2)] == [sources["train"].file(k) for k in places]
+
+
+@pytest.mark.parametrize("objects", [False, True])
+@pytest.mark.parametrize("kind", DENSE_WRITERS)
+def test_every_dense_split_is_the_split_that_it_says(kind, objects, tmp_path):
+    expected = DENSE_WRITERS[kind](tmp_path)
+    if objects and kind != "coco":
+        with pytest.raises(UsageError, match="has no objects for the val split; give shapes or COCO"):
+            load_dense(str(tmp_path), objects, "val")
+        return
+    check_splits({split: load_dense(str(tmp_path), objects, split) for split in ("train", "val")},
+                 {split: expected[split] for split in ("train", "val")})
+    assert code_of(load_dense(str(tmp_path), objects)[0]["image"])[0] == "train"
+
+
+@pytest.mark.parametrize("objects", [False, True])
+def test_the_scenes_dense_splits_share_none(objects):
+    sources = {split: load_dense("shapes", objects, split, (24, 16)) for split in ("train", "val")}
+    names = {split: {source.name(i) for i in range(len(source))} for split, source in sources.items()}
+    assert len(names["train"]) == 4096 and len(names["val"]) == 1024 and not names["train"] & names["val"]
+    for split, source in sources.items():
+        assert np.array_equal(source[9]["image"], load_data("shapes", split, 24)[9]["image"])
+
+
+def test_data_of_classes_of_pixels_are_found_by_their_split(tmp_path):
+    with pytest.raises(UsageError, match="has no classes of pixels for the val split"):
+        load_dense(str(tmp_path), False, "val")
+    write_coco(tmp_path / "coco")
+    for path in (tmp_path / "coco" / "val2017").iterdir():
+        path.unlink()
+    for objects in (False, True):
+        assert len(load_dense(str(tmp_path / "coco"), objects, "train")) == 3
+        with pytest.raises(UsageError, match="for the val split"):
+            load_dense(str(tmp_path / "coco"), objects, "val")
+
+
+@pytest.mark.parametrize("kind", [*DENSE_WRITERS, "shapes"])
+def test_a_limit_thins_dense_data_out(kind, tmp_path):
+    data = kind
+    if kind != "shapes":
+        DENSE_WRITERS[kind](tmp_path)
+        data = str(tmp_path)
+    whole, part = load_dense(data, False, "train"), load_dense(data, False, "train", limit=2)
+    assert len(part) == 2 and part.name(1) == whole.name(len(whole) // 2)
+    item = part[1]
+    assert np.array_equal(part.truth(1, item), whole.truth(len(whole) // 2, item))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Dense truth
+
+
+@pytest.mark.parametrize("split, count", [("train", 3), ("val", 2)])
+def test_ade20ks_classes_are_counted_from_1(split, count, tmp_path):
+    write_ade20k(tmp_path)
+    source = load_dense(str(tmp_path), False, split)
+    assert source.classes == [f"class {k}" for k in range(1, 151)]
+    for i in range(count):
+        truth = source.truth(i, source[i])
+        assert truth.dtype == np.uint8
+        assert np.array_equal(truth, quarters(3 * i, 149, IGNORED, LAST[split] - 1))
+    for label, known in ((151, False), (255, True), (150, True), (0, True)):
+        labels = np.full((HEIGHT, WIDTH), label, np.uint8)
+        write(tmp_path / "annotations" / ADE_PARTS[split] / "ADE_0.png", labels)
+        if known:
+            expected = 149 if label == 150 else IGNORED
+            assert (source.truth(0, source[0]) == expected).all()
+        else:
+            with pytest.raises(UsageError, match="ADE_0.png: label 151 is not one of 150 classes"):
+                source.truth(0, source[0])
+
+
+@pytest.mark.parametrize("split, count", [("train", 3), ("val", 2)])
+def test_pascal_vocs_classes_are_counted_from_0(split, count, tmp_path):
+    write_pascal_voc(tmp_path)
+    source = load_dense(str(tmp_path), False, split)
+    assert (len(source.classes), source.classes[0], source.classes[20]) == (21, "background", "tvmonitor")
+    for i in range(count):
+        truth = source.truth(i, source[i])
+        assert truth.dtype == np.uint8 and np.array_equal(truth, quarters(3 * i, 20, IGNORED, LAST[split]))
+    write(tmp_path / "SegmentationClass" / f"{split}_0.png", np.full((HEIGHT, WIDTH), 21, np.uint8))
+    with pytest.raises(UsageError, match=f"{split}_0.png: label 21 is not one of 21 classes"):
+        source.truth(0, source[0])
+
+
+def test_labels_of_another_size_are_refused(tmp_path):
+    write_pascal_voc(tmp_path)
+    source = load_dense(str(tmp_path), False, "val")
+    for height, width in ((WIDTH, HEIGHT), (2 * HEIGHT, 2 * WIDTH)):
+        write(tmp_path / "SegmentationClass" / "val_1.png", np.zeros((height, width), np.uint8))
+        with pytest.raises(UsageError, match=f"has 32x16 pixels, its annotations have {width}x{height}"):
+            source.truth(1, source[1])
+
+
+@pytest.mark.parametrize("split, count", [("train", 3), ("val", 2)])
+def test_cocos_segments_are_classes_in_the_order_of_the_ids(split, count, tmp_path):
+    write_coco(tmp_path)
+    source = load_dense(str(tmp_path), False, split)
+    assert source.classes == [f"{split} {k}" for k in range(3)]
+    for i in range(count):
+        expected = np.full((HEIGHT, WIDTH), IGNORED, np.uint8)
+        expected[:HEIGHT // 2, WIDTH // 2:] = i
+        truth = source.truth(i, source[i])
+        assert truth.dtype == np.uint8 and np.array_equal(truth, expected)
+
+
+@pytest.mark.parametrize("split, count", [("train", 3), ("val", 2)])
+def test_cocos_objects_have_the_areas_boxes_and_crowds_of_the_annotations(split, count, tmp_path):
+    write_coco(tmp_path)
+    source = load_dense(str(tmp_path), True, split)
+    assert source.classes == [f"{split} {k}" for k in range(3)]
+    for i in range(count):
+        truth = source.truth(i, source[i])
+        assert truth["masks"].shape == (1, HEIGHT, WIDTH) and truth["masks"].dtype == bool
+        assert truth["masks"][0, :8, 16:].all() and truth["masks"].sum() == 128
+        assert truth["boxes"].tolist() == [[16, 0, 32, 8]] and truth["labels"].tolist() == [i + 1]
+        assert truth["areas"].tolist() == [50 + i] and truth["crowd"].tolist() == [i == 1]
+
+
+def test_the_scenes_objects_and_classes():
+    objects, classes = (load_dense("shapes", kind, "val", 48, 30) for kind in (True, False))
+    assert objects.classes == list(SHAPE_CLASSES) and classes.classes == ["background", *SHAPE_CLASSES]
+    for i in range(30):
+        item = objects[i]
+        _, label, instances, shapes = render_scene(int(objects.name(i).split()[1]), 48)
+        truth = objects.truth(i, item)
+        assert truth["labels"].tolist() == [shape + 1 for shape in shapes] and shapes[0] == label
+        for k, (mask, box, area) in enumerate(zip(truth["masks"], truth["boxes"], truth["areas"])):
+            assert np.array_equal(mask, instances == k + 1) and area == mask.sum()
+            rows, columns = np.nonzero(mask)
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert truth["crowd"].tolist() == [False] * len(shapes)
+        expected = np.array([0] + [shape + 1 for shape in shapes])[instances]
+        assert np.array_equal(classes.truth(i, item), expected)
+
+
+def test_a_hidden_object_of_a_scene_is_left_out():
+    source = load_dense("shapes", True, "val", 16)
+    item = dict(source[0], shapes=[4, 7, 2])
+    item["instances"] = item["instances"].clone().fill_(0)
+    item["instances"][2:5, 3:9], item["instances"][9, 9] = 1, 3  # the second is hidden
+    truth = source.truth(0, item)
+    assert truth["labels"].tolist() == [5, 3] and truth["areas"].tolist() == [18, 1]
+    assert truth["boxes"].tolist() == [[3, 2, 9, 5], [9, 9, 10, 10]]
