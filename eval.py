@@ -1375,13 +1375,17 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
             raise UsageError(f"--{flag} is for an untrained encoder; {checkpoint} brings its own")
     with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
+        state = mim.read_checkpoint(content)
+        taken, *others = mim.encoder_prefixes(state)
+        if others:
+            print(f"{checkpoint}: the encoder is {taken} and not {', '.join(others)}", file=sys.stderr)
         # A run's settings are the only record of a grid that is not square.
         size = size or run_settings(content).get("image_size")
-        if size is None and not any(name.endswith("pos_embed") for name in mim.read_checkpoint(content)):
+        if size is None and not any(name.endswith("pos_embed") for name in state):
             if images:
                 raise UsageError(f"--image-size is needed: {checkpoint} has relative positions")
             size = load_unlabelled(data).image_size
-        encoder, names = mim.vit_from_checkpoint(content, size)
+        encoder, names = mim.vit_from_checkpoint(state, size)
     return loaded(encoder, checkpoint, *names)
 
 

@@ -1918,7 +1918,8 @@ def read_checkpoint(source):
     """A checkpoint file, or what it held, -> its plain state dict of tensors.
 
     Takes this project's checkpoint.pt and encoder.pt, the MAE release's files ({"model": ...}) and timm's
-    state dicts. ValueError, in one line that names the file, for anything else.
+    state dicts; of files with several, as DINO's, all, under names that begin with theirs ("teacher.").
+    ValueError, in one line that names the file, for anything else.
     """
     is_file = isinstance(source, (str, os.PathLike))
     state = load_file(source) if is_file else source
@@ -1926,25 +1927,45 @@ def read_checkpoint(source):
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
+    if not any(isinstance(v, torch.Tensor) for v in state.values()):
+        for name, part in list(state.items()):
+            if isinstance(part, dict):
+                state = state | {f"{name}.{k}": v for k, v in part.items()}
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
-        raise ValueError(f"there is no state dict of tensors in {source if is_file else type(source)}")
+        raise ValueError(f"there is no state dict of tensors in {source if is_file else 'it'}; "
+                         f"{listed(state)}")
     return tensors
 
 
-def encoder_prefix(state):
-    """What stands before the ViT's parameter names in a state dict: "", "encoder.", "base.encoder.", ..."""
+def listed(state):
+    """A few of a dict's names for an error message: "it has a, b, c, d, ..."."""
+    names = [str(name) for name in state] if isinstance(state, dict) else []
+    return f"it has {', '.join(names[:4]) or 'no names'}{', ...' * (len(names) > 4)}"
+
+
+def encoder_prefixes(state):
+    """What stands before a ViT's parameter names in a state dict: [""], ["encoder."], ["base.encoder."], ...
+
+    If there are several ViTs, the first is the one that their papers evaluate: DINO's teacher, MoCo v3's
+    base encoder.
+    """
     suffix = "patch_embed.proj.weight"
     found = [k.removesuffix(suffix) for k in state if k.endswith(suffix)]
     if not found:
-        raise ValueError(f"no Vision Transformer in these weights: no parameter is named {suffix}")
-    return found[0]
+        raise ValueError(f"no Vision Transformer in these weights: no parameter is named {suffix}; "
+                         f"{listed(state)}")
+    return sorted(found, key=lambda prefix: "student" in prefix or "momentum" in prefix)
 
 
 def split_encoder(state):
-    """A state dict -> the ViT's part of it, with its own names, and the names of the rest."""
-    prefix = encoder_prefix(state)
+    """A state dict -> the ViT's part of it, with its own names, and the names of the rest. ValueError if it
+    has what would change a ViT's output, and is not here."""
+    prefix = encoder_prefixes(state)[0]
     inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    for name in inside:
+        if name.startswith(("reg_token", "register_tokens", "dist_token", "norm_pre.")):
+            raise ValueError(f"another architecture: there is no {name} here")
     return inside, [k for k in state if not k.startswith(prefix)]
 
 
@@ -1996,7 +2017,8 @@ def load_weights(module, state, grid, may_miss=()):
         raise ValueError(f"another architecture: there is no {foreign[0]} here")
     lacking = [k for k in missing if not k.startswith(tuple(may_miss))]
     if lacking:
-        raise ValueError(f"the checkpoint lacks {len(lacking)} of {len(own)} parameters, {lacking[0]} first")
+        raise ValueError(f"the checkpoint lacks {len(lacking)} of {len(own)} parameters, {lacking[0]} first; "
+                         f"{listed(state)}")
     module.load_state_dict(state, strict=False)
     return missing, left_over
 
@@ -2015,7 +2037,7 @@ def load_encoder(encoder, source):
 def load_mae(mae, source):
     """Loads an MAE with its decoder, from the release's full files or ours; returns (missing, left_over)."""
     state = read_checkpoint(source)
-    outer = encoder_prefix(state).removesuffix("encoder.")
+    outer = encoder_prefixes(state)[0].removesuffix("encoder.")
     state = {k.removeprefix(outer): v for k, v in state.items()}
     own = ("encoder.", "decoder_", "mask_token")  # the release's encoder has no prefix
     state = {k if k.startswith(own) else f"encoder.{k}": v for k, v in state.items()}

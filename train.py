@@ -6,8 +6,8 @@ Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every
 This file reads from the top: the papers' settings, one epoch, one run (`pretrain`), the command line
 (`main`); then what these use. The random numbers of a step depend only on (seed, step, micro-batch), those of
 an image only on (seed, epoch, index). So a run that was stopped and continued with --resume gives the same
-result as one that was never stopped: the same bits on a CPU, and on CUDA the same up to the order in which
-kernels add numbers.
+result as one that was never stopped: the same bits on a CPU with the same number of threads, and on CUDA the
+same up to the order in which kernels add numbers.
 """
 
 import os
@@ -670,7 +670,7 @@ def load_run(path):
     with explained(path, "it cannot be used"):
         state = mim.load_file(path)
     if not run_settings(state):
-        raise UsageError(f"{path} is not a checkpoint of train.py")
+        raise UsageError(f"{path} is not a checkpoint of train.py; {mim.listed(state)}")
     return state
 
 

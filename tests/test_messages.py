@@ -9,6 +9,7 @@ from torchvision.io import write_png
 
 import datasets
 import eval as evaluation
+import mim
 import train
 
 PROGRAMS = dict(train=train, eval=evaluation)
@@ -260,3 +261,79 @@ def test_pictures_need_no_labels(file, task, run, cli, tmp_path):
     write_images(tmp_path, "train/0", "train/1")
     code, out, _ = cli(evaluation, run[0] / file, "--task", task, "--data", tmp_path, "--output", "a.png")
     assert code == 0 and json.loads(out)["picture"] == "a.png"
+
+
+# Checkpoints
+
+
+def tiny(value=0.0):
+    """The state dict of a ViT of 16x16 pixels whose patch embedding has this bias."""
+    torch.manual_seed(0)
+    vit = mim.ViT(16, 8, 64, 2, 1)
+    torch.nn.init.constant_(vit.patch_embed.proj.bias, value)
+    return vit.state_dict()
+
+
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("content, says", [
+    ({"conv1.weight": torch.zeros(3), "bn1.bias": torch.zeros(3)},
+     "no parameter is named patch_embed.proj.weight; it has conv1.weight, bn1.bias)"),
+    ({"epoch": 3, "lr": 0.1, "a": 1, "b": 2, "c": 3},
+     "no state dict of tensors in it; it has epoch, lr, a, b, ...)"),
+    ([torch.zeros(3)], "no state dict of tensors in it; it has no names)"),
+    ({name: value for name, value in tiny().items() if name != "cls_token"},
+     "lacks 1 of 30 parameters, cls_token first; it has pos_embed, patch_embed.proj.weight, "),
+])
+def test_a_checkpoints_error_says_what_it_has(content, says, mistake):
+    torch.save(content, "some.pt")
+    message = mistake("eval", "some.pt", "--task", "attention")
+    assert message.startswith("some.pt: it cannot be used (") and says in message
+
+
+def test_a_foreign_checkpoint_to_resume_says_what_it_has(mistake, tmp_path):
+    for content, has in ((tiny(), "cls_token, pos_embed, "), ([torch.zeros(3)], "no names")):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        message = mistake("train", "--method", "mae", "--output", tmp_path)
+        assert f"checkpoint.pt is not a checkpoint of train.py; it has {has}" in message
+
+
+@pytest.mark.parametrize("name", ["reg_token", "register_tokens", "dist_token", "norm_pre.weight"])
+@pytest.mark.parametrize("prefix", ["", "encoder."])
+def test_what_would_change_the_output_is_refused_and_not_dropped(name, prefix, mistake):
+    """Beside a position table without rows for such tokens, as timm's models with registers have."""
+    torch.save(under(prefix, tiny() | {name: torch.zeros(1, 4, 64)}), "some.pt")
+    message = mistake("eval", "some.pt", "--task", "knn")
+    assert message == f"some.pt: it cannot be used (another architecture: there is no {name} here)"
+    with pytest.raises(ValueError, match=name):
+        mim.load_encoder(mim.ViT(16, 8, 64, 2, 1), "some.pt")
+
+
+def test_heads_may_be_left_over(cli):
+    torch.save(tiny() | {"head.weight": torch.zeros(9, 64), "fc_norm.weight": torch.zeros(64)}, "some.pt")
+    code, _, err = cli(evaluation, "some.pt", "--task", "attention", "--output", "a.png")
+    assert code == 0 and "2 left over: head.weight, fc_norm.weight" in err
+
+
+@pytest.mark.parametrize("content, taken, other", [
+    (dict(student=under("module.backbone.", tiny(1.0)), teacher=under("backbone.", tiny(2.0)), epoch=3),
+     "teacher.backbone.", "student.module.backbone."),
+    (dict(state_dict=under("module.momentum_encoder.", tiny(1.0)) | under("module.base_encoder.", tiny(2.0))),
+     "module.base_encoder.", "module.momentum_encoder."),
+    (under("student.", tiny(1.0)) | under("teacher.", tiny(2.0)), "teacher.", "student."),
+    (dict(encoder=tiny(2.0), target_encoder=tiny(1.0)), "encoder.", "target_encoder."),
+], ids=["DINO", "MoCo v3", "one dict", "no known names"])
+def test_whose_encoder_is_taken_is_said(content, taken, other, capsys):
+    torch.save(content, "some.pt")
+    encoder = evaluation.open_encoder("some.pt")
+    assert (encoder.patch_embed.proj.bias == 2.0).all()
+    assert f"some.pt: the encoder is {taken} and not {other}\n" in capsys.readouterr().err
+    assert (mim.vit_from_checkpoint("some.pt")[0].patch_embed.proj.bias == 2.0).all()
+
+
+def test_of_one_encoder_nothing_is_said(capsys):
+    torch.save(under("encoder.", tiny()), "some.pt")
+    evaluation.open_encoder("some.pt")
+    assert capsys.readouterr().err == ""

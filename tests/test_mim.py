@@ -930,7 +930,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="no state dict of tensors in .*list.pt"):
         mim.read_checkpoint(tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="no state dict of tensors in <class 'list'>"):
+    with pytest.raises(ValueError, match="no state dict of tensors in it; it has no names"):
         mim.read_checkpoint([torch.zeros(3)])
     with pytest.raises(ValueError, match="No such file"):
         mim.read_checkpoint(tmp_path / "none.pt")
