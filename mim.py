@@ -1422,14 +1422,10 @@ def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None
     return binary_maps(regions, chosen) & (chosen > 0)[..., None, None]
 
 
-def split_regions(patches, num_regions):
-    """Patches of several maps [B, n, p*p*k], as `patchify` gives them -> [B, k, n, p*p]."""
-    return patches.unflatten(-1, (-1, num_regions)).permute(0, 3, 1, 2)
-
-
 def region_patches(region_maps, ids, patch_size):
     """Maps [B, k, H, W] -> the patches `ids` [B, n] of each: [B, k, n, p*p]."""
-    return split_regions(take(patchify(region_maps, patch_size), ids), region_maps.shape[1])
+    patches = take(patchify(region_maps, patch_size), ids)
+    return patches.unflatten(-1, (-1, region_maps.shape[1])).permute(0, 3, 1, 2)
 
 
 def reconstruct_regions(region_maps, pred, ids_masked, patch_size):
@@ -1439,6 +1435,80 @@ def reconstruct_regions(region_maps, pred, ids_masked, patch_size):
     """
     pred = pred.float().sigmoid().permute(0, 2, 3, 1).flatten(2)
     return reconstruct(region_maps.float(), pred, ids_masked, patch_size)
+
+
+class RegionBranch(nn.Module):
+    """Region encoder, entry of the neck and region predictor, which all variants have. All is `dim` wide.
+
+    from_pixels: the neck gets the pixel encoder's output; if False, nothing but mask tokens.
+    channels: number of region maps that make one sequence together: 1, or all k in the channel variant.
+    """
+
+    def __init__(self, encoder, from_pixels, dim, num_heads, channels=1):
+        super().__init__()
+        self.patch_size, self.channels = encoder.patch_size, channels
+        patch_dim = encoder.patch_size**2 * channels
+        self.embed = nn.Linear(patch_dim, dim)
+        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, encoder.grid), requires_grad=False)
+        self.block, self.block_norm = Block(dim, num_heads), layer_norm(dim)
+        self.proj = nn.Linear(dim, dim)  # f of Eq. 2, 5, 10
+        self.neck_embed = nn.Linear(encoder.embed_dim, dim) if from_pixels else None
+        self.neck_mask_token = learned_token(dim)
+        self.norm = layer_norm(dim)
+        self.head = nn.Sequential(  # g
+            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, patch_dim))
+
+    def encode(self, region_maps, ids_visible):
+        """Maps [B, k, H, W] -> embeddings [B, k, n, dim] of their visible patches, not yet pooled or normed.
+
+        This is R-Encoder(v_R) of Eq. 1, 4, 7. In the channel variant there is 1 in the place of k.
+        """
+        k, c = region_maps.shape[1], self.channels
+        if c not in (1, k):
+            raise ValueError(f"the channel variant was built for num_regions={c} maps, got {k}")
+        x = region_patches(region_maps, ids_visible, self.patch_size)
+        x = x.unflatten(1, (-1, c)).permute(0, 1, 3, 4, 2).flatten(3)  # v_R [B, k/c, n, p*p*c]
+        x = self.embed(x.to(self.embed.weight.dtype) - 0.5)
+        x = x + F.embedding(ids_visible + 1, self.pos_embed[0]).unsqueeze(1)
+        return self.block(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def fill(self, latents, ids_image):
+        """Pixel encoder's output [B, 1 + n, D] -> v'_penc [B, 1 + N, dim], with mask tokens and positions."""
+        x = self.neck_mask_token.expand(len(latents), self.pos_embed.shape[1], -1)
+        if self.neck_embed is not None:
+            x = put(x, F.pad(ids_image + 1, (1, 0)), self.neck_embed(latents))
+        return x + self.pos_embed
+
+
+class BatchBranch(RegionBranch):
+    """The batch variant (Eq. 4-6): each region is a sequence of its own, like another image of the batch.
+
+    With channels=k it is the channel variant (Eq. 1-3): all regions of an image are the channels of one
+    sequence, so their number is fixed.
+    """
+
+    def __init__(self, encoder, from_pixels, dim, num_heads, depth, channels):
+        super().__init__(encoder, from_pixels, dim, num_heads, channels)
+        self.mask_token = learned_token(dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+
+    def decode(self, embeddings, latents, ids_visible, ids_masked, ids_image):
+        """Embeddings [B, k, n, dim] of the regions, latents of the image -> logits [B, k, n_masked, p*p].
+
+        ids_image: the patches that the latents are of; in pre-training those of the regions, ids_visible.
+        """
+        sequences = embeddings.shape[1]
+        image = self.fill(latents, ids_image)  # v'_penc, the same for all sequences of an image
+        ids_visible, ids_masked, image = (
+            x.repeat_interleave(sequences, 0) for x in (ids_visible, ids_masked, image))
+        embeddings = self.proj(self.block_norm(embeddings)).flatten(0, 1)
+        x = put(self.mask_token.expand_as(image), ids_visible + 1, embeddings)  # v'_renc, Eq. 2, 5
+        x = x + image
+        for block in self.blocks:  # Eq. 3, 6
+            x = block(x)
+        pred = self.head(self.norm(take(x[:, 1:], ids_masked)))
+        pred = pred.unflatten(-1, (-1, self.channels)).unflatten(0, (-1, sequences))
+        return pred.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
 class CrossBlock(Block):
@@ -1457,53 +1527,6 @@ class CrossBlock(Block):
         return x + self.mlp(self.norm2(x))
 
 
-class RegionBranch(nn.Module):
-    """What the three variants of Appendix A share: the region encoder, the entry of the neck, the predictor.
-
-    All is `dim` wide.
-    from_pixels: whether the neck gets the pixel encoder's output, or nothing but mask tokens.
-    """
-
-    maps_are_channels = False
-
-    def __init__(self, encoder, num_regions, from_pixels, dim, num_heads, depth):
-        super().__init__()
-        check_range(1, num_regions=num_regions)
-        check_transformer(region_dim=dim, region_heads=num_heads, region_decoder_depth=depth)
-        self.patch_size, self.num_regions = encoder.patch_size, num_regions
-        patch_dim = encoder.patch_size**2 * (num_regions if self.maps_are_channels else 1)
-        self.embed = nn.Linear(patch_dim, dim)
-        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, encoder.grid), requires_grad=False)
-        self.block, self.block_norm = Block(dim, num_heads), layer_norm(dim)
-        self.proj = nn.Linear(dim, dim)  # f of Eq. 2, 5, 10
-        self.neck_embed = nn.Linear(encoder.embed_dim, dim) if from_pixels else None
-        self.neck_mask_token = learned_token(dim)
-        self.norm = layer_norm(dim)
-        self.head = nn.Sequential(
-            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, patch_dim))
-        self.build_decoder(dim, num_heads, depth)  # the variant's
-
-    def patches(self, region_maps, ids):
-        """Maps [B, k, H, W] -> the patches `ids` [B, n] of each: [B, k, n, p*p]."""
-        return region_patches(region_maps, ids, self.patch_size)
-
-    def encode(self, region_maps, ids_visible):
-        """Maps [B, k, H, W] -> embeddings [B, k, n, dim] of their visible patches, not yet pooled or normed.
-
-        This is R-Encoder(v_R) of Eq. 1, 4, 7. In the channel variant there is 1 in the place of k.
-        """
-        x = self.embed(self.patches(region_maps, ids_visible).to(self.embed.weight.dtype) - 0.5)
-        x = x + F.embedding(ids_visible + 1, self.pos_embed[0]).unsqueeze(1)
-        return self.block(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-    def fill(self, latents, ids_image):
-        """Pixel encoder's output [B, 1 + n, D] -> v'_penc [B, 1 + N, dim], with mask tokens and positions."""
-        x = self.neck_mask_token.expand(len(latents), self.pos_embed.shape[1], -1)
-        if self.neck_embed is not None:
-            x = put(x, F.pad(ids_image + 1, (1, 0)), self.neck_embed(latents))
-        return x + self.pos_embed
-
-
 class LengthBranch(RegionBranch):
     """The length variant (Eq. 7-11): regions as queries.
 
@@ -1511,17 +1534,15 @@ class LengthBranch(RegionBranch):
     goes in, and their order does not matter.
     """
 
-    def build_decoder(self, dim, num_heads, depth):
+    def __init__(self, encoder, from_pixels, dim, num_heads, depth):
+        super().__init__(encoder, from_pixels, dim, num_heads)
         self.neck_block, self.neck_norm = Block(dim, num_heads), layer_norm(dim)
         self.blocks = nn.ModuleList(CrossBlock(dim, num_heads) for _ in range(depth - 1))
         self.last_norm, self.last_attn = layer_norm(dim), Attention(dim, num_heads)
         self.expand = nn.Linear(dim, dim)  # W of Eq. 11
 
     def decode(self, embeddings, latents, ids_visible, ids_masked, ids_image):
-        """Embeddings [B, k, n, dim] of the regions, latents of the image -> logits [B, k, n_masked, p*p].
-
-        ids_image: the patches that the latents are of; in pre-training those of the regions, ids_visible.
-        """
+        """As BatchBranch.decode."""
         context = self.neck_norm(self.neck_block(self.fill(latents, ids_image)))  # Eq. 9
         # Eq. 7, 8 and f. The authors' code norms the mean, not each patch.
         queries = self.proj(self.block_norm(embeddings.mean(2)))
@@ -1535,58 +1556,33 @@ class LengthBranch(RegionBranch):
         return self.head(self.norm(x))
 
 
-class BatchBranch(RegionBranch):
-    """The batch variant (Eq. 4-6): each region is a sequence of its own, like another image of the batch."""
-
-    def build_decoder(self, dim, num_heads, depth):
-        self.mask_token = learned_token(dim)
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
-
-    def decode(self, embeddings, latents, ids_visible, ids_masked, ids_image):
-        """As LengthBranch.decode."""
-        k = embeddings.shape[1]
-        image = self.fill(latents, ids_image)  # v'_penc, the same for all regions of an image
-        ids_visible, ids_masked, image = (x.repeat_interleave(k, 0) for x in (ids_visible, ids_masked, image))
-        embeddings = self.proj(self.block_norm(embeddings)).flatten(0, 1)
-        x = put(self.mask_token.expand_as(image), ids_visible + 1, embeddings) + image  # v'_renc, Eq. 2, 5
-        for block in self.blocks:  # Eq. 3, 6
-            x = block(x)
-        return self.head(self.norm(take(x[:, 1:], ids_masked).unflatten(0, (-1, k))))
+def region_branch(encoder, variant, num_regions, from_pixels, dim, num_heads, depth):
+    """The region branch of a variant, with initial weights; from_pixels: see `RegionBranch`."""
+    check_choice("variant", variant, Variant)
+    check_range(1, num_regions=num_regions)
+    check_transformer(region_dim=dim, region_heads=num_heads, region_decoder_depth=depth)
+    if variant == "length":
+        branch = LengthBranch(encoder, from_pixels, dim, num_heads, depth)
+    else:
+        channels = num_regions if variant == "channel" else 1
+        branch = BatchBranch(encoder, from_pixels, dim, num_heads, depth, channels)
+    return branch.apply(init_weights)
 
 
-class ChannelBranch(BatchBranch):
-    """The channel variant (Eq. 1-3): the regions are the channels of one image, so their number is fixed."""
+class RAE(nn.Module):
+    """Masked region autoencoding (§3.1), the half of R-MAE that is new. Nguyen, Aggarwal, Li, Oswald,
+    Kirillov, Snoek, Chen, "R-MAE: Regions Meet Masked Autoencoders", ICLR 2024, arXiv:2306.05411.
 
-    maps_are_channels = True
+    New: binary maps of a few regions of the image are masked and completed, from their visible patches and
+    from the image's. A region's visible patches are pooled into one query, which is added to the image's
+    features at every place and so becomes a map again (the length variant). So more regions cost next to
+    nothing, and their order does not matter. There is no pixel decoder and no pixel loss: the image feeds the
+    regions, which trains the encoder.
 
-    def patches(self, region_maps, ids):
-        """Maps [B, k, H, W] -> their patches `ids` [B, n], together: [B, 1, n, p*p*k]."""
-        if region_maps.shape[1] != self.num_regions:
-            raise ValueError(f"the channel variant was built for num_regions={self.num_regions} maps, "
-                             f"got {region_maps.shape[1]}")
-        return take(patchify(region_maps, self.patch_size), ids).unsqueeze(1)
-
-    def decode(self, *inputs):
-        """As LengthBranch.decode, from embeddings [B, 1, n, dim]."""
-        return split_regions(super().decode(*inputs).squeeze(1), self.num_regions)
-
-
-VARIANTS = {"length": LengthBranch, "channel": ChannelBranch, "batch": BatchBranch}
-
-
-class RMAE(MAE):
-    """Region-aware masked autoencoder. Nguyen, Aggarwal, Li, Oswald, Kirillov, Snoek, Chen, "R-MAE: Regions
-    Meet Masked Autoencoders", ICLR 2024, arXiv:2306.05411.
-
-    New: beside MAE's pixels, the binary maps of a few regions of the image are masked and completed. A
-    region's visible patches are pooled into one query, which is added to the image's features at every place
-    and so becomes a map again (the length variant). So more regions cost next to nothing, and their order
-    does not matter.
-
+    mask_ratio: share of the patches that is masked, in the image and in the maps
     num_regions: binary maps drawn for an image, k
     variant: length pools each region into a query; batch makes each a sequence of its own; channel makes all
         of them the channels of one image (Appendix A)
-    cross_feed: whether pixels help to complete regions, regions to complete pixels (Eq. 12-14), or both
     region_dim: width of the region encoder, the neck and the region decoder
     region_heads: attention heads of their blocks
     region_decoder_depth: blocks of the region decoder, with the last, which expands the queries
@@ -1594,15 +1590,14 @@ class RMAE(MAE):
     Where the paper is silent: maps enter as -0.5 and 0.5; a norm ends the region encoder (in the length
     variant after the mean, as in the authors' code) and the neck; the class token goes through neck and
     decoder, as in MAE; the last block of the length variant has no MLP but the predictor, whose layers have
-    GELU between; the batch and the channel variant have no block in the neck; with region_to_pixel the neck
-    gets mask tokens alone.
-    Departs from the paper: p_E = p_D = region_dim; h (Eq. 12) is added before MAE's linear decoder_embed, not
-    after, and without a second [mask] token, which comes to the same function. The authors' released
-    configuration has 8 blocks in the neck, draws regions without replacement where an image has eight, and
-    warms up for 8% of the epochs on COCO; here as in the paper.
+    GELU between; the batch and the channel variant have no block in the neck.
+    Departs from the paper: p_E = p_D = region_dim. The authors' released configuration has 8 blocks in the
+    neck, draws regions without replacement where an image has eight, and warms up for 8% of the epochs on
+    COCO; here as in the paper.
     """
 
     inputs = ("regions",)
+    encoder_options = {}
 
     def __init__(
         self,
@@ -1610,63 +1605,49 @@ class RMAE(MAE):
         mask_ratio: float = 0.75,  # §4.1
         num_regions: int = 8,  # §4.1
         variant: Variant = "length",
-        cross_feed: CrossFeed = "pixel_to_region",
         region_dim: int = 128,  # §4.1
         region_heads: int = 8,  # the authors' code
         region_decoder_depth: int = 1,  # §4.1
-        decoder_dim: int = 512,  # these as MAE
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        norm_pix: bool = True,
     ):
-        super().__init__(encoder, mask_ratio, decoder_dim, decoder_depth, decoder_heads, norm_pix)
-        check_choice("cross_feed", cross_feed, CrossFeed)
-        self.build_regions(variant, num_regions, cross_feed != "region_to_pixel", region_dim, region_heads,
-                           region_decoder_depth)
-        self.region_feed = None
-        if cross_feed != "pixel_to_region":
-            self.region_feed = nn.Linear(region_dim, encoder.embed_dim)  # h of Eq. 12
-            init_weights(self.region_feed)
-
-    def build_regions(self, variant, num_regions, *options):
-        """Builds the region branch of a variant; options: see `RegionBranch`."""
-        check_choice("variant", variant, Variant)
+        super().__init__()
+        count_masked(encoder.num_patches, mask_ratio, round_up=True)
+        self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, False
         self.variant, self.num_regions = variant, num_regions
-        self.region_branch = VARIANTS[variant](self.encoder, num_regions, *options).apply(init_weights)
+        self.region_branch = region_branch(
+            encoder, variant, num_regions, True, region_dim, region_heads, region_decoder_depth)
 
-    def pixel_part(self, images, latents, embeddings, ids_visible, ids_masked):
-        """Pixel branch: latents [B, 1 + n, D], region embeddings [B, k, n, dim] -> dict(loss_pixel, pred)."""
-        if self.region_feed is not None:
-            embeddings = self.region_branch.block_norm(embeddings)
-            latents = latents + F.pad(self.region_feed(embeddings.mean(1)), (0, 0, 1, 0))  # Eq. 12-14
-        loss, pred = self.predict(images, latents, ids_visible, ids_masked)
-        return dict(loss_pixel=loss, pred=pred)
+    def draw(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
+        """The mask first, then regions that it shows (Appendix A), unless given; see `forward`.
 
-    def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
-        """images [B, 3, H, W], regions [B, L, H, W] (see `sample_regions`) -> loss, its parts loss_pixel and
-        loss_region, pred, pred_regions [B, k, n_masked, p*p] (logits), region_maps, ids_visible, ids_masked.
-
-        ids_visible, ids_masked: the mask to use.
-        region_maps: the binary maps [B, k, H, W] to use; None draws them from regions.
+        Returns ids_visible, ids_masked, region_maps.
         """
         given = regions if region_maps is None else region_maps
         if given is None or given.shape[-2:] != images.shape[-2:]:
             raise ValueError("needs regions, label maps [B, L, H, W], or region_maps, binary [B, k, H, W], "
                              f"as large as the images, got {given if given is None else list(given.shape)}")
-        p = self.encoder.patch_size
         if ids_visible is None:
             ids_visible, ids_masked = random_masking(
                 len(images), self.encoder.num_patches, self.mask_ratio, images.device)
         if region_maps is None:
-            region_maps = sample_regions(regions, ids_visible, p, self.num_regions)
+            region_maps = sample_regions(regions, ids_visible, self.encoder.patch_size, self.num_regions)
+        return ids_visible, ids_masked, region_maps
+
+    def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
+        """images [B, 3, H, W], regions [B, L, H, W] (see `sample_regions`) -> loss and loss_region, which is
+        the same; pred_regions [B, k, n_masked, p*p] (logits), region_maps, ids_visible, ids_masked.
+
+        ids_visible, ids_masked: the mask to use.
+        region_maps: the binary maps [B, k, H, W] to use; None draws them from regions.
+        """
+        ids_visible, ids_masked, region_maps = self.draw(
+            images, regions, ids_visible, ids_masked, region_maps)
         latents = self.encoder(images, ids_visible)
         embeddings = self.region_branch.encode(region_maps, ids_visible)
         pred_regions = self.region_branch.decode(embeddings, latents, ids_visible, ids_masked, ids_visible)
-        loss_region = region_loss(pred_regions, region_patches(region_maps, ids_masked, p))
-        parts = self.pixel_part(images, latents, embeddings, ids_visible, ids_masked)
-        loss = loss_region + parts.get("loss_pixel", 0.0)  # with equal weight, §3.2
-        return dict(loss=loss, **parts, loss_region=loss_region, pred_regions=pred_regions,
-                    region_maps=region_maps, ids_visible=ids_visible, ids_masked=ids_masked)
+        target = region_patches(region_maps, ids_masked, self.encoder.patch_size)
+        loss = region_loss(pred_regions, target)
+        return dict(loss=loss, loss_region=loss, pred_regions=pred_regions, region_maps=region_maps,
+                    ids_visible=ids_visible, ids_masked=ids_masked)
 
     @torch.no_grad()
     def complete(self, images, hints, ids_visible, ids_image=None):
@@ -1682,27 +1663,74 @@ class RMAE(MAE):
         visible = images.new_zeros(len(images), self.encoder.num_patches).scatter(1, ids_visible, 1.0)
         ids_masked = visible.argsort(dim=1, stable=True)[:, : -ids_visible.shape[1]]
         embeddings = self.region_branch.encode(hints, ids_visible)
-        pred = self.region_branch.decode(
-            embeddings, self.encoder(images, ids_image), ids_visible, ids_masked, ids_image)
+        latents = self.encoder(images, ids_image)
+        pred = self.region_branch.decode(embeddings, latents, ids_visible, ids_masked, ids_image)
         return reconstruct_regions(hints, pred, ids_masked, self.encoder.patch_size)[:, :k]
 
 
-class RAE(RMAE):
-    """Masked region autoencoding alone (§3.1 of R-MAE): `RMAE` without its pixel decoder and pixel loss.
+class RMAE(MAE):
+    """Region-aware masked autoencoder (§3.2): `RAE` and `MAE` with one encoder, under one mask.
 
-    Its dict has neither `pred` nor `loss_pixel`. The image still feeds the regions: this trains the encoder.
+    New: see `RAE`, whose region branch stands here beside MAE's pixel decoder. Both losses are added.
+
+    num_regions: binary maps drawn for an image, k
+    variant: length pools each region into a query; batch makes each a sequence of its own; channel makes all
+        of them the channels of one image (Appendix A)
+    cross_feed: whether pixels help to complete regions, regions to complete pixels (Eq. 12-14), or both
+    region_dim: width of the region encoder, the neck and the region decoder
+    region_heads: attention heads of their blocks
+    region_decoder_depth: blocks of the region decoder, with the last, which expands the queries
+
+    Where the paper is silent, and where this departs from it: see `RAE`. With region_to_pixel the neck gets
+    mask tokens alone. h (Eq. 12) is added before MAE's linear decoder_embed, not after, and without a second
+    [mask] token, which comes to the same function.
     """
 
-    def __init__(self, encoder: ViT, mask_ratio: float = 0.75, num_regions: int = 8,
-                 variant: Variant = "length", region_dim: int = 128, region_heads: int = 8,
-                 region_decoder_depth: int = 1):  # all as RMAE
-        nn.Module.__init__(self)  # MAE's would build the pixel decoder
-        count_masked(encoder.num_patches, mask_ratio, round_up=True)
-        self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, False
-        self.build_regions(variant, num_regions, True, region_dim, region_heads, region_decoder_depth)
+    inputs = ("regions",)
+    draw, complete = RAE.draw, RAE.complete  # they need nothing that is not in both classes
 
-    def pixel_part(self, *inputs):
-        return {}
+    def __init__(
+        self,
+        encoder: ViT,
+        mask_ratio: float = 0.75,  # these as RAE
+        num_regions: int = 8,
+        variant: Variant = "length",
+        cross_feed: CrossFeed = "pixel_to_region",  # §3.2
+        region_dim: int = 128,
+        region_heads: int = 8,
+        region_decoder_depth: int = 1,
+        decoder_dim: int = 512,  # these as MAE
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        norm_pix: bool = True,
+    ):
+        super().__init__(encoder, mask_ratio, decoder_dim, decoder_depth, decoder_heads, norm_pix)
+        check_choice("cross_feed", cross_feed, CrossFeed)
+        self.variant, self.num_regions = variant, num_regions
+        self.region_branch = region_branch(
+            encoder, variant, num_regions, cross_feed != "region_to_pixel", region_dim, region_heads,
+            region_decoder_depth)
+        self.region_feed = None
+        if cross_feed != "pixel_to_region":
+            self.region_feed = nn.Linear(region_dim, encoder.embed_dim)  # h of Eq. 12
+            init_weights(self.region_feed)
+
+    def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
+        """As RAE.forward, and besides pred; loss is the sum of loss_pixel and loss_region."""
+        ids_visible, ids_masked, region_maps = self.draw(
+            images, regions, ids_visible, ids_masked, region_maps)
+        latents = self.encoder(images, ids_visible)
+        embeddings = self.region_branch.encode(region_maps, ids_visible)
+        pred_regions = self.region_branch.decode(embeddings, latents, ids_visible, ids_masked, ids_visible)
+        target = region_patches(region_maps, ids_masked, self.encoder.patch_size)
+        loss_region = region_loss(pred_regions, target)
+        if self.region_feed is not None:  # Eq. 12-14
+            fed = self.region_feed(self.region_branch.block_norm(embeddings).mean(1))
+            latents = latents + F.pad(fed, (0, 0, 1, 0))  # nothing is added to the class token
+        loss_pixel, pred = self.predict(images, latents, ids_visible, ids_masked)
+        return dict(loss=loss_region + loss_pixel, loss_pixel=loss_pixel, pred=pred, loss_region=loss_region,
+                    pred_regions=pred_regions, region_maps=region_maps, ids_visible=ids_visible,
+                    ids_masked=ids_masked)  # with equal weight, §3.2
 
 
 # ---------------------------------------------------------------------------------------------------------
