@@ -91,43 +91,6 @@ def test_weight_decay_spares_what_has_one_dimension(method):
     assert len(decayed["params"]) + len(spared["params"]) == sum(p.requires_grad for p in method.parameters())
 
 
-@pytest.mark.parametrize("flags, expected", [
-    (["--method", "mae"], dict(epochs=800, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, betas=(0.9, 0.95), model="base", patch_size=16)),
-    (["--method", "amt"], dict(epochs=400, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, crop_scale=(0.2, 1.0))),
-    (["--method", "lomar"], dict(epochs=1600, batch_size=4096, lr=1.5e-4 * 16, warmup_epochs=40, betas=(0.9, 0.95), flip=False)),
-    (["--method", "simmim"], dict(epochs=800, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10, betas=(0.9, 0.999), crop_scale=(0.67, 1.0), clip_grad=5.0)),
-    (["--method", "amt", "--base", "simmim"], dict(epochs=200, batch_size=2048, lr=1e-4 * 4, warmup_epochs=10, clip_grad=5.0)),
-    (["--method", "mae", "--epochs", "80", "--batch-size", "1024", "--accumulate", "8"], dict(warmup_epochs=4.0, lr=6e-4, accumulate=8)),
-    (["--method", "mae", "--lr", "0.1"], dict(lr=0.1, accumulate=16)),
-])
-def test_recipes_are_the_papers(flags, expected):
-    settings = settle(*flags, "--data", "imagenet")
-    for name, value in expected.items():
-        assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
-
-
-def test_recipes_shrink_for_small_images():
-    settings = settle("--method", "amt", "--data", "cifar10", images=50_000, size=32)
-    assert (settings["patch_size"], settings["model"], settings["batch_size"]) == (4, "tiny", 512)
-    assert settings["decoder_dim"] == 192
-    settings = settle("--method", "simmim", images=4096, size=64)
-    assert (settings["patch_size"], settings["model"]) == (8, "nano") and "decoder_dim" not in settings
-    assert settle("--method", "mae", "--data", "x", images=100, size=50)["patch_size"] == 5
-    assert [settle("--method", m, images=4096, size=64)["base_lr"] for m in ("rmae", "rae")] == [4e-3, 5e-4]
-
-
-def test_few_images_get_a_batch_and_a_rate_that_train(capsys):
-    """62 photographs: a batch of 32 would make one step an epoch, at a rate of 1.9e-5."""
-    settings = settle("--method", "amt", "--data", "x", images=62)
-    assert (settings["batch_size"], settings["lr"]) == (8, pytest.approx(1.5e-4))
-    out = capsys.readouterr().out
-    assert "62 images are few for the recipe's batch of 4096: taking 8, and a learning rate of 0.00015;" in out
-    settings = settle("--method", "amt", "--data", "x", images=20_000)
-    assert (settings["batch_size"], settings["lr"]) == (1250, pytest.approx(1250 / 256 * 1.5e-4))
-    settings = settle("--method", "amt", "--data", "x", "--batch-size", 32, images=62)  # what the user says is done
-    assert (settings["batch_size"], settings["lr"]) == (32, pytest.approx(1.5e-4 / 8))
-
-
 @pytest.mark.parametrize("method", mim.METHODS)
 def test_every_constructor_argument_is_a_flag(method, capsys):
     with pytest.raises(SystemExit):
@@ -475,11 +438,6 @@ def test_a_run_is_resumed_by_its_own_command(call):
         *_, output = call("mae", *flags)
     assert call("mae", *flags, "--resume")[0] == 0
     assert_same_run(whole, output)
-
-
-def test_the_smallest_rate_of_a_recipe_is_no_higher_than_the_peak():
-    settings = settle("--method", "cae", "--data", "x", "--batch-size", 8)
-    assert settings["min_lr"] == settings["lr"] == pytest.approx(1.5e-3 * 8 / 2048)
 
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 import datasets
 import mim
 import train
-from conftest import assert_same_run, interrupted_after, load, log
+from conftest import assert_same_run, equal, interrupted_after, load, log
 
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)  # ImageNet's
 
@@ -101,6 +101,15 @@ def column(seen, name):
     return torch.cat([batch[name] for batch in seen])
 
 
+def write_tokenizer(path, seed=0):
+    """Writes an untrained tokenizer as a run would -> the tokenizer."""
+    torch.manual_seed(seed)
+    options = dict(image_size=[16, 16], vocab_size=64, hidden_dim=8, groups=1, blocks_per_group=1)
+    dvae = mim.DVAE(**options).eval()
+    torch.save(dict(model=dvae.state_dict(), args=dict(options, method="dvae")), path)
+    return dvae
+
+
 def same(one, other):
     """Whether the same images, with the same draws, reached the method twice."""
     return len(one) == len(other) and all(
@@ -182,11 +191,7 @@ def test_progress_runs_from_0_to_1_over_the_whole_run(run):
 
 
 def test_tokens_are_those_of_the_images_that_the_method_gets(run, tmp_path):
-    torch.manual_seed(0)
-    options = dict(image_size=16, vocab_size=64, hidden_dim=8, groups=1, blocks_per_group=1)
-    dvae = mim.DVAE(**options).eval()
-    torch.save(dict(model=dvae.state_dict(), args=dict(options, method="dvae", image_size=[16, 16])),
-               tmp_path / "dvae.pt")
+    dvae = write_tokenizer(tmp_path / "dvae.pt")
     seen, _ = run("--tokenizer", tmp_path / "dvae.pt")
     images, tokens = column(seen, "images"), column(seen, "tokens")
     assert torch.equal(tokens, dvae.tokenize(images, (2, 2)))
@@ -261,8 +266,8 @@ def test_a_group_gets_its_share_of_the_rate():
     groups = [dict(params=[model[0]]), dict(params=[model[1]], lr_scale=0.25)]
     line = train.train_epoch(
         model, [None] * 3, torch.optim.SGD(groups, lr=9.0),
-        lambda model, batch, step: dict(loss=model[0] + model[1]),
-        epoch=1, epochs=2, steps=3, lr=lambda step: 10.0**-step, batch_size=1, accumulate=1,
+        lambda model, batch, step: dict(loss=model[0] + model[1]), epoch=1, epochs=2, steps=3,
+        lr=lambda step: 10.0**-step, batch_size=1, accumulate=1,
         scaler=torch.amp.GradScaler("cpu", enabled=False))
     assert [p.item() for p in model] == pytest.approx([-1.11e-3, -0.2775e-3]) and line["lr"] == 1e-5
 
@@ -369,3 +374,275 @@ def test_a_run_resumed_between_two_updates_has_the_maps_of_the_first(run, saved)
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings
+
+
+def settle(*flags, images=1_281_167, size=224):
+    """The settings that these flags come to on so many images of this size; by default, of ImageNet."""
+    class Source:
+        image_size = size
+
+        def __len__(self):
+            return images
+
+    return train.settle(*train.parse([str(flag) for flag in flags]), Source())
+
+
+MAE = dict(  # Table 8, §4 and Table 1 of its paper
+    model="base", patch_size=16, image_size=[224, 224], epochs=800, batch_size=4096, base_lr=1.5e-4,
+    lr_batch=256, lr=2.4e-3, warmup_epochs=40, min_lr=0, betas=(0.9, 0.95), weight_decay=0.05, clip_grad=None,
+    lookahead=0, crop_scale=(0.2, 1.0), flip=True,
+    mask_ratio=0.75, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix=True)
+TRAINING = {name: MAE[name] for name in list(MAE)[:16]}  # without the arguments of the method
+SIMMIM = TRAINING | dict(  # its §4.1, and clipping as in its released configuration
+    batch_size=2048, base_lr=1e-4, lr_batch=512, lr=4e-4, warmup_epochs=10, betas=(0.9, 0.999), clip_grad=5.0,
+    crop_scale=(0.67, 1.0), mask_ratio=0.6, unit_size=2)
+BEIT = TRAINING | dict(  # CAE's appendix, which trains BEiT too; clipping, min_lr and crops as in its code
+    batch_size=2048, base_lr=1.5e-3, lr_batch=2048, lr=1.5e-3, warmup_epochs=10, min_lr=1e-5,
+    betas=(0.9, 0.999), clip_grad=3.0, crop_scale=(0.08, 1.0), mask_ratio=75 / 196, min_block=16)
+AMT_ALONE = dict(mask_ratio=None, throw_ratio=None, throw="middle", interval=None)  # None: by the base
+RMAE = MAE | dict(  # its §4 and Appendix A
+    base_lr=1e-4, lr=1.6e-3, num_regions=8, variant="length", cross_feed="pixel_to_region", region_dim=128,
+    region_heads=8, region_decoder_depth=1, regions="fh")
+PAPERS = {
+    ("mae",): MAE,
+    ("simmim",): SIMMIM,
+    ("beit",): BEIT,
+    ("amt",): MAE | AMT_ALONE | dict(epochs=400),  # §4.1
+    ("amt", "--base", "simmim"): SIMMIM | AMT_ALONE | dict(epochs=200),
+    ("lomar",): TRAINING | dict(  # §3.2, §4.1 and its supplement's §6.1
+        epochs=1600, flip=False, mask_ratio=0.8, window_size=7, num_windows=None, norm_pix=True),
+    ("objmae",): MAE | dict(  # Tables 1 to 4, §3.2, §4.1; no mask ratio
+        model="small", batch_size=128, lr_batch=128, lr=1.5e-4, min_lr=1e-5, betas=(0.9, 0.999), lookahead=5,
+        flip=False, decoder_dim=192, decoder_depth=4, decoder_heads=3, norm_pix=False, alpha=0.25,
+        alignment="zero", selection="intra", object_floor=0.05, patch_share=0.2, regions="cam"),
+    ("rae",): {name: value for name, value in RMAE.items() if name in TRAINING or "region" in name
+               or name in ("mask_ratio", "variant")},
+    ("rmae",): RMAE,
+    ("cae",): BEIT | dict(  # Appendix A, Table 6
+        warmup_epochs=20, mask_ratio=0.5, regressor_depth=4, decoder_depth=4, alignment_weight=2.0,
+        norm_pix=True),
+    ("dvae",): TRAINING | dict(  # DALL-E's Appendix A.2
+        image_size=[112, 112], epochs=50, batch_size=512, base_lr=1e-4, lr_batch=512, lr=1e-4,
+        warmup_epochs=0, min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4, vocab_size=8192,
+        hidden_dim=256, groups=4, blocks_per_group=2, kl_weight=2.0, tau_start=1.0, tau_end=1 / 16),
+}
+ELSEWHERE = {  # settings without a value of a paper; the table of flags below has these
+    "data", "limit", "accumulate", "loader", "compile", "seed", "device", "precision", "workers", "output",
+    "resume", "overwrite", "prepare", "fh_scales", "region_cache", "cam_weights", "cam_labels", "tokenizer",
+    "method", "base", "num_images"}
+
+
+@pytest.mark.parametrize("flags", PAPERS, ids=" ".join)
+def test_every_value_of_a_recipe_is_the_papers(flags):
+    settings = settle("--method", *flags, "--data", "imagenet")
+    expected = dict(PAPERS[flags])
+    if flags == ("objmae",):
+        del expected["mask_ratio"]
+    if flags == ("dvae",):
+        del expected["model"], expected["patch_size"]
+    assert settings.keys() - ELSEWHERE == expected.keys()
+    for name, value in expected.items():
+        assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+SMALL = dict(  # ours, for images of up to 96 pixels
+    model="tiny", patch_size=4, epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, lr=2e-3,
+    warmup_epochs=10, decoder_dim=192, decoder_depth=4, decoder_heads=3)
+NANO = dict(  # for the scenes, and for --model nano
+    model="nano", patch_size=8, epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, lr=1e-3,
+    warmup_epochs=0.5, decoder_dim=64, decoder_depth=2, decoder_heads=2)
+
+
+@pytest.mark.parametrize("flags, images, size, expected", [
+    ("mae --data cifar10", 50_000, 32, MAE | SMALL),
+    ("mae --data cifar10 --model nano", 50_000, 32, MAE | NANO | dict(patch_size=4)),
+    ("mae", 4096, 64, MAE | NANO),
+    ("mae --model base", 4096, 64, MAE | NANO | dict(model="base")),
+    ("lomar --data stl10", 105_000, 96, dict(window_size=5, patch_size=12, base_lr=1e-3, flip=False)),
+    ("lomar", 4096, 64, dict(window_size=5, base_lr=4e-3)),
+    ("amt", 4096, 64, MAE | NANO | AMT_ALONE),
+    ("rmae", 4096, 64, RMAE | NANO | dict(region_dim=64, regions="instances")),
+    ("rae", 4096, 64, dict(region_dim=64, base_lr=5e-4, lr=1.25e-4, regions="instances")),
+    ("rae --data cifar10", 50_000, 32, dict(region_dim=128, base_lr=5e-4, lr=1e-3, regions="fh")),
+    ("dvae", 4096, 64, dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, lr=3e-3, warmup_epochs=0,
+                              hidden_dim=32, groups=3, vocab_size=512, image_size=[64, 64])),
+    ("mae --data x", 8192, 96, MAE | SMALL | dict(patch_size=12)),
+    ("mae --data x", 4096, 97, MAE | dict(batch_size=256, lr=1.5e-4)),
+    ("mae --data x --image-size 32 64", 8192, 300, MAE | SMALL | dict(patch_size=8)),
+])
+def test_recipes_shrink_for_small_images(flags, images, size, expected):
+    settings = settle("--method", *flags.split(), images=images, size=size)
+    given = [32, 64] if "--image-size" in flags else [size, size]
+    for name, value in (expected | dict(image_size=given)).items():
+        assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--epochs 80", dict(warmup_epochs=4)),  # a shorter run warms up for the same share of it,
+    ("--epochs 1600", dict(warmup_epochs=40)),  # a longer one for as long
+    ("--epochs 80 --warmup-epochs 9", dict(warmup_epochs=9)),
+    ("--batch-size 1024", dict(lr=6e-4, accumulate=4)),
+    ("--batch-size 1024 --accumulate 8", dict(lr=6e-4, accumulate=8)),
+    ("--base-lr 1e-3", dict(lr=0.016)),
+    ("--lr 0.1", dict(lr=0.1, batch_size=4096, accumulate=16)),
+    ("--lr 1e-6 --min-lr 1e-6", dict(lr=1e-6, min_lr=1e-6)),
+    ("--weight-decay 0 --clip-grad 2 --model huge --patch-size 14",
+     dict(weight_decay=0, clip_grad=2, model="huge", patch_size=14))])
+def test_what_the_user_gives_comes_before_the_recipe(flags, expected):
+    settings = settle("--method", "mae", "--data", "imagenet", *flags.split())
+    assert {name: settings[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("images, flags, batch, rate", [
+    # 62 photographs: a batch of 32 would make one step an epoch, at a rate of 1.9e-5.
+    (62, "", 8, 1.5e-4), (20_000, "", 1250, 1250 / 256 * 1.5e-4), (65_535, "", 4095, 4095 / 256 * 1.5e-4),
+    (65_536, "", 4096, 2.4e-3), (62, "--batch-size 32", 32, 1.5e-4 / 8),  # what the user says is done
+    (62, "--lr 0.1", 8, 0.1), (62, "--base-lr 0.1", 8, 0.1)])
+def test_few_images_get_a_batch_and_a_rate_that_train(images, flags, batch, rate, capsys):
+    settings = settle("--method", "mae", "--data", "x", *flags.split(), images=images)
+    assert (settings["batch_size"], settings["accumulate"]) == (batch, math.ceil(batch / 256))
+    assert settings["lr"] == pytest.approx(rate)
+    said, chosen = capsys.readouterr().out, batch in (32, 4096)
+    told = f"few for the recipe's batch of 4096: taking {batch}, and a learning rate of {rate:.3g};"
+    assert (f"{images} images are {told}" in said) != chosen
+
+
+def test_the_smallest_rate_of_a_recipe_is_no_higher_than_the_peak():
+    settings = settle("--method", "cae", "--data", "x", "--batch-size", 8)
+    assert settings["min_lr"] == settings["lr"] == pytest.approx(1.5e-3 * 8 / 2048)
+
+
+@pytest.mark.parametrize("method", ["mae", "simmim", "beit", "cae", "lomar", "objmae", "rmae"])
+@pytest.mark.parametrize("model", ["base", "large", "huge"])
+def test_an_encoder_is_made_as_its_paper_does(monkeypatch, method, model):
+    """SimMIM's released configuration and CAE's Appendix A: layer scale 0.1, for large models 1e-5, and drop
+    path 0.1. LoMaR: relative positions."""
+    monkeypatch.setitem(mim.SIZES, model, dict(embed_dim=48, depth=2, num_heads=3))
+    settings = settle("--method", method, "--data", "x", "--model", model) | dict(vocab_size=None)
+    small = dict(decoder_dim=16, decoder_depth=1, decoder_heads=2, region_dim=16, region_heads=2)
+    if method == "beit":
+        small["vocab_size"] = 8
+    encoder = train.build_method(**settings | small).encoder
+    scaled = method in ("simmim", "beit", "cae")
+    for block in encoder.blocks:
+        gammas = [p for name, p in block.named_parameters() if name.endswith("gamma")]
+        assert len(gammas) == 2 * scaled
+        assert all(torch.allclose(gamma, torch.tensor(0.1 if model == "base" else 1e-5)) for gamma in gammas)
+    assert (encoder.drop_path, encoder.relative_position) == (0.1 * scaled, method == "lomar")
+    assert (encoder.embed_dim, encoder.patch_size, encoder.image_size) == (48, 16, (224, 224))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags: every flag of every method, with a value other than its own
+
+
+SAME = "changes nothing: "  # and why
+# A pair is a value, and what the run has with it and without.
+SHARED = {  # the flags of all methods, tried with MAE
+    "data": "{other}", "limit": "6", "epochs": "2", "batch-size": "3", "accumulate": "2", "lr": "0.01",
+    "base-lr": "0.01", "warmup-epochs": "0", "min-lr": "1e-5", "weight-decay": "0.9", "lookahead": "1",
+    "clip-grad": "0.001", "seed": "1", "precision": "bf16", "output": "elsewhere", "image-size": "24",
+    "model": "tiny", "patch-size": "8", "loader": ("device", "--data shapes --limit 8"),
+    "compile": SAME + "it is faster; test_train.py compares the numbers",
+    "device": SAME + "there is only the CPU",
+    "workers": SAME + "they are to make the same batches",
+    "resume": SAME + "there is nothing to resume; see test_train.py",
+    "overwrite": SAME + "there is nothing to overwrite; see test_train.py",
+    "prepare": SAME + "without regions it is a mistake; see test_train.py"}
+DECODER = {"decoder-dim": "16", "decoder-depth": "1", "decoder-heads": "4"}
+REGIONS = {
+    "regions": "{masks}", "fh-scales": "30", "region-cache": "elsewhere", "prepare": "yes",
+    "cam-weights": SAME + "cam is for objmae",
+    "cam-labels": SAME + "the labels must be ImageNet's; see test_datasets.py"}
+RAE = REGIONS | {"mask-ratio": "0.5", "num-regions": "3", "variant": "batch", "region-dim": "32",
+                 "region-heads": "4", "region-decoder-depth": "2"}
+BLOCKS = {"mask-ratio": "0.6", "min-block": "4", "tokenizer": "{tokenizer}"}
+AMT_OWN = {"mask-ratio": "0.3", "throw-ratio": "0.2", "throw": "low", "interval": "2"}
+OWN = {  # a method with what all of its runs have -> its other flags
+    "mae": DECODER | {"mask-ratio": "0.5", "norm-pix": "no"},
+    "simmim": {"mask-ratio": "0.5", "unit-size": "1"},
+    "amt --interval 1 --epochs 2": DECODER | AMT_OWN | {"norm-pix": "no", "base": "simmim"},
+    "amt --interval 1 --epochs 2 --base simmim": AMT_OWN | {"unit-size": "1", "base": "mae"},
+    "lomar": {"mask-ratio": "0.5", "window-size": "3", "num-windows": "1", "norm-pix": "no",
+              "tokenizer": "{tokenizer}"},
+    "beit --tokenizer {other_tokenizer}": BLOCKS,
+    "cae": BLOCKS | {"regressor-depth": "1", "decoder-depth": "1", "alignment-weight": "1", "norm-pix": "no"},
+    "objmae --regions fh --region-cache {cache} --workers 0": REGIONS | DECODER | {
+        "cam-weights": ("{tokenizer}", "--regions cam"), "alpha": "0.1", "alignment": "random",
+        "selection": "inter", "object-floor": "0.9", "patch-share": "0.9", "norm-pix": "yes"},
+    "rae --regions fh --region-cache {cache} --workers 0": RAE,
+    "rmae --regions fh --region-cache {cache} --workers 0": RAE | DECODER | {
+        "cross-feed": "both", "norm-pix": "no"},
+    "dvae --hidden-dim 8 --vocab-size 16 --groups 2 --blocks-per-group 1": {
+        "vocab-size": "32", "hidden-dim": "12", "groups": "3", "blocks-per-group": "2", "kl-weight": "0",
+        "tau-start": "0.5", "tau-end": "0.5"},
+}
+
+
+@pytest.fixture(scope="module")
+def paths(photos, tmp_path_factory):
+    """What the tables name in braces."""
+    root = tmp_path_factory.mktemp("paths")
+    for i, path in enumerate(sorted(photos.iterdir())):
+        for name in ("images", "other", "masks"):
+            (root / name).mkdir(exist_ok=True)
+        image = read_image(str(path))
+        mask = (image.float().mean(0, keepdim=True) > 120).byte()
+        if i < 8:
+            write_png(image, str(root / "images" / path.name))
+            write_png(mask, str(root / "masks" / path.name))
+        else:
+            write_png(image, str(root / "other" / path.name))
+    for seed, name in enumerate(("tokenizer", "other_tokenizer")):
+        write_tokenizer(root / name, seed)
+    return {path.name: path for path in root.iterdir()} | {"cache": root / "cache"}
+
+
+@pytest.fixture
+def effect(cli, paths, tmp_path, monkeypatch):
+    """effect(method and flags) -> what a run leaves: the names of its files, and what is in its log and
+    checkpoint.pt, except for the speeds and the settings."""
+    monkeypatch.setitem(mim.SIZES, "nano", dict(embed_dim=16, depth=1, num_heads=2))
+    monkeypatch.setitem(mim.SIZES, "tiny", dict(embed_dim=16, depth=2, num_heads=2))
+    monkeypatch.setattr(train, "draw_examples", lambda *_: None)  # for speed
+    monkeypatch.setattr(datasets, "open_cam", lambda weights, *_: lambda batch: [
+        255 * (torch.eye(4)[None] if weights else torch.ones(1, 4, 4)) for _ in batch["index"]])
+
+    def run(command):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        method, *flags = command.format(**paths).split()
+        size = ["--image-size", 32, *["--model", "nano", "--patch-size", 4][:4 * (method != "dvae")]]
+        base = ["--method", method, "--data", paths["images"], "--batch-size", 4, "--epochs", 1, *size]
+        code, _, err = cli(train, *base, *flags)
+        assert code == 0, err
+        files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+        left = {str(name): None for name in files}
+        for name, path in files.items():
+            if name.name == "checkpoint.pt":
+                state = load(path)
+                left[str(name)] = {key: state[key] for key in state if key != "args"}
+            elif name.name == "log.jsonl":
+                left[str(name)] = log(path.parent)
+        return left
+
+    return run
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_every_flag_changes_the_run(method, effect, cli, capsys):
+    """Or the table says why it does not. The flags that all methods share are tried with MAE alone."""
+    name = method.split()[0]
+    with pytest.raises(SystemExit):
+        cli(train, "--method", *method.split(), "--help")
+    has = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE)) - {"method"}
+    table = SHARED | OWN[method]
+    assert has == table.keys() - ({"model", "patch-size"} if name == "dvae" else set())
+    before = effect(method)
+    for flag, value in (table if name == "mae" else OWN[method]).items():
+        value, both = (value, "") if isinstance(value, str) else value
+        if not value.startswith(SAME):
+            flags = {"yes": f"--{flag}", "no": f"--no-{flag}"}.get(value, f"--{flag} {value}")
+            without = effect(f"{method} {both}") if both else before
+            assert not equal(effect(f"{method} {both} {flags}"), without), flags
