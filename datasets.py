@@ -13,15 +13,15 @@ import collections
 import contextlib
 import difflib
 import errno
-import glob
 import hashlib
-import io
+import heapq
 import json
 import math
 import os
 import pickle
 import random
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -46,6 +46,7 @@ except ImportError:
     decode_image = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; all the papers normalise by them
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of 89 million pixels
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MIN_SIDE = 8  # pixels; an image with a shorter side counts as broken
 SMALL = 96  # pixels; images up to this size are evaluated whole, and the recipes for them are smaller
@@ -353,10 +354,21 @@ class Files(Source):
         return os.path.join(f"{os.path.basename(root)}-{key}", self.path(index))
 
 
+def open_image(path):
+    """A file, opened by Pillow, which reads only its header, and raises an error if it is no image, or one of
+    more than 178,956,970 pixels.
+
+    OSError for FIFOs and devices: to read them may never end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is not a regular file")
+    return Image.open(path)
+
+
 def longer_side(path):
     """The longer side of an image file in pixels, from its header; 224 if that cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return max(image.size)
     except Exception:
         return 224
@@ -366,8 +378,9 @@ def to_bytes(pixels):
     """Grey pixels, uint16, int32 or float32 -> uint8.
 
     White is 65535 in uint16 and 1 in floats up to 1. Otherwise it is the largest value, but at least 255.
+    Pixels that are no finite numbers become black.
     """
-    pixels = np.nan_to_num(pixels)
+    pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
     kind, white = pixels.dtype.kind, max(pixels.max(), 255)
     if kind == "u":
         white = 65535
@@ -380,13 +393,13 @@ def decode(path, turn=True):
     """An image file of any kind -> uint8 RGB [3, H, W]; the EXIF rotation is applied unless turn=False.
 
     torchvision decodes JPEGs, Pillow everything else: torchvision's PNG decoder can crash the whole process
-    on a damaged file. Raises what they raise if the file cannot be decoded.
+    on a damaged file. Raises what they raise if the file cannot be decoded, and as `open_image`.
     """
-    data = Path(path).read_bytes()
-    if data[:2] == b"\xff\xd8" and decode_image:  # a JPEG
-        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_image(data, "RGB", apply_exif_orientation=turn)
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(path) as image:
+        if image.format in ("JPEG", "MPO") and decode_image:
+            image.fp.seek(0)
+            data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            return decode_image(data, "RGB", apply_exif_orientation=turn)
         image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which convert("RGB") would clip
             image = Image.fromarray(to_bytes(np.asarray(image)))
@@ -394,12 +407,28 @@ def decode(path, turn=True):
 
 
 def find_files(folder, extensions=EXTENSIONS):
-    """The files with these extensions below a folder, at any depth, as sorted relative paths.
+    """The regular files with these extensions below a folder, at any depth, as sorted relative paths.
 
-    Hidden files and folders, whose names begin with a dot, are left out.
+    Links are followed, but no folder is visited twice, nor one that holds `folder` itself. Hidden files and
+    folders, whose names begin with a dot, are left out. UsageError names a folder that cannot be read.
     """
-    paths = glob.iglob("**/*", root_dir=folder, recursive=True)
-    return sorted(path for path in paths if path.lower().endswith(extensions))
+    visited, found, folders = {*Path(folder).resolve().parents}, [], [(False, "")]
+    while folders:
+        _, below = heapq.heappop(folders)  # links last: of two paths, the one without them counts
+        real = Path(folder, below).resolve()
+        if real in visited:
+            continue
+        visited.add(real)
+        with explained("data", f"{real} cannot be read"):
+            for entry in os.scandir(real):
+                path = os.path.join(below, entry.name)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    heapq.heappush(folders, (entry.is_symlink(), path))
+                elif path.lower().endswith(extensions) and entry.is_file():
+                    found.append(path)
+    return sorted(found)
 
 
 def find_labelled(folder):
@@ -849,7 +878,7 @@ def coco_mask(segmentation, height, width):
 
 def read_ids(path):
     """A label PNG -> int32 [H, W]: a palette's indices, or of colours red + 256 green + 65536 blue."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if len(image.getbands()) == 1:
             return np.asarray(image, np.int32)
         rgba = np.asarray(image.convert("RGBA"))
@@ -977,7 +1006,8 @@ class MaskFolder:
 class ComputedRegions(Dataset):
     """FH segments or class activation maps: `fill` computes them before training, a file for each image.
 
-    A file is written whole or not at all, so that an interrupted `fill` continues where it was.
+    A file is written whole or not at all, so that an interrupted `fill` continues where it was. Its name has
+    the size and the modification time of the image: maps of an image that has been replaced are never used.
     """
 
     source: object
@@ -986,7 +1016,11 @@ class ComputedRegions(Dataset):
     open_classifier: object = None  # called if activation maps are missing; gives a function, see `open_cam`
 
     def path(self, index):
-        return os.path.join(self.folder, self.source.file(index) + ".npz")
+        name, stamp = self.source.name(index), ""
+        if os.path.isfile(name):  # not of the scenes and of other sources in memory
+            status = os.stat(name)
+            stamp = f"-{status.st_size}-{status.st_mtime_ns}"
+        return os.path.join(self.folder, self.source.file(index) + stamp + ".npz")
 
     def fill(self, workers=0, rank=0, world_size=1):
         """Computes what is missing of this process's share of the images."""

@@ -19,27 +19,25 @@ def become_program(name):
     """Makes this process a program that ends in one line, whatever it does at the moment.
 
     SIGINT (Ctrl-C) and SIGTERM end it and its workers at once, with one line on stderr and exit code 130 or
-    143; written files are whole all the same, see `write_atomically`. Of torchrun's processes the first
-    speaks. What cannot be printed in the terminal's encoding, such as a strange file name, is escaped.
+    143; written files are whole all the same, see `write_atomically`. Forked workers inherit this, but only
+    the process itself speaks, and of torchrun's processes the first. What stdout's encoding does not have,
+    such as a strange file name, is escaped.
     """
     process = os.getpid()
 
     def end(number, frame):
-        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # nothing may disturb the end
-            signal.signal(other, signal.SIG_IGN)
-        if os.getpid() != process:  # a forked worker, which inherits this; the main process speaks
-            os._exit(0)
-        if int(os.environ.get("RANK", 0)) == 0:
-            line = (f"{name}: interrupted ({signal.Signals(number).name}); a checkpoint that was saved is "
-                    "kept, --resume continues from it\n")
-            try:
+        try:
+            for other in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # nothing may disturb the end
+                signal.signal(other, signal.SIG_IGN)
+            # While the imports below are at work, multiprocessing may be missing or incomplete.
+            for worker in getattr(sys.modules.get("multiprocessing"), "active_children", list)():
+                worker.kill()
+            if os.getpid() == process and not int(os.environ.get("RANK", 0)):
+                line = (f"{name}: interrupted ({signal.Signals(number).name}); a checkpoint that was saved "
+                        "is kept, --resume continues from it\n")
                 os.write(2, ("\n" * os.isatty(2) + line).encode())
-            except OSError:  # nobody reads it
-                pass
-        # While the imports below are at work, multiprocessing may be missing or incomplete.
-        for worker in getattr(sys.modules.get("multiprocessing"), "active_children", list)():
-            worker.kill()
-        os._exit(128 + number)
+        finally:
+            os._exit(128 + number)  # even if nobody reads the line
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)

@@ -100,7 +100,8 @@ def test_a_signal_during_the_imports_is_one_line(fork, name, number):
 
 
 def test_of_several_processes_the_first_speaks(start, folder, tmp_path):
-    program = start(train, *TINY, "--data", folder, "--epochs", 500, "--output", tmp_path / "run", processes=2)
+    program = start(train, *TINY, "--data", folder, "--epochs", 500, "--output", tmp_path / "run",
+                    processes=2)
     program.until((tmp_path / "run" / "log.jsonl").exists)
     program.kill(signal.SIGTERM)
     codes, _, err = program.wait()
@@ -124,7 +125,8 @@ def test_a_killed_worker_is_not_a_broken_image(fork, folder, tmp_path, monkeypat
     monkeypatch.setattr(datasets, "decode", killed)
     code, out, err = fork(train, *TINY, "--data", folder, "--workers", 1, "--output", tmp_path / "run")
     assert code == 2 and "broken" not in out + err
-    assert err == "train.py: error: a worker was killed, perhaps because memory ran out: try fewer --workers\n"
+    assert err == ("train.py: error: a worker was killed, perhaps because memory ran out: try fewer "
+                   "--workers\n")
 
 
 def test_a_worker_killed_while_something_else_is_read_is_no_error_of_that(folder):
