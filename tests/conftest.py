@@ -66,6 +66,18 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """12 images of 44 x 32 pixels: no square, so that a crop, the centre and the whole differ."""
+    from datasets import render_scene
+
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(12):
+        image = torch.from_numpy(render_scene(i, 48)[0])[:, 2:46, :32].contiguous()
+        write_png(image, str(root / f"{i:02d}.png"))
+    return root
+
+
 @pytest.fixture
 def cli(capsys):
     """Runs a program's command line in this process: cli(module, *arguments) -> (exit code, stdout,

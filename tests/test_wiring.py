@@ -48,16 +48,6 @@ class RegionProbe(Probe):
     inputs = Probe.inputs + ("regions",)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """12 images of 44 x 32 pixels: no square, so that a crop, the centre and the whole differ."""
-    root = tmp_path_factory.mktemp("photos")
-    for i in range(12):
-        image = torch.from_numpy(datasets.render_scene(i, 48)[0])[:, 2:46, :32].contiguous()
-        write_png(image, str(root / f"{i:02d}.png"))
-    return root
-
-
 @pytest.fixture
 def run(cli, photos, tmp_path, monkeypatch):
     """run(*flags, method=Probe, recipe={}, out="run") trains for 2 epochs of 3 steps of 2 micro-batches of 2
