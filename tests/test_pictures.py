@@ -158,7 +158,7 @@ def test_a_picture_from_all_patches_has_them_all_predicted(tiles, images):
     method.head = mim.TargetHead(types.SimpleNamespace(patch_size=P, embed_dim=4), None, False)
     shown = tiles(method, normalised)
     assert list(shown) == ["image", "masked", "reconstruction", "from all patches"]
-    colours = (full[..., :1, None] * STD + MEAN).clamp(0, 1)
+    colours = (full[..., :1, None, None] * STD + MEAN).clamp(0, 1)
     assert_patches(shown["from all patches"], lambda sample, number: colours[sample, number])
     out = train.draw_reconstruction(method, normalised)[1]
     assert out["loss_full"] == pytest.approx((full - mim.patchify(normalised, P)).square().mean().item())
