@@ -1312,6 +1312,8 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
     loader = make_loader(images, workers, device, batch_size=64)
     for batch in tqdm(loader, "segment", leave=False, disable=None):
         maps, found = mim.select_objects(batch["regions"].to(device), 1)
+        if not found.any():
+            continue
         some, maps = prepare(batch["image"], device)[found[:, 0]], maps[found[:, 0]]
         tiles = dict(image=denormalize(some), region=maps.expand(-1, 3, -1, -1))
         patches = mim.patchify(maps, p)
@@ -1326,12 +1328,11 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
             tiles |= {f"{ratio}% hidden": hints, f"{ratio}% completed": completed}
         for title, tile in tiles.items():
             columns[title] = torch.cat([columns.get(title, tile[:0]), tile])[:count]
-    scores = {name: torch.cat(values) for name, values in scores.items()}
-    objects = len(scores["iou_80"])
-    if objects == 0:
+    if not scores:
         raise UsageError("--task segment: no image has a region of at least 5% of it")
+    scores = {name: torch.cat(values) for name, values in scores.items()}
     means = {name: round(100 * values.nanmean().item(), 2) for name, values in scores.items()}
-    return means | dict(objects=objects, picture=picture(columns))
+    return means | dict(objects=len(scores["iou_80"]), picture=picture(columns))
 
 
 # ---------------------------------------------------------------------------------------------------------
