@@ -773,7 +773,7 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
         if tokenizer.decoder is None:
             return black  # DALL-E's encoder alone cannot draw tokens
         drawn = tokenizer.decode(inputs["tokens"].scatter(1, ids, pred.argmax(-1)), grid)
-        return denormalize(F.interpolate(drawn, image.shape[-2:], mode="bicubic", antialias=True))
+        return denormalize(F.interpolate(drawn.float(), image.shape[-2:], mode="bicubic", antialias=True))
 
     visible = show(black, ids_visible, image)
     tiles = dict(image=image, masked=show(visible, ids_masked, grey))
