@@ -96,6 +96,23 @@ def cli(capsys):
     return call
 
 
+@pytest.fixture
+def rates(monkeypatch):
+    """rates(run) -> (the learning rates of all groups at each optimizer step of run(), its result)."""
+
+    def call(run):
+        def step(scaler, optimizer):
+            steps.append([group["lr"] for group in optimizer.param_groups])
+            return do(scaler, optimizer)
+
+        steps, do = [], torch.amp.GradScaler.step
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.amp.GradScaler, "step", step)
+            return steps, run()
+
+    return call
+
+
 class Program:
     """A program in forked children of this process, for which the imports are paid already.
 
