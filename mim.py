@@ -22,13 +22,13 @@ Contents. To copy a paper, copy the imports, its section and the sections that i
     17. Loading weights            of this project, of the MAE release, of timm            1-3
     18. The methods by name        METHODS                                                 all
 
-Notation: B images [B, 3, H, W]; p the side of a patch in pixels; N = gh * gw patches on a (gh, gw) grid,
+Notation: B images [B, C, H, W]; p the side of a patch in pixels; N = gh * gw patches on a (gh, gw) grid,
 numbered in raster order; D the encoder's width; V the size of a vocabulary; `ids_*` integer index tensors
 [B, n] into 0..N-1.
 
 A method is built around an encoder: `MAE(ViT(...))`. Its forward takes the images, whatever else the paper
 needs, and optionally the mask to use (`ids_visible`, `ids_masked`); without it a new one is drawn. It returns
-a dict: `loss` and its parts; `pred`, pixels [B, n_masked, p*p*3] or logits of tokens [B, n_masked, V] (RAE
+a dict: `loss` and its parts; `pred`, pixels [B, n_masked, p*p*C] or logits of tokens [B, n_masked, V] (RAE
 has `pred_regions` instead); `ids_visible`, `ids_masked`. DVAE, the tokenizer, has a dict of its own. Two
 class attributes tell a training program what to prepare:
     inputs           what forward takes besides the images, by name, from the data
@@ -65,12 +65,14 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name} must be {' or '.join(get_args(choices))}, got {value!r}")
 
 
-def check_transformer(**sizes):
-    """ValueError if these cannot be, in this order, a transformer's width, number of heads and depth."""
-    check_range(1, **sizes)
-    (width, dim), (heads, num_heads), *_ = sizes.items()
+def check_transformer(dim, num_heads, depth, names=("embed_dim", "num_heads", "depth")):
+    """ValueError if these cannot be a transformer's width, number of heads and depth.
+
+    names: of the three arguments, as the user knows them.
+    """
+    check_range(1, **dict(zip(names, (dim, num_heads, depth))))
     if dim % 4 or dim % num_heads:
-        raise ValueError(f"{width} must be divisible by 4 and by {heads}={num_heads}, got {dim}")
+        raise ValueError(f"{names[0]} must be divisible by 4 and by {names[1]}={num_heads}, got {dim}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,11 +158,11 @@ def layer_norm(dim):
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, 3, H, W] -> one linear projection per patch [B, N, D]."""
+    """Images [B, C, H, W] -> one linear projection per patch [B, N, D]."""
 
-    def __init__(self, patch_size, embed_dim):
+    def __init__(self, patch_size, embed_dim, channels):
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)
@@ -220,7 +222,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, num_heads, norm_context=True):
         super().__init__()
-        check_transformer(dim=dim, num_heads=num_heads)
+        check_transformer(dim, num_heads, 1, ("dim", "num_heads", "depth"))
         self.num_heads = num_heads
         self.norm_q = layer_norm(dim)
         self.norm_k, self.norm_v = (layer_norm(dim) if norm_context else nn.Identity() for _ in range(2))
@@ -331,13 +333,14 @@ class ViT(nn.Module):
     relative_position: relative positions in every block instead of the position embedding, as LoMaR has them
     layer_scale: initial value of a learned factor per channel on both branches of every block, whose output
         projections then start smaller, too, as in BEiT and CAE; None is neither
+    channels: of the images, C; 1 for grey ones
     """
 
     def __init__(self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-                 drop_path=0.0, relative_position=False, layer_scale=None):
+                 drop_path=0.0, relative_position=False, layer_scale=None, channels=3):
         super().__init__()
-        check_range(1, patch_size=patch_size)
-        check_transformer(embed_dim=embed_dim, num_heads=num_heads, depth=depth)
+        check_range(1, patch_size=patch_size, channels=channels)
+        check_transformer(embed_dim, num_heads, depth)
         H, W = self.image_size = pair(image_size)
         if min(H, W) < 1 or H % patch_size or W % patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size={patch_size}, got {H}x{W}")
@@ -345,7 +348,8 @@ class ViT(nn.Module):
         self.drop_path, self.layer_scale = drop_path, layer_scale
         self.grid = H // patch_size, W // patch_size
         self.num_patches = math.prod(self.grid)
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.channels, self.patch_dim = channels, patch_size**2 * channels
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, channels)
         self.cls_token = learned_token(embed_dim)
         self.relative_position = relative_position
         self.register_buffer("buckets", None, persistent=False)
@@ -363,11 +367,10 @@ class ViT(nn.Module):
             rescale_projections(self.blocks)
 
     def embed(self, images):
-        """Images [B, 3, H, W] -> patch embeddings [B, N, D], without positions."""
-        H, W = self.image_size
-        if images.shape[-2:] != (H, W):
-            raise ValueError(f"this ViT takes images of {H}x{W} pixels, "
-                             f"got {images.shape[-2]}x{images.shape[-1]}")
+        """Images [B, C, H, W] -> patch embeddings [B, N, D], without positions."""
+        if images.shape[1:] != (self.channels, *self.image_size):
+            raise ValueError(f"this ViT takes images of {self.channels} channels, height and width "
+                             f"{self.image_size}, got {list(images.shape)}")
         return self.patch_embed(images)
 
     def sequence(self, tokens, ids=None):
@@ -398,7 +401,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def forward(self, images, ids=None, keep=None):
-        """Images [B, 3, H, W] -> latents [B, 1+n, D] of class token and patches `ids` [B, n] (None: all)."""
+        """Images [B, C, H, W] -> latents [B, 1+n, D] of class token and patches `ids` [B, n] (None: all)."""
         return self.encode(self.embed(images), ids, keep=keep)
 
     def features(self, images, pool="cls"):
@@ -453,7 +456,7 @@ def patch_statistics(patches):
 
 
 def pixel_loss(pred, target, norm_pix=False, distance=F.mse_loss, keep=None):
-    """Mean error of predicted patches [B, n, p*p*3] against true ones, in float32.
+    """Mean error of predicted patches [B, n, p*p*C] against true ones, in float32.
 
     norm_pix: compare to each true patch minus its mean, divided by its standard deviation.
     distance: F.mse_loss, or F.l1_loss for SimMIM.
@@ -480,15 +483,15 @@ def region_loss(pred, target):
 class TargetHead(nn.Linear):
     """The last layer, and the loss, of a method that predicts tokens or else pixels (LoMaR, BEiT, CAE).
 
-    Latents [B, n, D] -> pred [B, n, V], logits of vocab_size tokens, or [B, n, p*p*3] if that is None.
+    Latents [B, n, D] -> pred [B, n, V], logits of vocab_size tokens, or [B, n, p*p*C] if that is None.
     """
 
     def __init__(self, encoder, vocab_size=None, norm_pix=True):
-        super().__init__(encoder.embed_dim, vocab_size or encoder.patch_size**2 * 3)
+        super().__init__(encoder.embed_dim, vocab_size or encoder.patch_dim)
         init_weights(self)
         self.patch_size, self.vocab_size, self.norm_pix = encoder.patch_size, vocab_size, norm_pix
 
-    def compare(self, pred, images, tokens, ids):
+    def loss(self, pred, images, tokens, ids):
         """pred [B, n, ...] of the patches `ids` -> loss, and dict(loss_pixel) or dict(loss_token, accuracy).
 
         tokens: [B, N] int64 of all patches, in raster order; None where pixels are predicted.
@@ -505,7 +508,7 @@ class TargetHead(nn.Linear):
 
 
 def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
-    """The images [B, 3, H, W] with the patches `ids_masked` [B, n] replaced by `pred` [B, n, p*p*3].
+    """The images [B, C, H, W] with the patches `ids_masked` [B, n] replaced by `pred` [B, n, p*p*C].
 
     norm_pix: pred is of normalised patches, which look like noise; gives them the true mean and deviation.
     """
@@ -590,7 +593,8 @@ class MAE(nn.Module):
     ):
         super().__init__()
         count_masked(encoder.num_patches, mask_ratio, round_up=True)
-        check_transformer(decoder_dim=decoder_dim, decoder_heads=decoder_heads, decoder_depth=decoder_depth)
+        check_transformer(decoder_dim, decoder_heads, decoder_depth,
+                          ("decoder_dim", "decoder_heads", "decoder_depth"))
         self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = learned_token(decoder_dim)
@@ -598,12 +602,12 @@ class MAE(nn.Module):
             sincos_position_embedding(decoder_dim, encoder.grid), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = layer_norm(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, encoder.patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_dim, encoder.patch_dim)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_weights)
 
     def decode(self, latents, ids_visible, ids_masked, keep=None):
-        """Latents [B, 1 + n_visible, D] -> predicted patches [B, n_masked, p*p*3]; keep: see `Attention`."""
+        """Latents [B, 1 + n_visible, D] -> predicted patches [B, n_masked, p*p*C]; keep: see `Attention`."""
         x = self.decoder_embed(latents)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), ids_masked.shape[1], -1)], dim=1)
         # Positions: row 0 is the class token's.
@@ -620,7 +624,7 @@ class MAE(nn.Module):
         return pixel_loss(pred, target, self.norm_pix, keep=keep_masked), pred
 
     def forward(self, images, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W], and optionally the mask to use -> loss, pred, ids_visible, ids_masked."""
+        """images [B, C, H, W], and optionally the mask to use -> loss, pred, ids_visible, ids_masked."""
         if ids_visible is None:
             ids_visible, ids_masked = random_masking(
                 len(images), self.encoder.num_patches, self.mask_ratio, images.device)
@@ -670,11 +674,11 @@ class SimMIM(nn.Module):
         count_masked(encoder.num_patches // unit_size**2, mask_ratio, round_up=True)
         self.encoder, self.mask_ratio, self.unit_size = encoder, mask_ratio, unit_size
         self.mask_token = learned_token(encoder.embed_dim)
-        self.head = nn.Linear(encoder.embed_dim, encoder.patch_size**2 * 3)
+        self.head = nn.Linear(encoder.embed_dim, encoder.patch_dim)
         init_weights(self.head)
 
     def forward(self, images, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W], and optionally the mask to use -> loss, pred, ids_visible, ids_masked.
+        """images [B, C, H, W], and optionally the mask to use -> loss, pred, ids_visible, ids_masked.
 
         Patches in neither index tensor (AMT's thrown ones) do not enter the encoder.
         """
@@ -776,7 +780,7 @@ class BEiT(nn.Module):
         self.head = TargetHead(encoder, vocab_size)
 
     def forward(self, images, tokens, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W], and optionally the mask to use -> loss, loss_token, accuracy, pred,
+        """images [B, C, H, W], and optionally the mask to use -> loss, loss_token, accuracy, pred,
         ids_visible, ids_masked.
 
         tokens: [B, N] int64, of all patches.
@@ -786,7 +790,7 @@ class BEiT(nn.Module):
                 len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
         x = put(self.encoder.embed(images), ids_masked, self.mask_token)
         pred = self.head(take(self.encoder.encode(x)[:, 1:], ids_masked))
-        loss, parts = self.head.compare(pred, images, tokens, ids_masked)
+        loss, parts = self.head.loss(pred, images, tokens, ids_masked)
         return dict(loss=loss, **parts, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
 
 
@@ -884,19 +888,19 @@ class CAE(nn.Module):
         return self.regressor_norm(queries)
 
     def decode(self, latents, ids):
-        """Latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*3]."""
+        """Latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*C]."""
         x = latents + self.positions(ids)
         for block in self.decoder_blocks:
             x = block(x)
         return self.head(self.decoder_norm(x))
 
-    def reconstruct_full(self, images):
-        """Whole images through encoder and decoder, no regressor (Figures 3, 10): pred [B, N, V or p*p*3]."""
+    def predict_whole(self, images):
+        """Whole images through encoder and decoder, no regressor (Figures 3, 10): pred [B, N, V or p*p*C]."""
         ids = torch.arange(self.encoder.num_patches, device=images.device).expand(len(images), -1)
         return self.decode(self.encoder(images)[:, 1:], ids)
 
     def forward(self, images, tokens=None, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W], and optionally the mask to use -> loss and its parts loss_align and
+        """images [B, C, H, W], and optionally the mask to use -> loss and its parts loss_align and
         loss_pixel, or loss_token with the tokens' accuracy; pred, ids_visible, ids_masked.
 
         tokens: [B, N] of all patches, where it was built with vocab_size.
@@ -911,7 +915,7 @@ class CAE(nn.Module):
         with torch.no_grad():
             encoded = self.encoder.encode(embedded, ids_masked)[:, 1:]
         pred = self.decode(predicted, ids_masked)
-        loss, parts = self.head.compare(pred, images, tokens, ids_masked)
+        loss, parts = self.head.loss(pred, images, tokens, ids_masked)
         loss_align = F.mse_loss(predicted.float(), encoded.float())
         return dict(loss=loss + self.alignment_weight * loss_align, loss_align=loss_align, **parts,  # Eq. 1
                     pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
@@ -925,7 +929,7 @@ Throw = Literal["middle", "low", "random"]
 
 @torch.no_grad()
 def attention_map(encoder, images):
-    """Whole images [B, 3, H, W] -> masking weights a_w [B, gh, gw] in [0, 1] (AMT, Eq. 3, 4).
+    """Whole images [B, C, H, W] -> masking weights a_w [B, gh, gw] in [0, 1] (AMT, Eq. 3, 4).
 
     Departs from the paper as the authors' code does: every head is scaled to [0, 1] before the mean of heads,
     where §3.2 scales the mean once. Without drop path.
@@ -1015,11 +1019,11 @@ class AMT(nn.Module):
         super().__init__()
         check_choice("throw", throw, Throw)
         has_units = hasattr(base, "unit_size")
-        # §4.1, on SimMIM and on MAE
+        # §4.1: r, t and the interval as a share of the epochs, on SimMIM and on MAE.
         own_ratio, own_throw, self.interval_share = (0.44, 0.26, 0.2) if has_units else (0.45, 0.40, 0.1)
         if throw_ratio is None:
             throw_ratio = own_throw
-        if mask_ratio is None:
+        if mask_ratio is None:  # r belongs to t: where nothing is thrown, as much is masked as by the base
             mask_ratio = base.mask_ratio if throw_ratio == 0 else own_ratio
         if interval is not None:
             check_range(1, interval=interval)
@@ -1052,7 +1056,7 @@ class AMT(nn.Module):
 
     @torch.no_grad()
     def update_maps(self, batches, num_images):
-        """Computes the maps of all `num_images` images, from batches (whole images [B, 3, H, W], index [B]).
+        """Computes the maps of all `num_images` images, from batches (whole images [B, C, H, W], index [B]).
 
         Under torch.distributed each process brings a part of the images, and all end with all maps.
         """
@@ -1078,7 +1082,7 @@ class AMT(nn.Module):
         return [units_to_patches(i, self.encoder.grid, self.unit_size) for i in ids]
 
     def forward(self, images, index=None, box=None, flip=None, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W] -> the base's loss, pred, ids_visible, ids_masked, and ids_thrown.
+        """images [B, C, H, W] -> the base's loss, pred, ids_visible, ids_masked, and ids_thrown.
 
         index: [B], each image's number among the training images; with it box [B, 4] and flip [B] must be
             given, see `crop_maps`. ids_visible, ids_masked: the mask to use.
@@ -1175,7 +1179,7 @@ class LoMaR(nn.Module):
         self.register_buffer("buckets", relative_buckets((window_size, window_size)), persistent=False)
 
     def forward(self, images, tokens=None, ids_visible=None, ids_masked=None):
-        """images [B, 3, H, W], and optionally the windows to use -> loss, pred, ids_visible, ids_masked.
+        """images [B, C, H, W], and optionally the windows to use -> loss, pred, ids_visible, ids_masked.
 
         tokens: [B, N] of all patches, if it was built with vocab_size; they add loss_token and accuracy.
         The index tensors are `window_masking`'s, one window after the other: [B, W * n], [B, W * m].
@@ -1193,7 +1197,7 @@ class LoMaR(nn.Module):
         x = put(x.reshape(*ids_window.shape, -1), masked, self.mask_token)
         latents = self.encoder.encode(x, buckets=self.buckets)
         pred = self.head(take(latents[:, 1:], masked)).reshape(*ids_masked.shape, -1)
-        loss, parts = self.head.compare(pred, images, tokens, ids_masked)
+        loss, parts = self.head.loss(pred, images, tokens, ids_masked)
         return dict(loss=loss, **parts, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
 
 
@@ -1280,23 +1284,34 @@ def align_patches(source, target, count, alignment):
     source, target: [B, N] bool, disjoint, at least one patch an image and at most `count`.
     Returns ids_visible, ids_masked [B, count], and keep_visible, keep_masked: [B, count] bool with "zero" as
     the alignment, else None.
+
+    Source 0, 1, 2 and target 5 of eight patches become at count 3, up to the order of 0, 1, 2:
+
+        alignment  ids_visible  ids_masked
+        throwout   0            5           cut to the shortest list of the batch
+        zero       0 1 2        5 5 5       filled up; keep_masked is True, False, False
+        replicate  0 1 2        5 5 5       the same, and all three 5 count
+        random     0 1 2        5 7 3       filled up from anywhere, with no patch of the other list
     """
     def shuffle(member, last=False):  # all N patches: members in random order, others, those of `last`
         return (torch.rand(member.shape, device=member.device) + 2 * ~member + 4 * last).argsort(1)
 
-    sizes = [member.sum(1, keepdim=True) for member in (source, target)]
-    if alignment == "throwout":  # cuts all lists to the batch's smallest; below, none has to be filled up
-        count = int(torch.minimum(*sizes).min())  # waits for the device, as it is a shape
-    if alignment == "random":  # adds patches from anywhere, but none to both lists
+    source_size, target_size = source.sum(1, keepdim=True), target.sum(1, keepdim=True)
+    slot = torch.arange(count, device=source.device)
+    if alignment == "throwout":
+        count = int(torch.minimum(source_size, target_size).min())  # waits for the device: it is a shape
+        return shuffle(source)[:, :count], shuffle(target)[:, :count], None, None
+    if alignment == "random":
         ids_visible = shuffle(source, last=target)[:, :count]
         taken = torch.zeros_like(source).scatter(1, ids_visible, True)
         return ids_visible, shuffle(target, last=taken)[:, :count], None, None
-    slot = torch.arange(count, device=source.device)
-    # "replicate" repeats the patches of a list: 1 2 3 1 2 3 1.
-    ids_visible, ids_masked = (shuffle(m).gather(1, slot % n) for m, n in zip((source, target), sizes))
-    # "zero" repeats them, too, but as padding, which attention and loss leave out.
-    keep_visible, keep_masked = (slot < n if alignment == "zero" else None for n in sizes)
-    return ids_visible, ids_masked, keep_visible, keep_masked
+    # The patches of a list again and again: 1 2 3 1 2 3 1.
+    ids_visible = shuffle(source).gather(1, slot % source_size)
+    ids_masked = shuffle(target).gather(1, slot % target_size)
+    if alignment == "replicate":
+        return ids_visible, ids_masked, None, None
+    # "zero": what is repeated is padding, which attention and loss leave out.
+    return ids_visible, ids_masked, slot < source_size, slot < target_size
 
 
 class ObjMAE(MAE):
@@ -1336,6 +1351,7 @@ class ObjMAE(MAE):
         decoder_heads: int = 3,  # Table 1
         norm_pix: bool = False,
     ):
+        # MAE wants a mask_ratio. It is not used: `split` and `align_patches` make the mask.
         super().__init__(encoder, 0.5, decoder_dim, decoder_depth, decoder_heads, norm_pix)
         check_choice("alignment", alignment, Alignment)
         check_choice("selection", selection, Selection)
@@ -1374,7 +1390,7 @@ class ObjMAE(MAE):
 
     def forward(self, images, regions=None, ids_visible=None, ids_masked=None, keep_visible=None,
                 keep_masked=None):
-        """images [B, 3, H, W] -> loss, pred, ids_visible, ids_masked, keep_visible, keep_masked.
+        """images [B, C, H, W] -> loss, pred, ids_visible, ids_masked, keep_visible, keep_masked.
 
         regions: integer label maps [B, L, H, W]; or class activation maps [B, 1, H, W], floats with maximum 1
             (`class_activation_map`); None for the whole image as one object.
@@ -1560,7 +1576,7 @@ def region_branch(encoder, variant, num_regions, from_pixels, dim, num_heads, de
     """The region branch of a variant, with initial weights; from_pixels: see `RegionBranch`."""
     check_choice("variant", variant, Variant)
     check_range(1, num_regions=num_regions)
-    check_transformer(region_dim=dim, region_heads=num_heads, region_decoder_depth=depth)
+    check_transformer(dim, num_heads, depth, ("region_dim", "region_heads", "region_decoder_depth"))
     if variant == "length":
         branch = LengthBranch(encoder, from_pixels, dim, num_heads, depth)
     else:
@@ -1633,7 +1649,7 @@ class RAE(nn.Module):
         return ids_visible, ids_masked, region_maps
 
     def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
-        """images [B, 3, H, W], regions [B, L, H, W] (see `sample_regions`) -> loss and loss_region, which is
+        """images [B, C, H, W], regions [B, L, H, W] (see `sample_regions`) -> loss and loss_region, which is
         the same; pred_regions [B, k, n_masked, p*p] (logits), region_maps, ids_visible, ids_masked.
 
         ids_visible, ids_masked: the mask to use.
@@ -1654,7 +1670,7 @@ class RAE(nn.Module):
         """Interactive segmentation (Figure 6): hints, binary maps [B, k, H, W] -> probabilities [B, k, H, W].
 
         Only the patches ids_visible [B, n] of the hints are read, and they are returned as they are.
-        ids_image: the patches of the images [B, 3, H, W] that the encoder sees; None for ids_visible, as in
+        ids_image: the patches of the images [B, C, H, W] that the encoder sees; None for ids_visible, as in
             pre-training (Figure 6 gives the whole image).
         """
         ids_image, k = ids_visible if ids_image is None else ids_image, hints.shape[1]
@@ -2004,8 +2020,9 @@ def grid_of(table, likely=(0, 0)):
     """
     N, D = table.shape[1] - 1, table.shape[2]
     for gh in range(1, N + 1):
-        if N % gh == D % 4 == 0:
-            if torch.allclose(table.float(), sincos_position_embedding(D, (gh, N // gh)), atol=1e-3):
+        if N % gh == 0 and D % 4 == 0:
+            fixed = sincos_position_embedding(D, (gh, N // gh))
+            if torch.allclose(table.float(), fixed, atol=1e-3):
                 return gh, N // gh
     side = math.isqrt(N)
     if side**2 == N:
@@ -2080,7 +2097,7 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None):
     """
     state = read_checkpoint(source)
     inside, _ = split_encoder(state)
-    embed_dim, _, patch_size, _ = inside["patch_embed.proj.weight"].shape
+    embed_dim, channels, patch_size, _ = inside["patch_embed.proj.weight"].shape
     depth = len({k.split(".")[1] for k in inside if k.startswith("blocks.")})
     relative = inside.get("blocks.0.attn.relative_table")
     heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
@@ -2096,7 +2113,7 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None):
         raise ValueError("another architecture: no parameter is named blocks.0.mlp.fc1.weight")
     layer_scale = 0.1 if "blocks.0.ls1.gamma" in inside else None  # its value is loaded
     vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, len(hidden) / embed_dim, 0.0,
-              relative is not None, layer_scale)
+              relative is not None, layer_scale, channels)
     return vit, load_encoder(vit, state)
 
 

@@ -780,10 +780,10 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
     if "pred" in out:
         pred = out["pred"].chunk(windows, dim=1)[0]
         tiles["reconstruction"] = show(visible, ids_masked, predicted(pred, ids_masked))
-    if hasattr(method, "reconstruct_full"):
+    if hasattr(method, "predict_whole"):
         everything = torch.arange(math.prod(grid), device=image.device).expand(len(image), -1)
-        full = method.reconstruct_full(images)
-        out["loss_full"] = method.head.compare(full, images, inputs.get("tokens"), everything)[0]
+        full = method.predict_whole(images)
+        out["loss_full"] = method.head.loss(full, images, inputs.get("tokens"), everything)[0]
         tiles["from all patches"] = predicted(full, everything)
     if "pred_regions" in out:
         maps = out["region_maps"]

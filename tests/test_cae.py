@@ -133,10 +133,10 @@ def test_targets_are_the_masked_patches_own_tokens():
     head, tokens = TargetHead(vit((32, 48)), 27), words(x, 27)
     _, ids = split(3, 24)
     expected = torch.stack([tokens[b, ids[b]] for b in range(3)])
-    loss, parts = head.compare(100.0 * F.one_hot(expected, 27), x, tokens, ids)
+    loss, parts = head.loss(100.0 * F.one_hot(expected, 27), x, tokens, ids)
     assert loss.item() < 1e-6 and parts["accuracy"].item() == 1.0
     wrong = torch.where(torch.arange(8) < 2, (expected + 1) % 27, expected)
-    _, parts = head.compare(100.0 * F.one_hot(wrong, 27), x, tokens, ids)
+    _, parts = head.loss(100.0 * F.one_hot(wrong, 27), x, tokens, ids)
     assert parts["accuracy"].item() == pytest.approx(6 / 8)
 
 
@@ -294,7 +294,7 @@ def test_autocast_keeps_the_gradients():
 def test_the_whole_image_is_decoded_without_the_regressor(monkeypatch):
     cae, x = shaken(CAE(vit())), images()
     monkeypatch.setattr(cae, "regress", None)
-    full = cae.reconstruct_full(x)
+    full = cae.predict_whole(x)
     ids = torch.rand(2, 16).argsort(1)
     by_hand = cae.decode(cae.encoder(x, ids)[:, 1:], ids)  # in another order
     assert full.shape == (2, 16, 192) and torch.allclose(take(full, ids), by_hand, atol=1e-4)
@@ -361,7 +361,7 @@ def full_error(alignment_weight, data):
               alignment_weight=alignment_weight)
     fit(cae, data[0], 50, lr=8e-3, batch_size=24)
     with torch.no_grad():
-        full = pixel_loss(cae.reconstruct_full(data[1]), patchify(data[1], 8), True)
+        full = pixel_loss(cae.predict_whole(data[1]), patchify(data[1], 8), True)
         return full.item(), cae(data[1])["loss_pixel"].item()
 
 

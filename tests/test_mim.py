@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mim
-from mim import AMT, MAE, LoMaR, ObjMAE, SimMIM, ViT
+from mim import AMT, CAE, MAE, RAE, RMAE, BEiT, LoMaR, ObjMAE, SimMIM, ViT
 
 SMALL = dict(image_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=4)
 DECODER = dict(decoder_dim=16, decoder_depth=2, decoder_heads=2)
@@ -204,8 +204,11 @@ def test_encoding_chosen_patches_ignores_the_others_and_their_order():
 
 
 def test_vit_names_the_wrong_size():
-    with pytest.raises(ValueError, match="images of 32x32 pixels, got 32x40"):
-        ViT(**SMALL)(images(1, 32, 40))
+    words = r"images of 3 channels, height and width \(32, 32\), got "
+    with pytest.raises(ValueError, match=words + r"\[1, 3, 32, 40\]"):
+        vit()(images(1, 32, 40))
+    with pytest.raises(ValueError, match=words + r"\[2, 1, 32, 32\]"):
+        vit()(images(2)[:, :1])
     with pytest.raises(ValueError, match="multiple of patch_size=16, got 30x32"):
         ViT(image_size=(30, 32))
 
@@ -1093,6 +1096,84 @@ def test_attention_rollout_against_float64():
     rolled = vit.rollout(x)
     assert torch.allclose(rolled.double(), flow, atol=1e-6)
     assert torch.allclose(rolled.sum(-1), torch.ones(2, 65))
+
+
+# Around other encoders
+
+AROUND = {
+    "mae": lambda encoder: MAE(encoder, **DECODER),
+    "simmim": SimMIM,
+    "beit": lambda encoder: BEiT(encoder, 7),
+    "cae": lambda encoder: CAE(encoder, regressor_depth=1, decoder_depth=1),
+    "amt": lambda encoder: AMT(MAE(encoder, **DECODER)),
+    "lomar": lambda encoder: LoMaR(encoder, window_size=5, num_windows=2),
+    "objmae": lambda encoder: ObjMAE(encoder, **DECODER),
+    "rae": lambda encoder: RAE(encoder, region_dim=16, region_heads=2),
+    "rmae": lambda encoder: RMAE(encoder, region_dim=16, region_heads=2, **DECODER),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_every_method_takes_images_of_any_number_of_channels(name, channels):
+    encoder = vit(channels=channels, relative_position=name == "lomar")
+    method, x = AROUND[name](encoder), torch.randn(2, channels, 32, 32)
+    inputs = dict(regions=REGIONS.repeat(2, 1, 2, 2)) if name in ("objmae", "rae", "rmae") else {}
+    if name == "beit":
+        inputs["tokens"] = torch.zeros(2, 64, dtype=torch.int64)
+    out = method(x, **inputs)
+    out["loss"].backward()
+    assert encoder.patch_embed.proj.weight.grad[:, -1].any()  # the last channel is seen
+    if name not in ("beit", "rae"):
+        assert out["pred"].shape == (*out["ids_masked"].shape, 16 * channels)
+        filled = mim.reconstruct(x, out["pred"], out["ids_masked"], 4, method.norm_pix)
+        same = (mim.patchify(filled, 4) == mim.patchify(x, 4)).all(2)
+        assert torch.equal(same, torch.ones(2, 64, dtype=torch.bool).scatter(1, out["ids_masked"], False))
+    again, names = mim.vit_from_checkpoint(method.state_dict(), image_size=32, num_heads=4)
+    assert again.channels == channels and torch.equal(again(x), encoder(x)) and names[0] == []
+
+
+class Wrapped(torch.nn.Module):
+    """Somebody else's transformer as an encoder, with what the head of mim.py asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.grid, self.num_patches, self.patch_size, self.patch_dim, self.embed_dim = (8, 8), 64, 4, 48, 32
+        self.proj = torch.nn.Linear(48, 32)
+        self.positions = torch.nn.Parameter(torch.randn(1, 64, 32) * 0.02)
+        self.cls = torch.nn.Parameter(torch.zeros(1, 1, 32))
+        layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def embed(self, images):
+        return self.proj(mim.patchify(images, 4))
+
+    def encode(self, tokens, ids=None):
+        tokens = tokens + self.positions
+        tokens = tokens if ids is None else mim.take(tokens, ids)
+        return self.layers(torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], dim=1))
+
+    def forward(self, images, ids=None):
+        return self.encode(self.embed(images), ids)
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "beit", "rae", "rmae"])
+def test_a_strangers_encoder_trains(name):
+    encoder = Wrapped()
+    method, losses = AROUND[name](encoder), []
+    inputs = dict(tokens=torch.zeros(8, 64, dtype=torch.int64)) if name == "beit" else {}
+    if "regions" in method.inputs:
+        inputs = dict(regions=REGIONS.repeat(8, 1, 2, 2))
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    x = torch.randn(8, 3, 1, 1).expand(-1, -1, 32, 32) + 0.1 * images(8)
+    for _ in range(12):
+        out = method(x, **inputs)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
+        optimizer.step()
+        losses.append(out["loss"].item())
+    assert sum(losses[-3:]) < 0.99 * sum(losses[:3])
 
 
 # Learning, and lifting
