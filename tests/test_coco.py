@@ -43,7 +43,7 @@ def picture(*rows):
 
 
 def write(root, year=2017, split="train"):
-    """A COCO root with the image 7 and all kinds of annotations, 8 and 9 without any, and 10 outside the JSON."""
+    """A COCO root: the image 7 has all kinds of annotations, 8 and 9 none, 10 is not in the JSON file."""
     name = f"{split}{year}"
     for folder in (root / name, root / "annotations" / f"panoptic_{name}"):
         folder.mkdir(parents=True)
@@ -81,7 +81,8 @@ def test_a_polygon_holds_the_pixels_whose_centres_it_holds():
     expected[1:7, 2:5] = True
     np.testing.assert_array_equal(rectangle, expected)
     # The centres (3, 2 and 4, 3) of columns and rows lie inside, those half a pixel on do not
-    np.testing.assert_array_equal(np.argwhere(fill_polygon([2.6, 1.6, 4.4, 1.6, 4.4, 3.4, 2.6, 3.4], H, W)), [[2, 3]])
+    small = fill_polygon([2.6, 1.6, 4.4, 1.6, 4.4, 3.4, 2.6, 3.4], H, W)
+    np.testing.assert_array_equal(np.argwhere(small), [[2, 3]])
     triangle = fill_polygon([0, 0, 4.2, 0, 0, 4.2], 4, 5)  # x + y < 4.2 at the centres
     np.testing.assert_array_equal(triangle, picture("1111.", "111..", "11...", "1...."))
     assert fill_polygon([-5, -5, 50, -5, 50, 50, -5, 50], H, W).all()  # over all borders
@@ -91,7 +92,8 @@ def test_a_polygon_holds_the_pixels_whose_centres_it_holds():
 def test_parts_of_a_polygon_are_a_union():
     left, right = [0, 0, 4, 0, 4, 4, 0, 4], [2, 0, 6, 0, 6, 4, 2, 4]
     assert coco_mask([left, right], H, W).sum() == 24  # and not 16, as even-odd over both would give
-    assert fill_polygon([0, 0, 6, 0, 6, 6, 0, 6, 0, 0, 2, 2, 4, 2, 4, 4, 2, 4, 2, 2], H, W).sum() == 36 - 4  # a hole
+    hole = [2, 2, 4, 2, 4, 4, 2, 4, 2, 2]
+    assert fill_polygon([0, 0, 6, 0, 6, 6, 0, 6, 0, 0, *hole], H, W).sum() == 36 - 4
 
 
 def test_area_of_a_large_triangle():
@@ -101,7 +103,8 @@ def test_area_of_a_large_triangle():
 
 
 def test_run_lengths():
-    assert rle_counts("3") == [3] and rle_counts("_1") == [47]  # "_" is 47: 15 and more follow; "1" is 1: 32 more
+    assert rle_counts("3") == [3]
+    assert rle_counts("_1") == [47]  # "_" is 47: 15, and more bits follow; "1" is 1: 32 more
     for counts in ([0, 80], [5, 3, 2, 1, 4, 65], [0, 15, 16, 31, 32, 1000, 0, 5, 100000, 1, 3]):
         assert rle_counts(compress(counts)) == counts
     mask = np.random.default_rng(0).random((H, W)) < 0.5
@@ -131,7 +134,8 @@ def test_instances(tmp_path, year):
 
 def test_panoptic(tmp_path):
     found = read(write(tmp_path, split="val"), "val", "panoptic")
-    np.testing.assert_array_equal(found, picture(*4 * ["1111122222"], *2 * ["3333333333"], *2 * [".........."]))
+    expected = picture(*4 * ["1111122222"], *2 * ["3333333333"], *2 * [".........."])
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
@@ -173,7 +177,8 @@ def test_images_and_detection(tmp_path):
     (tmp_path / "folders" / "train" / "cat").mkdir(parents=True)  # as ImageNet is laid out
     Image.new("RGB", (W, H)).save(tmp_path / "folders" / "train" / "cat" / "1.jpg")
     (tmp_path / "folders" / "annotations").mkdir()
-    assert coco_folder(tmp_path / "folders", "train") is None and coco_folder(tmp_path / "none", "train") is None
+    assert coco_folder(tmp_path / "folders", "train") is None
+    assert coco_folder(tmp_path / "none", "train") is None
 
 
 def test_regions_of_another_size_than_their_image_are_refused(tmp_path):
@@ -193,7 +198,8 @@ def test_regions_of_another_size_than_their_image_are_refused(tmp_path):
     Image.new("L", (H, W)).save(tmp_path / "masks" / "000000000007.png")
     told = message(MaskFolder(source, str(tmp_path / "masks")).read, 0, source[0])
     assert told.endswith(f"its annotations have {H}x{W}")
-    Image.new("L", (3 * W, 3 * H), 1).save(tmp_path / "masks" / "000000000007.png")  # another resolution is welcome
+    # another resolution is welcome
+    Image.new("L", (3 * W, 3 * H), 1).save(tmp_path / "masks" / "000000000007.png")
     assert MaskFolder(source, str(tmp_path / "masks")).read(0, source[0]).shape == (1, 3 * H, 3 * W)
 
 
@@ -255,6 +261,7 @@ def test_errors(tmp_path):
         for broken in ('{"images": [', "[]", "{}", '{"images": [], "annotations": [3]}', "\udcff"):
             path.write_bytes(broken.encode(errors="surrogateescape"))
             (annotations / "panoptic_train2017").mkdir(exist_ok=True)
-            assert message(read, root, "train", kind).startswith(f"--regions {kind}: {path} is not a file of COCO")
+            told = message(read, root, "train", kind)
+            assert told.startswith(f"--regions {kind}: {path} is not a file of COCO")
         path.unlink()
         assert message(read, root, "train", kind) == f"--regions {kind}: there is no {path}"

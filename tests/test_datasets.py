@@ -90,6 +90,15 @@ def test_a_class_of_val_that_train_lacks_is_named(tmp_path, listed):
         load_data(str(tmp_path), "val")
 
 
+def test_every_extension_is_found_in_small_and_capital_letters(tmp_path):
+    for k, extension in enumerate(datasets.EXTENSIONS):
+        write(tmp_path / f"{k}{extension}")
+        write(tmp_path / f"{k}-capital{extension.upper()}")
+    (tmp_path / "1.jpg.txt").write_text("not an image")
+    assert {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"} == {e[1:] for e in datasets.EXTENSIONS}
+    assert len(load_data(str(tmp_path))) == 2 * len(datasets.EXTENSIONS)
+
+
 def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
     for root in "ab":
         write(tmp_path / root / "images" / "1.png")
@@ -98,8 +107,8 @@ def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
 
 
 @pytest.mark.parametrize("sides, size", [
-    ((32, 32), 32), ((24, 40), 40), ((96, 96), 96), ((97, 97), 224), ((60, 97), 224), ((8, 8), 8),
-    ((7, 7), 224),
+    ((32, 32), 32), ((24, 40), 40), ((40, 24), 40), ((96, 96), 96), ((97, 97), 224), ((60, 97), 224),
+    ((8, 8), 8), ((7, 7), 224),
 ])
 def test_small_images_set_the_size(tmp_path, sides, size):
     for k in range(3):
@@ -318,8 +327,10 @@ def test_random_crops_are_distributed_as_asked():
     assert abs(sum(item["flip"] for item in items) - count / 2) < 40
 
 
-def test_flips_can_be_turned_off():
-    assert not any(Images(Source(coordinates()), 16, flip=False)[e, 0]["flip"] for e in range(30))
+@pytest.mark.parametrize("view, flip", [("crop", False), ("center", True), ("whole", True)])
+def test_flips_are_of_random_crops_and_can_be_turned_off(view, flip):
+    dataset = Images(Source(noise(16, 24)), 8, view, flip=flip)
+    assert not any(dataset[epoch, 0]["flip"] for epoch in range(30))
 
 
 def choice(item):

@@ -105,7 +105,8 @@ def test_no_scene_is_in_train_and_in_val():
 
 
 @pytest.mark.parametrize("asked, size, in_memory", [
-    (None, 64, True), (64, 64, True), (65, 65, False), ((48, 80), 80, False), ([32, 16], 32, True)])
+    (None, 64, True), (64, 64, True), (65, 65, False), ((48, 80), 80, False), ([32, 16], 32, True),
+    (8, 8, True)])
 def test_scenes_are_as_large_as_the_longer_side(asked, size, in_memory):
     source = load_data("shapes", "val", image_size=asked)
     assert source[3]["image"].shape == (3, size, size) and source.image_size == size
