@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 
+UNFINISHED = []  # the file that `write_atomically` is writing
+
 
 def become_program(name):
     """Makes this process a program that ends in one line, whatever it does at the moment.
@@ -32,6 +34,8 @@ def become_program(name):
             # While the imports below are at work, multiprocessing may be missing or incomplete.
             for worker in getattr(sys.modules.get("multiprocessing"), "active_children", list)():
                 worker.kill()
+            for temporary in UNFINISHED:
+                temporary.unlink(missing_ok=True)
             if os.getpid() == process and not int(os.environ.get("RANK", 0)):
                 line = (f"{name}: interrupted ({signal.Signals(number).name}); a checkpoint that was saved "
                         "is kept, --resume continues from it\n")
@@ -642,11 +646,13 @@ def write_atomically(path, write):
     temporary = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another run may write here too
     with explained(f"cannot write {path}", "what was there before is kept"):
         try:
+            UNFINISHED.append(temporary)
             with open(temporary, "xb") as file:  # x: never an existing file
                 write(file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+            UNFINISHED.clear()
 
 
 def write_checkpoint(output, method, state):

@@ -55,6 +55,22 @@ def test_a_signal_in_the_run_is_one_line_and_the_checkpoint_is_kept(start, folde
     assert running(program.pid) == []
 
 
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_while_a_checkpoint_is_written_keeps_the_last(fork, folder, tmp_path, monkeypatch, number):
+    save = torch.save
+
+    def save_and_interrupt(state, file):
+        save(state, file)
+        if state.get("epoch") == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(torch, "save", save_and_interrupt)
+    code, _, err = fork(train, *TINY, "--data", folder, "--epochs", 3, "--output", tmp_path / "run")
+    assert (code, err) == (CODES[number], f"train.py: interrupted ({number.name}); {KEPT}")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("number", CODES)
 def test_a_signal_while_workers_start_is_one_line(start, folder, tmp_path, monkeypatch, number, group):
