@@ -155,7 +155,8 @@ def test_a_picture_from_all_patches_has_them_all_predicted(tiles, images):
     method = Painter(IDS_VISIBLE, IDS_MASKED, pred=torch.zeros(2, 2, 3 * P * P))
     full = torch.linspace(-1, 1, 32).view(2, 16, 1).expand(-1, -1, 3 * P * P)
     method.predict_whole = lambda images: full
-    method.head = mim.TargetHead(types.SimpleNamespace(patch_size=P, embed_dim=4), None, False)
+    encoder = types.SimpleNamespace(patch_size=P, patch_dim=3 * P * P, embed_dim=4)
+    method.head = mim.TargetHead(encoder, None, False)
     shown = tiles(method, normalised)
     assert list(shown) == ["image", "masked", "reconstruction", "from all patches"]
     colours = (full[..., :1, None, None] * STD + MEAN).clamp(0, 1)
