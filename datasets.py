@@ -95,6 +95,11 @@ def counted(number, things):
     return f"{number} {re.sub('(?<=ss)es$|s$', '', things) if number == 1 else things}"
 
 
+def digest(data):
+    """A short hash of bytes, by which it is later seen whether others are the same."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 def seed_of(*keys):
     """Non-negative ints -> one 64-bit seed that depends on all of them, and on how many they are."""
     return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
@@ -130,6 +135,7 @@ class Source:
 
     source[i] -> dict(image uint8 [3, H, W], label int); the built-in scenes also give instances and shapes
     name(i): what image i is called in messages
+    path(i): a relative path, by which the data know image i
     file(i): a relative path, under which maps of image i are kept
     classes: list of the classes' names
     image_size: the images' natural size in pixels
@@ -142,6 +148,13 @@ class Source:
 
     def __len__(self):
         return len(self.order)
+
+    def file(self, index):
+        return self.path(index)
+
+    def digest(self):
+        """The `digest` of the images' paths, in their order."""
+        return digest(os.fsencode("\n".join(self.path(i) for i in range(len(self)))))
 
 
 # The built-in scenes: 3 to 5 objects in soft colours, partly over one another, on a background that fades
@@ -292,7 +305,7 @@ class Shapes(Source):
             self.kept[index] = item
         return item
 
-    def file(self, index):
+    def path(self, index):
         return f"shapes-{self.image_size}/{self.order[index]}"
 
     def name(self, index):
@@ -317,7 +330,7 @@ class Arrays(Source):
         place = self.order[index]
         return dict(image=self.images[place].contiguous(), label=int(self.labels[place]))
 
-    def file(self, index):
+    def path(self, index):
         return f"{self.title}-{len(self.images)}/{self.order[index]}"
 
     def name(self, index):

@@ -12,11 +12,13 @@ task.
 
 # First, because it sets what a signal does while the rest is imported
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
-                   autocast, call, cut_batch, draw_reconstruction, exit_with_one_line, first_process_first,
-                   flag_parameters, half_cosine, image_pair, join_processes, load_method, load_tokenizer,
-                   open_device, parameter_groups, picture, picture_items, rank, run_settings, save_picture,
-                   sized, small_patch, train_epochs, world_size, write_atomically)
+                   autocast, call, check_place, check_setting, cut_batch, draw_reconstruction,
+                   exit_with_one_line, first_process_first, flag_parameters, half_cosine, image_pair,
+                   join_processes, load_method, load_tokenizer, open_device, parameter_groups, picture,
+                   picture_items, rank, run_settings, save_picture, sized, small_patch, train_epochs,
+                   world_size, write_atomically)
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -48,8 +50,8 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, Files, Images, UsageError,
-                      boxes_of, collate, counted, decode, denormalize, explained, load_data, load_dense,
-                      make_loader, normalize, open_regions, seed_of)
+                      boxes_of, collate, counted, decode, denormalize, digest, explained, load_data,
+                      load_dense, make_loader, normalize, open_regions, seed_of)
 
 PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
@@ -214,10 +216,13 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
 
 
 def settings_of(task, arguments):
-    """What a resumed run must have been started with: the plain values among the arguments of a task."""
+    """What a resumed run must have been started with: the plain values among the arguments of a task, and a
+    short hash of the encoder's weights."""
     machine = ("output", "resume", "accumulate", "device", "precision", "workers")
     plain = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
-    return dict(task=task) | {name: value for name, value in plain.items() if name not in machine}
+    weights = [value.float().cpu().numpy().tobytes() for value in arguments["encoder"].state_dict().values()]
+    return dict(task=task, encoder=digest(b"".join(weights))) | {
+        name: value for name, value in plain.items() if name not in machine}
 
 
 def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr, lr_batch=256,
@@ -240,8 +245,10 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     if warmup_epochs > epochs:
         raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
     batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
-    settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, num_images=len(train),
+    images = getattr(train.source, "digest", train.__len__)()  # plain data say how many they are
+    settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, images=images,
                     warmup_epochs=warmup_epochs)
+    begun = resume and output is not None and Path(output).exists()
 
     def losses(model, batch, step):
         return compute_losses(model, prepare(batch["image"], device), batch["label"])
@@ -249,7 +256,7 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     for _, state in train_epochs(
             model, optimizer, train, losses, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
             peak_lr=base_lr * batch_size / lr_batch, warmup_epochs=warmup_epochs, min_lr=min_lr, fall=fall,
-            collate_fn=collate_fn, state=open_kept(output, settings) if resume else None, seed=seed,
+            collate_fn=collate_fn, state=open_kept(output, settings) if begun else None, seed=seed,
             device=device, precision=precision, workers=workers, title=title):
         if output is not None and rank() == 0:
             write_atomically(output, functools.partial(torch.save, state | dict(args=settings)))
@@ -261,11 +268,12 @@ def open_kept(path, settings):
     """What `fit` has written to a file; UsageError if it is something else, or of other settings."""
     with explained("--resume", f"{path} is not of --task {settings['task']}"):
         state = mim.load_file(path)
-        kept = state["args"]
-    for name, value in settings.items():
-        if kept.get(name) != value:
-            raise UsageError(f"--resume: {path} was made with {name} {kept.get(name)}, not {value}; give the "
-                             "same, or another --output")
+        check_setting("epoch", state["epoch"], NonNegativeInt)
+        for name, value in settings.items():
+            kept = state["args"].get(name)
+            if kept != value:
+                raise UsageError(f"--resume: {path} was made with {name} {kept}, not {value}; give the same, "
+                                 "or another --output")
     return state
 
 
@@ -1468,19 +1476,36 @@ def few(dataset, images=None, count: PositiveInt = 8):
     return picture_items(dataset, len(images) if images else count)
 
 
-def open_output(checkpoint, task, output: str | None = None):
-    """The file to write. It is tried now, not after an hour of training.
+def task_of(path, model):
+    """The task whose model or else picture a file is; None if another program made it."""
+    with contextlib.suppress(Exception):  # on others' files, readers raise anything
+        return mim.load_file(path)["args"]["task"] if model else Image.open(path).info["task"]
+
+
+def open_output(checkpoint, task, output: str | None = None, resume=False, overwrite: bool = False):
+    """The file to write. It is tried now, not after an hour of training. What eval.py has not written itself
+    is not overwritten.
 
     output: the file of the picture (PNG), or of the fine-tuned model (default: TASK.png, or TASK.pt, beside
         the checkpoint)
+    overwrite: start anew where --output already holds a fine-tuned model
     """
     beside = Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent
-    ending = ".pt" if "resume" in inspect.signature(TASKS[task]).parameters else ".png"
-    path = Path(beside / (task + ending) if output is None else output)
-    if path.is_dir():
-        raise UsageError(f"--output {output}: it is a folder; give a file")
-    if ending == ".pt" and path.suffix == ".png":
+    trains = "resume" in inspect.signature(TASKS[task]).parameters
+    path = Path(beside / (task + (".pt" if trains else ".png")) if output is None else output)
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if trains and path.suffix == ".png":
         raise UsageError(f"--output {output}: it is for the model; a picture beside it ends in .png")
+    for file in (path, path.with_suffix(".png")) if task in ("semseg", "detect") else (path,):
+        check_place(file)
+        model = trains and file == path
+        if file.exists() and not (model and resume):
+            if task_of(file, model) not in TASKS or str(file) == checkpoint:
+                raise UsageError(f"--output {file}: it is no result of eval.py, or the checkpoint itself")
+            if model and not overwrite:
+                raise UsageError(f"--output {file}: it holds a result: --resume goes on from it, --overwrite "
+                                 "starts anew")
     with explained(f"--output {path}", "it cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -1527,6 +1552,8 @@ def parse(argv):
         functions += [open_output] * ("images" in takes or "output" in takes)
     unused = {"vocab_size", "interval", "tau_start", "tau_end"}  # the tokenizer's, and of training alone
     for function in functions:
+        if "resume" not in takes:
+            unused |= {"overwrite"}
         parser.add(function, unused if "train" in takes else unused | {"limit"})
     given = parser.parse(argv)
     if {"data", "images"} <= given.keys() and "train" not in takes:
@@ -1573,12 +1600,12 @@ def main(argv):
         path = settings["output"]
         if "output" in takes:  # it is the model's
             path = path.with_suffix(".png")
-        save_picture(path, result["picture"], "eval.py")
+        save_picture(path, result["picture"], task)
         result["picture"] = str(path)
     if rank() == 0:
         shown = {name: p.default for name, p in flag_parameters(run).items()} | settings | result
         shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))
-        for name in ("resume", "data") if "images" in given else ("resume",):
+        for name in ["resume", "overwrite"] + ["data"] * ("images" in given):
             shown.pop(name, None)
         print(json.dumps(shown, default=str))
 

@@ -59,7 +59,6 @@ import argparse
 import contextlib
 import datetime
 import difflib
-import hashlib
 import inspect
 import json
 import math
@@ -81,7 +80,7 @@ from tqdm import tqdm
 
 import mim
 from datasets import (SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate, counted,
-                      default_regions, denormalize, explained, load_data, make_loader, normalize,
+                      default_regions, denormalize, digest, explained, load_data, make_loader, normalize,
                       open_regions, reason_of, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -242,8 +241,10 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         loader = make_loader(dataset, workers, device, collate_fn, batch_sampler=batches)
     broken = BrokenFiles(dataset.source, tqdm.write)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
-    if state is not None:
-        restore(state, model, optimizer, scaler)
+    if state and state["epoch"]:
+        if state["epoch"] > epochs:
+            raise UsageError(f"--epochs {epochs}: the run to resume has had {state['epoch']}")
+        restore(state, model, optimizer, scaler, len(dataset))
     wrapped = model
     if world_size() > 1:
         wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -256,8 +257,8 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         return compute_losses(model, batch, step)
 
     def state_after(epoch):
-        return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    epoch=epoch)
+        return dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"],
+                    scaler=scaler.state_dict(), epoch=epoch)
 
     if state is None:
         yield {}, state_after(0)
@@ -289,7 +290,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
 
     source: see datasets.py. regions: maps of the images' regions, for methods that take them. tokenizer: for
     methods whose targets are tokens. args: dict kept in the checkpoint. state: a checkpoint to continue
-    (`load_run`).
+    (`open_output`).
 
     epochs: passes over the data
     batch_size: images per optimizer step, over all processes
@@ -364,6 +365,9 @@ def main(argv):
     join_processes(device)
     with first_process_first():
         source = call(load_data, given, split="pretrain")
+    images = source.digest()
+    if given.setdefault("data_digest", images) != images:
+        raise UsageError(f"--resume: the run was started with other images than {source.description}")
     args = settle(given, defaults, source)
     tokenizer = call(load_tokenizer, args)
     if tokenizer is not None:
@@ -432,13 +436,13 @@ def add_lookahead(optimizer, k=5, alpha=0.5):
 
     @torch.no_grad()
     def after_step(optimizer, args, kwargs):
-        group = optimizer.param_groups[0]
-        group["lookahead_count"] = group.get("lookahead_count", 0) + 1
+        optimizer.state["lookahead"] += 1
         for p, first in start.items():
             slow = optimizer.state[p].setdefault("slow", first)
-            if group["lookahead_count"] % k == 0:
+            if optimizer.state["lookahead"] % k == 0:
                 p.copy_(slow.lerp_(p, alpha))
 
+    optimizer.state["lookahead"] = torch.tensor(0)  # counts the steps
     optimizer.register_step_post_hook(after_step)
 
 
@@ -602,11 +606,11 @@ def build_method(method, image_size: list[PositiveInt] | None = None, *,
 
 
 def load_method(state, path, **overrides):
-    """A run's checkpoint (`load_run`) of this path -> its method with its weights.
+    """What a run's checkpoint.pt of this path holds -> its method with its weights.
 
     overrides: arguments of the method's constructor to change.
     """
-    method = build_method(**state["args"] | overrides)
+    method = build_method(**run_settings(state) | overrides)
     with explained(path, f"its weights do not fit {overrides or 'its settings'}"):
         method.load_state_dict(state["model"])
     return method
@@ -630,7 +634,9 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
             module = mim.DVAE.from_encoder(mim.read_checkpoint(content))
         if not isinstance(module, mim.DVAE):
             raise ValueError("it is of another method's run, not of dvae")
-    module.digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+        if not all_finite(module):
+            raise ValueError("its weights are not all finite numbers")
+    module.digest = digest(Path(tokenizer).read_bytes())
     if tokenizer_digest not in (None, module.digest):
         raise UsageError(f"--tokenizer {tokenizer} is not the file that the run was started with")
     return module.eval().requires_grad_(False)
@@ -663,35 +669,64 @@ def write_checkpoint(output, method, state):
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
 
 
-def run_settings(content):
-    """The settings in a checkpoint.pt of this program; of other files none, {}."""
+def run_settings(content, whole=False):
+    """The settings in a checkpoint.pt of this program: those of the flags, and what a resumed run compares.
+    Of other files none, {}. ValueError if a flag would not take its setting, or if `whole` and it has none.
+    """
     args = content.get("args") if isinstance(content, dict) else None
-    return args if isinstance(args, dict) and "method" in args else {}
+    if not isinstance(args, dict) or "method" not in args:
+        return {}
+    flags = open_parser(args["method"], args.get("base", "mae")).flags
+    for name, flag in flags.items():
+        if whole or name in args:
+            check_setting(name, args.get(name, flag.empty), flag.annotation)
+    others = ("method", "vocab_size", "tokenizer_digest", "data_digest")
+    return {name: args[name] for name in (*others, *flags) if name in args}
 
 
-def load_run(path):
-    """A checkpoint.pt of this program, whole; UsageError if it is something else."""
-    with explained(path, "it cannot be used"):
-        state = mim.load_file(path)
-    if not run_settings(state):
-        raise UsageError(f"{path} is not a checkpoint of train.py; {mim.listed(state)}")
-    return state
+def copy_into(own, kept, name):
+    """Copies the tensors of a checkpoint into ours, in nested dicts of the same keys. ValueError if one has
+    another shape or type, which optimizers do not notice, or is not finite."""
+    if isinstance(own, dict):
+        if own.keys() != kept.keys():
+            raise ValueError(f"{name} has other entries")
+        for key, value in own.items():
+            copy_into(value, kept[key], f"{name}.{key}")
+    elif (own.shape, own.dtype) != (kept.shape, kept.dtype) or not kept.isfinite().all():
+        raise ValueError(f"{name} must be finite numbers {list(own.shape)}, {own.dtype}")
+    else:
+        own.copy_(kept)
 
 
-def restore(state, method, optimizer, scaler):
-    """Puts a checkpoint's state into a method, its optimizer and scaler; UsageError if it does not fit."""
+@torch.no_grad()
+def restore(state, model, optimizer, scaler, num_images):
+    """Copies a checkpoint's state into a model, its optimizer and scaler; UsageError if it does not fit."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the state that the kept one is copied into
+    model.zero_grad()
+    own = dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"])
     with explained("--resume", "the checkpoint does not fit the settings"):
-        method.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state.get("maps") is not None:
+            encoder = model.encoder
+            model.maps = encoder.cls_token.new_zeros(num_images, *encoder.grid, dtype=torch.float16)
+            own["maps"] = model.maps
+        copy_into(own, {name: state[name] for name in own}, "checkpoint")
         if state["scaler"]:
+            for name, value in state["scaler"].items():
+                check_setting(name, value, NonNegativeFloat)
             scaler.load_state_dict(state["scaler"])
-    if state.get("maps") is not None:
-        method.maps = state["maps"].to(next(method.parameters()).device)
+
+
+def check_place(path):
+    """UsageError if no file should be written there: what is there is a link, a folder or a device."""
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise UsageError(f"--output {path}: it is a folder, a link or a device")
 
 
 def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,
                 prepare: bool = False):
-    """(folder of the run, checkpoint to continue or None). Refuses to overwrite a run.
+    """(folder of the run, checkpoint to continue or None). Refuses to overwrite a run, or others' files.
 
     output: folder of the run; default: runs/METHOD
     resume: continue the run in --output, or start it if there is none
@@ -699,17 +734,24 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     prepare: compute the regions of all images, and stop (not with --resume, not with --overwrite)
     """
     output = Path(output or f"runs/{method}")
-    path, state = output / "checkpoint.pt", None
-    ways = "--overwrite starts anew, --output writes elsewhere"
-    if overwrite or prepare:
+    path = output / "checkpoint.pt"
+    for file in (path, output / "encoder.pt", output / "log.jsonl", output / "reconstruction.png"):
+        check_place(file)
+        if file.exists() and not path.exists():
+            raise UsageError(f"{output} holds {file.name} but no checkpoint.pt of its run: move it, or write "
+                             "to another --output")
+    if prepare or not path.exists():
         return output, None
-    if path.exists():
-        state = load_run(path)
-    elif (output / "log.jsonl").exists():
-        raise UsageError(f"{output} holds the log of a run but no checkpoint.pt: {ways}")
-    if state and state["epoch"] and not resume:
+    with explained(path, "it cannot be used"):
+        state = mim.load_file(path)
+        settings = run_settings(state, whole=True)
+        if not settings:
+            raise UsageError(f"{path} is not a checkpoint of train.py; {mim.listed(state)}")
+        state["args"] = settings
+        check_setting("epoch", state["epoch"], NonNegativeInt)
+    if state["epoch"] and not resume and not overwrite:
         raise UsageError(f"{output} already holds a run of {counted(state['epoch'], 'epochs')}: --resume "
-                         f"continues it, {ways}")
+                         "continues it, --overwrite starts anew, --output writes elsewhere")
     return output, state if resume else None
 
 
@@ -732,12 +774,12 @@ def picture(columns, per_row=1):
     return TF.pil_to_tensor(image).float() / 255
 
 
-def save_picture(path, image, program):
-    """A picture [3, H, W] in 0..1 -> a PNG file, in which the program's name is kept (`Software`)."""
-    made_by = PngImagePlugin.PngInfo()
-    made_by.add_text("Software", program)
+def save_picture(path, image, task):
+    """A picture [3, H, W] in 0..1 -> a PNG file, in which eval.py finds later of which task it is."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("task", task)
     picture = TF.to_pil_image((255 * image).round().byte())
-    write_atomically(path, lambda to: picture.save(to, "png", pnginfo=made_by))
+    write_atomically(path, lambda to: picture.save(to, "png", pnginfo=text))
 
 
 def picture_items(dataset, count=8):
@@ -805,7 +847,7 @@ def draw_examples(path, method, items, tokenizer, device, seed=0):
     method.eval()
     items = {name: value.to(device) for name, value in items.items()}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it was compiled for batches of one size
-        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer)[0], "train.py")
+        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer)[0], "pretrain")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -817,20 +859,16 @@ def recipe_of(method, base="mae"):
     return RECIPES[f"amt-{base}" if method == "amt" else method]
 
 
-def parse(argv):
-    """Command line -> (dict of what the user gave, dict of all flags' defaults)."""
-    first = Parser(add_help=False)  # other flags depend on these two
-    first.add_argument("--method", choices=mim.METHODS)
-    first.add_argument("--base", choices=("mae", "simmim"), default="mae")
-    known = first.parse_known_args(argv)[0]
+def open_parser(method=None, base="mae"):
+    """The parser of the command line of a method; without one, of the flags that all have."""
     about = __doc__.split("\n")[0]
     more = ("With --method, --help lists its own flags too. The defaults are the paper's; images of up to 96 "
             "pixels, as the built-in scenes, have smaller ones, which a run prints.")
     parser = Parser(description=about, epilog=more)
     parser.add_argument("--method", required=True, choices=mim.METHODS)
     functions, skip, recipe = [load_data, pretrain, open_device, open_output, build_method], {"base"}, {}
-    if "method" in known:
-        cls, recipe = mim.METHODS[known.method], recipe_of(known.method, known.base)
+    if method is not None:
+        cls, recipe = mim.METHODS[method], recipe_of(method, base)
         functions += [cls]
         if "regions" in cls.inputs:
             functions += [open_regions]
@@ -840,14 +878,23 @@ def parse(argv):
             functions += [load_tokenizer]
             skip |= {"vocab_size"}  # the tokenizer's
         if cls is mim.AMT:
-            functions += [mim.METHODS[known.base]]
+            functions += [mim.METHODS[base]]
             skip = set()
     for function in functions:
         parser.add(function, skip, **recipe)
+    return parser
+
+
+def parse(argv):
+    """Command line -> (dict of what the user gave, dict of all flags' defaults)."""
+    first = Parser(add_help=False)  # other flags depend on these two
+    first.add_argument("--method", choices=mim.METHODS)
+    first.add_argument("--base", choices=("mae", "simmim"), default="mae")
+    parser = open_parser(**vars(first.parse_known_args(argv)[0]))
     given = parser.parse(argv)
     if "image_size" in given:
         given["image_size"] = image_pair(given["image_size"])
-    return given, parser.defaults
+    return given, {name: flag.default for name, flag in parser.flags.items()}
 
 
 MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
@@ -877,11 +924,8 @@ def settle(given, defaults, source):
         recipe |= {name: value for name, value in small.items() if name in recipe}
     # A shorter run warms up for the same share of it.
     recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
-    args = recipe | dict(image_size=size, num_images=len(source)) | given
-    if args["num_images"] != len(source):
-        raise UsageError(f"--resume: the run had {counted(args['num_images'], 'images')}, "
-                         f"--data {args['data']} has {len(source)}")
-    settle_batch(args, "batch_size" in given)
+    args = recipe | dict(image_size=size) | given
+    settle_batch(args, len(source), "batch_size" in given)
     if args["warmup_epochs"] > args["epochs"]:
         raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
     if "min_lr" not in given:
@@ -895,13 +939,13 @@ def settle(given, defaults, source):
     return args
 
 
-def settle_batch(args, chosen):
+def settle_batch(args, images, chosen):
     """Settles batch size, micro-batches and learning rate.
 
     If the user did not choose the batch size and the images are few, a batch is a sixteenth of them, but at
     least 8. The learning rate is then computed for lr_batch images: for so few it would be almost 0.
     """
-    images, wanted = args["num_images"], args["batch_size"]
+    wanted = args["batch_size"]
     if chosen and wanted > images:
         raise UsageError(f"--batch-size {wanted} is more than the {counted(images, 'images')} of --data")
     batch = wanted if chosen else min(wanted, max(8, images // 16))
@@ -942,6 +986,20 @@ def flag_parameters(function):
     inspect.Parameter."""
     return {name: p for name, p in inspect.signature(function).parameters.items()
             if p.annotation is not p.empty and p.default is not p.empty}
+
+
+def check_setting(name, value, annotation):
+    """ValueError for a value, from a file, that no flag of this annotation could have given: its text would
+    not be read as the same value."""
+    options = flag_options(annotation)
+    if value is None or "action" in options:
+        fitting = type(value) in (typing.get_args(annotation) or [annotation])
+    else:
+        read = options.get("type", str)
+        fitting = all(item in options.get("choices", [read(str(item))])
+                      for item in (value if "nargs" in options else [value]))
+    if not fitting:
+        raise ValueError(f"its setting {name} is missing or wrong: {value}")
 
 
 def flag_help(function):
@@ -993,7 +1051,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
-        self.defaults = {}
+        self.flags = {}  # name -> inspect.Parameter
 
     def add(self, function, skip=(), **defaults):
         """Adds the flags of a function, except those in `skip`. defaults: shown in the help instead of the
@@ -1001,9 +1059,9 @@ class Parser(argparse.ArgumentParser):
         texts = flag_help(function)
         for name, parameter in flag_parameters(function).items():
             flag, default = "--" + name.replace("_", "-"), defaults.get(name, parameter.default)
-            if name in skip or name in self.defaults:
+            if name in skip or name in self.flags:
                 continue
-            self.defaults[name] = parameter.default
+            self.flags[name] = parameter
             text = texts.get(name, "").replace("%", "%%")
             if default is not None and default is not False:
                 text += f" (default: {default})"

@@ -45,9 +45,9 @@ def test_a_failed_write_keeps_what_was_there(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_a_picture_says_which_program_made_it(tmp_path):
+def test_a_picture_says_of_which_task_it_is(tmp_path):
     image = torch.arange(3 * 16 * 16).remainder(256).view(3, 16, 16)
-    train.save_picture(tmp_path / "a.png", image / 255, "eval.py")
+    train.save_picture(tmp_path / "a.png", image / 255, "attention")
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.info["Software"] == "eval.py" and picture.mode == "RGB"
+        assert picture.info["task"] == "attention" and picture.mode == "RGB"
         assert torch.equal(train.TF.pil_to_tensor(picture).long(), image)
