@@ -59,7 +59,7 @@ class UsageError(ValueError):
 def check_folder(flag, path, choices):
     """UsageError if there is no such folder, with the nearest of the names that `flag` may have instead."""
     if not os.path.isdir(path):
-        near = difflib.get_close_matches(str(path), choices, 1)
+        near = difflib.get_close_matches(str(path).lower(), choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{flag} {path}: no such folder, and not one of {', '.join(choices)}{hint}")
 
@@ -86,8 +86,12 @@ def reason_of(error):
     if getattr(error, "errno", None) == errno.ENOSPC:
         return "the disk is full"
     words = getattr(error, "strerror", None) or str(error)
-    words = re.sub(r"<\S+ object at \w+>|\[enforce fail .*?\]", "", words)
-    return " ".join(words.split())[:200] or type(error).__name__
+    if isinstance(error, KeyError):
+        words = f"it has no {error}"
+    if isinstance(error, MemoryError) or "alloc" in words:
+        return "out of memory: use fewer or smaller images a step"
+    own = r"<\S+ object at \w+>|<urlopen error |\[(?:enforce fail|Errno) .*?\]|>$|Error\(s\) in loading .*?:"
+    return " ".join(re.sub(own, "", words).split())[:200] or type(error).__name__
 
 
 def counted(number, things):
@@ -1061,8 +1065,11 @@ class ComputedRegions(Dataset):
         temporary = f"{path}.{os.getpid()}.npz"
         with explained("--region-cache", f"cannot write {path}"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            np.savez_compressed(temporary, maps)
-            os.replace(temporary, path)
+            try:
+                np.savez_compressed(temporary, maps)
+                os.replace(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)  # of a full disk
 
     def read(self, index, item):
         path = self.path(index)

@@ -180,13 +180,13 @@ def accuracies(logits, labels):
 
 def knn_logits(train_features, train_labels, features, num_classes, k=20, temperature=0.07):
     """Votes [n, num_classes] of the k nearest training features by cosine, weighted by exp(cosine /
-    temperature)."""
+    temperature), over the nearest one's weight."""
     train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
     votes = torch.zeros(len(features), num_classes, device=features.device)
     # 1,024 at a time: the similarities of all could fill the memory.
     for some, rows in zip(features.split(1024), votes.split(1024)):
         similarity, nearest = (some @ train_features.T).topk(k, dim=1)
-        rows.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        rows.scatter_add_(1, train_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
     return votes
 
 
@@ -493,7 +493,7 @@ def augmentation():
 
 def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: PositiveInt = 1024,
              base_lr: PositiveFloat = 5e-4, warmup_epochs: NonNegativeFloat | None = None,
-             weight_decay: NonNegativeFloat = 0.05, layer_decay: PositiveFloat = 0.65,
+             weight_decay: NonNegativeFloat = 0.05, layer_decay: Fraction = 0.65,
              drop_path: Fraction = 0.1, label_smoothing: Fraction = 0.1,
              pool: Literal["cls", "mean"] = "mean", accumulate: PositiveInt | None = None, output=None,
              resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
@@ -734,7 +734,7 @@ def falling(progress):
 def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", freeze: bool = False,
            epochs: PositiveInt = 127, batch_size: PositiveInt = 16, base_lr: PositiveFloat = 1e-4,
            warmup_epochs: NonNegativeFloat | None = None, weight_decay: NonNegativeFloat = 0.05,
-           layer_decay: PositiveFloat = 0.65, drop_path: Fraction = 0.1, width: PositiveInt = 512,
+           layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, width: PositiveInt = 512,
            output=None, resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
            workers=0) -> dict:
     """Semantic segmentation, as on ADE20K by BEiT's, MAE's and CAE's code: 160,000 steps of 16 images.
@@ -936,7 +936,7 @@ def stepwise(progress):
 
 def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100, batch_size: PositiveInt = 64,
            base_lr: PositiveFloat = 2.5e-5, warmup_epochs: NonNegativeFloat | None = None,
-           weight_decay: NonNegativeFloat = 0.1, layer_decay: PositiveFloat = 0.7, drop_path: Fraction = 0.1,
+           weight_decay: NonNegativeFloat = 0.1, layer_decay: Fraction = 0.7, drop_path: Fraction = 0.1,
            width: PositiveInt = 256, window: PositiveInt = 14, output=None, resume: bool = False,
            seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
     """Object detection and instance segmentation, as ViTDet's on COCO (R-MAE, §4.1): Mask R-CNN.

@@ -1953,8 +1953,7 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # the MAE release's arguments are one
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises almost anything, a missing one an OSError
-        no_checkpoint = f"not a whole PyTorch checkpoint of plain tensors ({type(error).__name__})"
-        reason = getattr(error, "strerror", None) or no_checkpoint
+        reason = getattr(error, "strerror", None) or "not a whole PyTorch checkpoint of plain tensors"
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 

@@ -1082,7 +1082,7 @@ class Parser(argparse.ArgumentParser):
         arguments, rest = self.parse_known_args(argv)
         if rest:
             flag = rest[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise UsageError(f"unknown argument {flag}: {hint}")
         given = vars(arguments)
@@ -1112,10 +1112,10 @@ def exit_with_one_line(program, main):
     except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
             message = "a worker was killed, perhaps because memory ran out: try fewer --workers"
-        elif isinstance(error, MemoryError) or "alloc" in str(error):
-            message = "out of memory: use fewer or smaller images a step"
         else:
-            raise
+            message = reason_of(error)
+            if not message.startswith("out of memory"):
+                raise
     if int(os.environ.get("RANK", 0)):
         time.sleep(10)  # if the first process fails too, it says so, and torchrun ends this one meanwhile
     print(f"{program}: error: {message}", file=sys.stderr)

@@ -160,8 +160,8 @@ def test_knn_votes_by_hand():
     train_features = torch.tensor([[1.0, 0], [2, 2], [0, 3], [-1, 0]])
     labels = torch.tensor([0, 1, 1, 0])
     votes = evaluation.knn_logits(train_features, labels, torch.tensor([[5.0, 0]]), 2, k=3, temperature=0.5)
-    # The three nearest by cosine: 1, 0.707, 0
-    expected = [math.exp(1 / 0.5), math.exp(math.sqrt(0.5) / 0.5) + math.exp(0)]
+    # The three nearest by cosine: 1, 0.707, 0; over the nearest one's weight
+    expected = [1.0, (math.exp(math.sqrt(0.5) / 0.5) + math.exp(0)) / math.exp(1 / 0.5)]
     assert votes[0].tolist() == pytest.approx(expected, rel=1e-5)
 
 

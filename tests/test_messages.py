@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,10 +122,29 @@ def test_an_error_of_the_program_itself_keeps_its_traceback():
 def test_pythons_and_torchs_names_for_things_are_left_out(run, mistake, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     message = mistake("eval", run[0] / "encoder.pt", "--task", "attention", "--images", "text.png")
-    assert message == "--images text.png: it cannot be used as an image (cannot identify image file)"
+    problem = "it cannot be used as an image (cannot identify image file"
+    assert message.startswith(f"--images text.png: {problem}") and "<" not in message
     with pytest.raises(datasets.UsageError, match=r"^a: b \(. unexpected pos 64 vs 0\)$"):
         with datasets.explained("a", "b"):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), TOO_LARGE),
+    (urllib.error.URLError(OSError(-2, "Name or service not known")), "Name or service not known"),
+    (RuntimeError("Error(s) in loading state_dict for ResNet:\n\tMissing key: a"), "Missing key: a"),
+    (KeyError("epoch"), "it has no 'epoch'"),
+    (AssertionError(), "AssertionError"),
+])
+def test_reasons_are_one_line_in_a_users_words(error, reason):
+    with pytest.raises(datasets.UsageError) as told, datasets.explained("--data a", "it cannot be read"):
+        raise error
+    assert str(told.value) == f"--data a: it cannot be read ({reason})"
+
+
+def test_sizes_beyond_the_memory_are_one_line(run, mistake):
+    message = mistake("train", "--method", "mae", "--model", "nano", "--image-size", 10**6, "--patch-size", 1)
+    assert message == f"--method mae: it cannot be built ({TOO_LARGE})"
 
 
 # Values
@@ -166,6 +187,35 @@ def test_more_workers_than_a_machine_bears_are_refused(monkeypatch):
     assert train.open_device(workers=16)[2] == 16
     with pytest.raises(datasets.UsageError, match="^--workers 17: at most 8 for each core, here 16$"):
         train.open_device(workers=17)
+
+
+@pytest.mark.parametrize("program, command, says", [
+    ("train", "--method mae --data CIFAR10", "shapes, cifar10, cifar100, stl10; did you mean cifar10?"),
+    ("eval", "random --task knn --zzz 1", "unknown argument --zzz: see --help"),
+    ("eval", "random --task finetune --layer-decay 9", "--layer-decay must be a number from 0 to 1, got '9'"),
+])
+def test_what_else_it_may_be_is_said(program, command, says, mistake):
+    assert mistake(program, *command.split()).endswith(says)
+
+
+def test_a_low_temperature_asks_the_nearest_alone():
+    """exp(cosine / temperature) would be beyond float32."""
+    known, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.9, 0.1]]), torch.tensor([2, 1, 1])
+    votes = evaluation.knn_logits(known, labels, torch.tensor([[1.0, 0.0]]), 3, k=3, temperature=1e-4)
+    assert votes[0].tolist() == pytest.approx([0.0, 0.0, 1.0])
+
+
+def test_a_full_disk_keeps_no_piece_of_a_regions_file(tmp_path, monkeypatch):
+    regions = datasets.ComputedRegions(datasets.load_data("shapes"), str(tmp_path), [9])
+
+    def save(path, maps):
+        Path(path).write_bytes(b"a piece")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.np, "savez_compressed", save)
+    with pytest.raises(datasets.UsageError, match=r"cannot write .*\(the disk is full\)$"):
+        regions.save(0, torch.zeros(1, 8, 8).numpy())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 # Two flags, one of which would do nothing
