@@ -1386,7 +1386,7 @@ MISTAKES = [
      "--images low.png: it cannot be used as an image (a side has fewer than"),
     ("{mae}/encoder.pt --task knn --resume", "unknown argument --resume"),
     ("{mae}/encoder.pt --task finetune --resume --output {mae}/checkpoint.pt --data {data}",
-     "was made with task None, not finetune"),
+     "checkpoint.pt is not of --task finetune (it has no 'epoch')"),
     ("{mae}/encoder.pt --task finetune --warmup-epochs 5 --epochs 3 --data {data} --output w.pt",
      "--warmup-epochs 5 is more than --epochs 3"),
     ("{mae}/encoder.pt --task knn --data {plain}", "needs labels"),
