@@ -1,9 +1,9 @@
 """Masked image modeling, one class a paper, on a plain Vision Transformer.
 
-Contents. To copy a paper, copy the imports, its section and the sections that it uses.
+Contents. To copy a paper, copy the imports, the paper's section and the sections that it uses.
 
      section                       holds                                                   uses
-     1. Checks of arguments        for what a user may get wrong
+     1. Checks of arguments        errors that name the argument
      2. Patches and index tensors  patchify, take, put
      3. Vision Transformer         ViT, its blocks and attentions                          1, 2
      4. Losses and pictures        pixel, token and region loss; what a prediction shows   1, 2
@@ -22,17 +22,27 @@ Contents. To copy a paper, copy the imports, its section and the sections that i
     17. Loading weights            of this project, of the MAE release, of timm            1-3
     18. The methods by name        METHODS                                                 all
 
-Notation: B images [B, C, H, W]; p the side of a patch in pixels; N = gh * gw patches on a (gh, gw) grid,
-numbered in raster order; D the encoder's width; V the size of a vocabulary; `ids_*` integer index tensors
-[B, n] into 0..N-1.
+Notation: B images [B, C, H, W] of C channels; p the side of a patch in pixels; N = gh * gw patches on a
+(gh, gw) grid, numbered in raster order; D the encoder's width; V the size of a vocabulary; `ids_*` integer
+index tensors [B, n] with values in 0..N-1. Each paper's section begins with a table of the paper's symbols.
 
 A method is built around an encoder: `MAE(ViT(...))`. Its forward takes the images, whatever else the paper
-needs, and optionally the mask to use (`ids_visible`, `ids_masked`); without it a new one is drawn. It returns
-a dict: `loss` and its parts; `pred`, pixels [B, n_masked, p*p*C] or logits of tokens [B, n_masked, V] (RAE
-has `pred_regions` instead); `ids_visible`, `ids_masked`. DVAE, the tokenizer, has a dict of its own. Two
-class attributes tell a training program what to prepare:
-    inputs           what forward takes besides the images, by name, from the data
-    encoder_options  what the paper's encoder is made with, besides its size
+needs, and optionally the mask to use (`ids_visible`, `ids_masked`); without it a new mask is drawn. It
+returns a dict: `loss` and its parts; `pred`, pixels [B, n_masked, p*p*C] or logits of tokens
+[B, n_masked, V] (RAE has `pred_regions` instead); `ids_visible`, `ids_masked`. DVAE, the tokenizer, has a
+dict of its own. Two class attributes tell a training program what to prepare:
+    inputs           the arguments of forward besides the images that come from the data
+    encoder_options  the options of the paper's encoder besides its size
+
+ViT offers all that the methods ask of an encoder. Any other module will do that has what its method reads:
+    all but AMT             embed_dim, patch_size, patch_dim (p*p*C), grid (gh, gw), num_patches (N)
+    MAE, RAE, RMAE          forward(images, ids) -> latents [B, 1+n, D] of a class token and the patches `ids`
+    ObjMAE                  forward(images, ids, keep); keep [B, n] bool or None, see `ViT.encode`
+    SimMIM, BEiT            embed(images) -> [B, N, D]; encode(tokens, ids=None) -> [B, 1+n, D], see `ViT`
+    CAE                     these two; pos_embed [1, 1+N, D], relative_position = False; num_heads,
+                            layer_scale, drop_path for its other blocks
+    LoMaR                   embed; encode(tokens, buckets=...); relative_position = True, image_size
+    AMT, besides its base   grid, cls_token, last_attention(images) -> [B, heads, N]
 """
 
 import argparse
@@ -52,7 +62,7 @@ from torchvision.ops import StochasticDepth, roi_align
 
 
 def check_range(minimum, maximum=math.inf, **arguments):
-    """ValueError that names the first of the arguments that is not a finite number in minimum..maximum."""
+    """Raises a ValueError that names the first argument that is no finite number in minimum..maximum."""
     for name, value in arguments.items():
         if not (minimum <= value <= maximum and math.isfinite(value)):  # nan fails every comparison
             limits = f"at least {minimum}" if maximum == math.inf else f"in {minimum}..{maximum}"
@@ -60,15 +70,15 @@ def check_range(minimum, maximum=math.inf, **arguments):
 
 
 def check_choice(name, value, choices):
-    """ValueError if an argument is none of the values of a Literal type."""
+    """Raises a ValueError if `value` is none of the values of the Literal type `choices`."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be {' or '.join(get_args(choices))}, got {value!r}")
 
 
 def check_transformer(dim, num_heads, depth, names=("embed_dim", "num_heads", "depth")):
-    """ValueError if these cannot be a transformer's width, number of heads and depth.
+    """Raises a ValueError if these cannot be a transformer's width, number of heads and depth.
 
-    names: of the three arguments, as the user knows them.
+    names: the names of the three arguments, as the user knows them.
     """
     check_range(1, **dict(zip(names, (dim, num_heads, depth))))
     if dim % 4 or dim % num_heads:
@@ -80,7 +90,12 @@ def check_transformer(dim, num_heads, depth, names=("embed_dim", "num_heads", "d
 
 
 def patchify(images, patch_size):
-    """[B, C, H, W] -> [B, N, p*p*C]: patches in raster order, inside a patch (row, column, channel)."""
+    """Images [B, C, H, W] -> patches [B, N, p*p*C] in raster order; inside a patch row, column, channel.
+
+    >>> image = torch.arange(16).view(1, 1, 4, 4)  # 0 1 2 3 in the first row, 4 5 6 7 in the second
+    >>> patchify(image, patch_size=2).tolist()
+    [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    """
     B, C, H, W = images.shape
     p = patch_size
     if H % p or W % p:
@@ -90,19 +105,33 @@ def patchify(images, patch_size):
 
 
 def unpatchify(patches, patch_size, grid):
-    """[B, N, p*p*C] -> [B, C, gh*p, gw*p], the inverse of `patchify` for a (gh, gw) grid."""
+    """Patches [B, N, p*p*C] -> images [B, C, gh*p, gw*p], the inverse of `patchify` for a (gh, gw) grid.
+
+    >>> unpatchify(torch.tensor([[[0, 1, 4, 5], [2, 3, 6, 7]]]), patch_size=2, grid=(1, 2)).tolist()
+    [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]
+    """
     B, (gh, gw), p = len(patches), grid, patch_size
     x = patches.reshape(B, gh, gw, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, gh * p, gw * p)
 
 
 def take(x, ids):
-    """The rows `ids` [B, n] of x [B, N, D] -> [B, n, D]."""
+    """Returns the rows `ids` [B, n] of x [B, N, D]: [B, n, D].
+
+    >>> x = torch.tensor([[[0, 0], [1, 1], [2, 2]]])
+    >>> take(x, torch.tensor([[2, 0]])).tolist()
+    [[[2, 2], [0, 0]]]
+    """
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def put(x, ids, rows):
-    """A copy of x [B, N, D] in which the rows `ids` [B, n] are `rows` (broadcast to [B, n, D])."""
+    """Returns a copy of x [B, N, D] in which the rows `ids` [B, n] are `rows`, broadcast to [B, n, D].
+
+    >>> x = torch.tensor([[[0, 0], [1, 1], [2, 2]]])
+    >>> put(x, torch.tensor([[2, 0]]), torch.tensor([[[7, 7], [8, 8]]])).tolist()
+    [[[8, 8], [1, 1], [7, 7]]]
+    """
     ids = ids[..., None].expand(-1, -1, x.shape[-1])
     return x.scatter(1, ids, rows.to(x.dtype).expand_as(ids))
 
@@ -129,15 +158,19 @@ def sincos_position_embedding(dim, grid):
     return F.pad(table.float(), (0, 0, 1, 0))[None]
 
 
-NUM_BUCKETS = 50  # 7 x 7 classes of offsets, and one for every pair with the class token
+NUM_BUCKETS = 50  # 7 x 7 classes of offsets, and one for all pairs with the class token
 
 
 def relative_buckets(grid):
-    """The class of relative position of every two tokens: [1+N, 1+N] in 0..49; token 0 is the class token.
+    """Returns the class of relative position of every two tokens, [1+N, 1+N] in 0..49; token 0 is the class
+    token.
 
     iRPE's product method: the row offset and the column offset each become an index in -3..3, which is exact
     for near patches and logarithmic for far ones (alpha 1.9, beta 3.8, gamma 15.2). So one table of 50 rows
     serves grids of any size. An offset is key minus query, j - i; LoMaR's authors mirror the table: i - j.
+
+    >>> relative_buckets((1, 3)).tolist()  # three patches in a row: 24 is a patch itself, 25 the next one
+    [[49, 49, 49, 49], [49, 24, 25, 26], [49, 23, 24, 25], [49, 22, 23, 24]]
     """
     alpha, beta, gamma = 1.9, 3.8, 15.2
 
@@ -153,12 +186,12 @@ def relative_buckets(grid):
 
 
 def layer_norm(dim):
-    """LayerNorm with the 1e-6 of the ViTs of all these papers; PyTorch's own default is 1e-5."""
+    """LayerNorm with the epsilon 1e-6 of the ViTs of all these papers; PyTorch's own default is 1e-5."""
     return nn.LayerNorm(dim, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] -> one linear projection per patch [B, N, D]."""
+    """Images [B, C, H, W] -> a linear projection of each patch, [B, N, D]."""
 
     def __init__(self, patch_size, embed_dim, channels):
         super().__init__()
@@ -171,9 +204,9 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, [B, L, D] -> [B, L, D].
 
-    relative_position: add q_i . r[bucket(i, j)] to the logits. r is a learned table, shared by the heads:
+    relative_position: adds q_i . r[bucket(i, j)] to the logits. r is a learned table, shared by the heads:
         contextual relative position encoding on the keys (Wu et al., ICCV 2021, arXiv:2107.14222, product
-        method).
+        method). r[bucket(i, j)] is LoMaR's r_ij (§3.2).
 
     forward takes `buckets` [L, L], the classes of relative position, where the module has such a table; and
     `keep` [B, L] bool, the tokens that may be attended to (None: all).
@@ -205,7 +238,10 @@ class Attention(nn.Module):
         return self.proj(x)
 
     def weights(self, x, query=slice(None), buckets=None):
-        """The attention of the tokens `query`, a slice, to all tokens: [B, heads, l, L], rows sum to one."""
+        """Attention of the tokens `query`, a slice, to all tokens: [B, heads, l, L], rows sum to one.
+
+        This is A_i of AMT's Eq. 3. forward never makes it: scaled_dot_product_attention is faster.
+        """
         q, k, _ = self.split_heads(x)
         q = q[:, :, query]
         logits = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
@@ -215,7 +251,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of q [B, m, D] to k, v [B, n, D] -> [B, m, D], each normed by a norm of its own.
+    """Multi-head attention of q [B, m, D] to k, v [B, n, D] -> [B, m, D]; each of the three has its own norm.
 
     norm_context: False for keys and values that are normed already.
     """
@@ -237,7 +273,7 @@ class CrossAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, q, k):
-        """The attention of each q to each k: [B, heads, m, n], rows sum to one."""
+        """Attention of each q to each k: [B, heads, m, n], rows sum to one."""
         q, k = self.split_heads(self.q(self.norm_q(q))), self.split_heads(self.k(self.norm_k(k)))
         return ((q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])).softmax(-1)
 
@@ -255,7 +291,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel (Touvron et al., ICCV 2021, arXiv:2103.17239)."""
+    """A learned factor for each channel (Touvron et al., ICCV 2021, arXiv:2103.17239)."""
 
     def __init__(self, dim, init):
         super().__init__()
@@ -284,7 +320,7 @@ class Block(nn.Module):
 
 
 def set_drop_path(blocks, drop_path):
-    """Gives blocks stochastic depth, with a rate that grows linearly from 0 for the first to `drop_path`."""
+    """Gives the blocks stochastic depth, with a rate that grows linearly from 0 to `drop_path`."""
     check_range(0, 1, drop_path=drop_path)
     for i, block in enumerate(blocks):
         rate = drop_path * i / max(1, len(blocks) - 1)
@@ -302,7 +338,7 @@ def init_weights(module):
 
 
 def learned_token(dim):
-    """A parameter [1, 1, dim], normal with standard deviation 0.02: the class token, a mask token."""
+    """A class token or mask token: a parameter [1, 1, dim], normal with standard deviation 0.02."""
     return nn.Parameter(torch.randn(1, 1, dim) * 0.02)
 
 
@@ -333,7 +369,7 @@ class ViT(nn.Module):
     relative_position: relative positions in every block instead of the position embedding, as LoMaR has them
     layer_scale: initial value of a learned factor per channel on both branches of every block, whose output
         projections then start smaller, too, as in BEiT and CAE; None is neither
-    channels: of the images, C; 1 for grey ones
+    channels: channels of the images, C; 1 for grey ones
     """
 
     def __init__(self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
@@ -374,7 +410,10 @@ class ViT(nn.Module):
         return self.patch_embed(images)
 
     def sequence(self, tokens, ids=None):
-        """Patch embeddings [B, N, D] -> the blocks' input [B, 1+n, D]: positions, choice, class token."""
+        """Patch embeddings [B, N, D] -> the blocks' input [B, 1+n, D] (AMT, Eq. 1).
+
+        Positions are added first. Then the patches `ids` are chosen, and the class token comes before them.
+        """
         cls = self.cls_token
         if not self.relative_position:
             tokens, cls = tokens + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
@@ -386,8 +425,8 @@ class ViT(nn.Module):
         """Patch embeddings [B, N, D] (masked ones may have been replaced) -> latents [B, 1+n, D].
 
         ids: [B, n], the patches to encode; None for all.
-        buckets: with relative positions, those of the patches `ids` if they are not all (`relative_buckets`).
-        keep: [B, n] bool, which of the patches may be attended to; None for all.
+        buckets: with relative positions, the `relative_buckets` of the patches `ids` if they are not all.
+        keep: [B, n] bool, True for the patches that may be attended to; None for all.
         """
         x = self.sequence(tokens, ids)
         if buckets is None:
@@ -401,11 +440,14 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def forward(self, images, ids=None, keep=None):
-        """Images [B, C, H, W] -> latents [B, 1+n, D] of class token and patches `ids` [B, n] (None: all)."""
+        """Images [B, C, H, W] -> latents [B, 1+n, D] of class token and patches `ids` [B, n] (None: all).
+
+        keep: see `encode`.
+        """
         return self.encode(self.embed(images), ids, keep=keep)
 
     def features(self, images, pool="cls"):
-        """One vector an image, [B, D], after the last norm: the class token, or the mean of the patches.
+        """One vector per image, [B, D], after the last norm: the class token, or the mean of the patches.
 
         MAE's and BEiT's own global pooling takes the mean before the norm.
         """
@@ -414,7 +456,10 @@ class ViT(nn.Module):
         return x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
 
     def last_attention(self, images, query=0):
-        """The last block's attention of a token (0: class, 1+i: patch i) to the patches: [B, heads, N]."""
+        """Attention of one token to the patches in the last block: [B, heads, N].
+
+        query: the token: 0 for the class token, 1+i for patch i.
+        """
         x = self.sequence(self.embed(images))
         for block in self.blocks[:-1]:
             x = block(x, self.buckets)
@@ -450,15 +495,15 @@ SIZES = {  # embed_dim, depth, num_heads; `nano` is for CPUs and tests, the othe
 
 
 def patch_statistics(patches):
-    """Each patch's own mean and sqrt(unbiased variance + 1e-6), [B, n, 1] each (MAE's `norm_pix_loss`)."""
+    """Mean and sqrt(unbiased variance + 1e-6) of each patch, [B, n, 1] each (MAE's `norm_pix_loss`)."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (var + 1e-6).sqrt()
 
 
 def pixel_loss(pred, target, norm_pix=False, distance=F.mse_loss, keep=None):
-    """Mean error of predicted patches [B, n, p*p*C] against true ones, in float32.
+    """Mean error of predicted patches [B, n, p*p*C] against true ones, in float32 (AMT, Eq. 2).
 
-    norm_pix: compare to each true patch minus its mean, divided by its standard deviation.
+    norm_pix: the prediction is of each true patch minus its mean, divided by its standard deviation.
     distance: F.mse_loss, or F.l1_loss for SimMIM.
     keep: [B, n] bool, the patches that count; None for all.
     """
@@ -481,9 +526,9 @@ def region_loss(pred, target):
 
 
 class TargetHead(nn.Linear):
-    """The last layer, and the loss, of a method that predicts tokens or else pixels (LoMaR, BEiT, CAE).
+    """The last layer, and the loss, of a method that predicts tokens or pixels (LoMaR, BEiT, CAE).
 
-    Latents [B, n, D] -> pred [B, n, V], logits of vocab_size tokens, or [B, n, p*p*C] if that is None.
+    Latents [B, n, D] -> pred: logits [B, n, V] of vocab_size tokens, or pixels [B, n, p*p*C] if that is None.
     """
 
     def __init__(self, encoder, vocab_size=None, norm_pix=True):
@@ -508,9 +553,9 @@ class TargetHead(nn.Linear):
 
 
 def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
-    """The images [B, C, H, W] with the patches `ids_masked` [B, n] replaced by `pred` [B, n, p*p*C].
+    """Returns the images [B, C, H, W] with the patches `ids_masked` [B, n] replaced by `pred` [B, n, p*p*C].
 
-    norm_pix: pred is of normalised patches, which look like noise; gives them the true mean and deviation.
+    norm_pix: pred is of normalised patches, which look like noise. They get the true mean and deviation.
     """
     patches = patchify(images, patch_size)
     pred = pred.to(patches.dtype)
@@ -526,12 +571,16 @@ def reconstruct(images, pred, ids_masked, patch_size, norm_pix=False):
 
 
 def count_share(total, ratio, round_up=False):
-    """total * ratio, rounded down or up; the 1e-6 is for what floats lose: 100 * 0.29 is 28.99..."""
+    """total * ratio, rounded down or up. The 1e-6 makes up for what floats lose.
+
+    >>> int(100 * 0.29), count_share(100, 0.29)
+    (28, 29)
+    """
     return math.ceil(total * ratio - 1e-6) if round_up else int(total * ratio + 1e-6)
 
 
 def count_masked(total, mask_ratio, round_up=False):
-    """How many of `total` patches or units are masked: at least one, and not all (ValueError)."""
+    """The number of masked ones of `total` patches or units. ValueError if that is none or all of them."""
     check_range(0, 1, mask_ratio=mask_ratio)
     masked = count_share(total, mask_ratio, round_up)
     if not 0 < masked < total:
@@ -541,14 +590,25 @@ def count_masked(total, mask_ratio, round_up=False):
 
 
 def random_masking(batch, num_patches, mask_ratio, device=None, generator=None):
-    """Uniform masking (MAE, §3) -> ids_visible [B, int(N * (1 - mask_ratio))], ids_masked [B, the rest]."""
+    """Uniform masking (MAE, §3).
+
+    Returns ids_visible [B, int(N * (1 - mask_ratio))] and ids_masked [B, the rest], in random order.
+
+    >>> ids_visible, ids_masked = random_masking(batch=1, num_patches=8, mask_ratio=0.75)
+    >>> len(ids_visible[0]), len(ids_masked[0]), sorted(ids_visible[0].tolist() + ids_masked[0].tolist())
+    (2, 6, [0, 1, 2, 3, 4, 5, 6, 7])
+    """
     visible = num_patches - count_masked(num_patches, mask_ratio, round_up=True)
     order = torch.rand(batch, num_patches, device=device, generator=generator).argsort(1)
     return order[:, :visible], order[:, visible:]
 
 
 def units_to_patches(ids, grid, unit_size):
-    """Indices [B, n] of units of u*u patches -> [B, n*u*u] indices of their patches on the (gh, gw) grid."""
+    """Indices [B, n] of units of u*u patches -> indices [B, n*u*u] of their patches on the (gh, gw) grid.
+
+    >>> units_to_patches(torch.tensor([[0, 3]]), grid=(4, 4), unit_size=2).tolist()  # of four, first and last
+    [[0, 1, 4, 5, 10, 11, 14, 15]]
+    """
     gw, u = grid[1], unit_size
     row, column = ids // (gw // u) * u, ids % (gw // u) * u
     inside = torch.arange(u, device=ids.device)
@@ -558,6 +618,13 @@ def units_to_patches(ids, grid, unit_size):
 
 # ---------------------------------------------------------------------------------------------------------
 # 6. MAE
+#
+# the paper                        here                                         shape
+# visible, masked patches          ids_visible, ids_masked                      [B, n_visible], [B, n_masked]
+# masking ratio, 75%               mask_ratio
+# latent representation            latents, the class token's first             [B, 1 + n_visible, D]
+# mask token                       mask_token                                   [1, 1, decoder_dim]
+# normalized pixel values          target in `pixel_loss`, with norm_pix        [B, n_masked, p*p*C]
 
 
 class MAE(nn.Module):
@@ -571,7 +638,7 @@ class MAE(nn.Module):
     decoder_dim: width of the decoder
     decoder_depth: number of the decoder's blocks
     decoder_heads: attention heads of a decoder block
-    norm_pix: predict patches of mean 0 and variance 1 each, instead of raw pixels
+    norm_pix: predict each patch with mean 0 and variance 1, instead of raw pixels
 
     Departs from the authors' code, with the same result: the decoder works on [class, visible, masked] as
     they come, without sorting them back, since positions are added and the order of tokens does not matter to
@@ -618,7 +685,10 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, -ids_masked.shape[1] :]))
 
     def predict(self, images, latents, ids_visible, ids_masked, keep=None, keep_masked=None):
-        """Latents of the visible patches -> the loss on the masked patches of the images, and pred."""
+        """Latents [B, 1 + n_visible, D] -> the loss on the masked patches of the images, and pred.
+
+        keep: see `decode`. keep_masked: [B, n_masked] bool, the masked patches that count; None for all.
+        """
         pred = self.decode(latents, ids_visible, ids_masked, keep)
         target = take(patchify(images, self.encoder.patch_size), ids_masked)
         return pixel_loss(pred, target, self.norm_pix, keep=keep_masked), pred
@@ -635,12 +705,22 @@ class MAE(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------
 # 7. SimMIM
+#
+# the paper (§3)                   here                                         shape
+# masked patch size, 32            unit_size patches of patch_size pixels
+# x_M, true values                 target                                       [B, n_masked, p*p*C]
+# y_M, predicted values            pred                                         [B, n_masked, p*p*C]
+# ||y_M - x_M||_1 / Omega(x_M)     `pixel_loss` with F.l1_loss
 
 
 def unit_masking(batch, grid, unit_size, mask_ratio, device=None, generator=None):
-    """Uniform masking of units of u*u patches (SimMIM, §3.2), ceil(units * mask_ratio) of them.
+    """Uniform masking of ceil(units * mask_ratio) units of u*u patches (SimMIM, §3.2).
 
-    Returns ids_visible, ids_masked: patch indices [B, n*u*u] on the (gh, gw) grid.
+    Returns ids_visible, ids_masked: indices [B, n*u*u] of patches on the (gh, gw) grid.
+
+    >>> ids_visible, ids_masked = unit_masking(batch=1, grid=(2, 4), unit_size=2, mask_ratio=0.5)
+    >>> sorted([ids_visible[0].tolist(), ids_masked[0].tolist()])  # the left unit and the right one
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
     units = math.prod(grid) // unit_size**2
     masked = count_masked(units, mask_ratio, round_up=True)
@@ -695,12 +775,24 @@ class SimMIM(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------
 # 8. Block-wise masking, for BEiT and CAE
+#
+# BEiT, Alg. 1                     here                                         shape
+# h x w                            grid
+# M                                ids_masked                                   [B, num_masked]
+# s, block size                    area, at least min_block = 16                [B]
+# r, aspect ratio                  aspect, in (min_aspect, 1 / min_aspect)      [B]
+# a, b, the block's sides          height, width                                [B]
+# t, l, its place                  top, left                                    [B], in 0..1
 
 
 def random_blocks(area, grid, min_aspect, generator=None):
-    """One rectangle of about `area` [B] patches an image, at a uniform place: [B, gh, gw] float, ones inside.
+    """One block of about `area` [B] patches per image, at a uniform place: [B, gh, gw] float, ones inside.
 
-    height / width is log-uniform in (min_aspect, 1 / min_aspect). All is 0 if it does not fit into the grid.
+    height / width is log-uniform in (min_aspect, 1 / min_aspect). A block that does not fit into the grid has
+    no ones.
+
+    >>> random_blocks(torch.tensor([4.0]), grid=(2, 2), min_aspect=1.0).tolist()  # a square of four patches
+    [[[1.0, 1.0], [1.0, 1.0]]]
     """
     (gh, gw), device = grid, area.device
     aspect, top, left = torch.rand(3, len(area), device=device, generator=generator)
@@ -716,13 +808,17 @@ def random_blocks(area, grid, min_aspect, generator=None):
 
 
 def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=None, generator=None):
-    """Block-wise masking of exactly num_masked patches an image (Bao et al., BEiT, arXiv:2106.08254, Alg. 1).
+    """Block-wise masking of exactly num_masked patches per image (BEiT, arXiv:2106.08254, Alg. 1).
 
     Blocks have at least min_block patches, or what remains to be masked if that is less, and may overlap. 30
-    are proposed to each image. Those are placed that mask no more patches than remain. What is still missing
-    then (about 0.3 patches an image in a grid of 24x24) is drawn at random, next to blocks first. A block may
-    be as high or as wide as the grid, which BEiT's code excludes. Returns ids_visible [B, N - num_masked] and
-    ids_masked [B, num_masked].
+    blocks are proposed to each image. Those are placed that mask no more patches than remain. The patches
+    that are missing then (about 0.3 per image in a grid of 24x24) are drawn at random, next to blocks first.
+    A block may be as high or as wide as the grid, which BEiT's code excludes. Returns
+    ids_visible [B, N - num_masked] and ids_masked [B, num_masked].
+
+    >>> _, ids_masked = block_masking(1, grid=(2, 5), num_masked=4, min_block=4, min_aspect=1.0)
+    >>> (ids_masked - ids_masked.min()).sort().values.tolist()  # a square of 2x2 patches, somewhere
+    [[0, 1, 5, 6]]
     """
     check_range(1, math.prod(grid) - 1, num_masked=num_masked)
     min_block = min(min_block, num_masked)
@@ -743,14 +839,23 @@ def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=
 
 # ---------------------------------------------------------------------------------------------------------
 # 9. BEiT
+#
+# the paper (§2)                   here                                         shape
+# z, visual tokens                 tokens                                       [B, N], in 0..V-1
+# |V|, vocabulary                  vocab_size
+# M, masked positions              ids_masked                                   [B, n_masked]
+# e_[M], mask embedding            mask_token                                   [1, 1, D]
+# x^M, corrupted patches           x in forward                                 [B, N, D]
+# h_i^L, last hidden vectors       what encoder.encode returns                  [B, 1 + N, D]
+# W_c, b_c                         head.weight, head.bias                       [V, D], [V]
 
 
 class BEiT(nn.Module):
     """Bao, Dong, Piao, Wei, "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022, arXiv:2106.08254.
 
-    New: what is predicted is not pixels but the discrete token that a tokenizer gives a patch. As in BERT,
-    the encoder sees every patch, a masked one as a learned token, and one linear layer classifies; masks come
-    in blocks.
+    New: not pixels are predicted but the discrete token that a tokenizer gives a patch. As in BERT, the
+    encoder sees every patch, a masked one as a learned token, and one linear layer classifies. Masks come in
+    blocks.
 
     vocab_size: number of the tokenizer's tokens
     mask_ratio: share of the patches that is masked
@@ -796,13 +901,28 @@ class BEiT(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------
 # 10. CAE
+#
+# the paper (§3)                   here                                         shape
+# X_v, X_m                         ids_visible, ids_masked                      [B, n_visible], [B, n_masked]
+# F, encoder                       encoder
+# H, latent contextual regressor   regress
+# G, decoder                       decode
+# Z_v                              latents in `regress`                         [B, n_visible, D]
+# Q_m, mask queries                queries, at first mask_token                 [B, n_masked, D]
+# P_v, positional embeddings       positions(ids_visible)                       [B, n_visible, D]
+# Z_m, predicted                   predicted                                    [B, n_masked, D]
+# bar Z_m, by the encoder          encoded                                      [B, n_masked, D]
+# Y_m                              pred                                         [B, n_masked, V or p*p*C]
+# bar Y_m                          tokens, or the masked patches                [B, N]
+# l_y, l_z, lambda                 loss, loss_align, alignment_weight
+# sg                               torch.no_grad()
 
 
 class RegressorBlock(Block):
     """Block of CAE's latent contextual regressor (§3.1): queries [B, m, D], context [B, n, D] -> queries.
 
-    The positions [B, m, D] and [B, n, D] tell queries and keys where they are; values are without. What comes
-    out of the attention is normed, and the MLP's residual starts from the normed value, as in their code.
+    Positions [B, m, D] and [B, n, D] are added to queries and keys, not to values. As in the authors' code,
+    the sum after the attention is normed, and the MLP's residual starts from the normed value.
     """
 
     def __init__(self, dim, num_heads, layer_scale=None):
@@ -820,9 +940,9 @@ class CAE(nn.Module):
     IJCV 2023, arXiv:2202.03026.
 
     New: predicting and encoding are kept apart. A regressor predicts the masked patches' latents from the
-    visible ones, and an alignment loss keeps them in the encoder's own space; the decoder sees nothing but
-    them. So all of the representation is learned by the encoder, and the decoder can read what the encoder
-    says of a whole image.
+    visible ones, and an alignment loss keeps them in the encoder's own space. The decoder sees nothing but
+    the predicted latents. So the encoder learns all of the representation, and the decoder can read the
+    encoder's latents of a whole image.
 
     vocab_size: number of the tokenizer's tokens; None predicts pixels (Table 9)
     mask_ratio: share of the patches that is masked
@@ -830,12 +950,12 @@ class CAE(nn.Module):
     regressor_depth: blocks of the latent contextual regressor
     decoder_depth: blocks of the decoder; 0 is a linear layer alone
     alignment_weight: lambda of Eq. 1
-    norm_pix: predict pixels of patches of mean 0 and variance 1 each, as MAE (not with a tokenizer)
+    norm_pix: predict each patch with mean 0 and variance 1, as MAE (not with a tokenizer)
 
-    The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5); regressor
+    The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5). Regressor
     and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the
     latents that are aligned are those after its last norm. The authors keep a second encoder with the same
-    weights for the targets; here it is one encoder. Sections, tables and figures are numbered as in the
+    weights for the targets; here one encoder does both. Sections, tables and figures are numbered as in the
     version under review.
     """
 
@@ -878,7 +998,7 @@ class CAE(nn.Module):
         return F.embedding(ids, self.encoder.pos_embed[0, 1:])
 
     def regress(self, latents, ids_visible, ids_masked):
-        """Latents Z_v [B, n_visible, D] of the visible patches -> Z_m [B, n_masked, D], predicted."""
+        """H: latents Z_v [B, n_visible, D] of the visible patches -> Z_m [B, n_masked, D], predicted."""
         positions = self.positions(ids_masked)
         context_positions = torch.cat([self.positions(ids_visible), positions], dim=1)
         queries = self.mask_token.expand(len(latents), ids_masked.shape[1], -1)
@@ -888,14 +1008,15 @@ class CAE(nn.Module):
         return self.regressor_norm(queries)
 
     def decode(self, latents, ids):
-        """Latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*C]."""
+        """G: latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*C]."""
         x = latents + self.positions(ids)
         for block in self.decoder_blocks:
             x = block(x)
         return self.head(self.decoder_norm(x))
 
     def predict_whole(self, images):
-        """Whole images through encoder and decoder, no regressor (Figures 3, 10): pred [B, N, V or p*p*C]."""
+        """Whole images -> pred [B, N, V or p*p*C] by encoder and decoder, without the regressor (Figures 3,
+        10)."""
         ids = torch.arange(self.encoder.num_patches, device=images.device).expand(len(images), -1)
         return self.decode(self.encoder(images)[:, 1:], ids)
 
@@ -909,7 +1030,8 @@ class CAE(nn.Module):
             ids_visible, ids_masked = block_masking(
                 len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
         embedded = self.encoder.embed(images)
-        predicted = self.regress(self.encoder.encode(embedded, ids_visible)[:, 1:], ids_visible, ids_masked)
+        latents = self.encoder.encode(embedded, ids_visible)[:, 1:]
+        predicted = self.regress(latents, ids_visible, ids_masked)
         # Stop-gradient of Eq. 1. This pass comes second: autocast caches weight copies, and copies made under
         # no_grad would cut the other pass's gradients.
         with torch.no_grad():
@@ -923,6 +1045,17 @@ class CAE(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------
 # 11. AMT
+#
+# the paper                        here                                         shape
+# x_p, E, E_pos, z (Eq. 1)         `ViT.embed`, `ViT.sequence`                  [B, 1 + N, D]
+# L (Eq. 2)                        `pixel_loss`, by the base
+# A_i, N_h, D_h (Eq. 3)            `Attention.weights`; num_heads, D / num_heads
+# a_i^1 (Eq. 4)                    last_attention(images)                       [B, heads, N]
+# a_w, masking weights (Eq. 4)     `attention_map`, kept in maps                [B, gh, gw]
+# P_A (Eq. 5)                      `patch_weights`                              [B, N] or units of patches
+# S, M (Eq. 5)                     order in `attention_masking`                 [B, N]
+# r, t; mask_c, throw_c (Alg. 1)   mask_ratio, throw_ratio; num_masked, num_thrown
+# C, z_I (Eq. 6)                   ids_visible and ids_masked; not ids_thrown
 
 Throw = Literal["middle", "low", "random"]
 
@@ -931,8 +1064,8 @@ Throw = Literal["middle", "low", "random"]
 def attention_map(encoder, images):
     """Whole images [B, C, H, W] -> masking weights a_w [B, gh, gw] in [0, 1] (AMT, Eq. 3, 4).
 
-    Departs from the paper as the authors' code does: every head is scaled to [0, 1] before the mean of heads,
-    where §3.2 scales the mean once. Without drop path.
+    The encoder works without drop path. Departs from the paper as the authors' code does: every head is scaled
+    to [0, 1] before the mean of heads, where §3.2 scales the mean once.
     """
     training = encoder.training
     encoder.eval()
@@ -948,17 +1081,23 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
 
     weights: P_A [B, N], not negative. M orders the patches; the larger the weight, the likelier an early
     place in M. The first num_masked of M are masked, then num_thrown are thrown, the rest is visible
-    (throw="middle", the paper's choice). Table 4's others: "low" throws the end of M; "random" makes M
+    (throw="middle", the paper's choice). Table 4 has two others: "low" throws the end of M; "random" makes M
     without the weights ("MAE+Random T"). Returns ids_visible, ids_masked, ids_thrown, together all patches.
+
+    >>> weights = torch.tensor([[1.0, 1e30, 1e10, 1e20]])  # so different that M is 1, 3, 2, 0
+    >>> [ids.tolist() for ids in attention_masking(weights, num_masked=1, num_thrown=2)]
+    [[[0]], [[1]], [[3, 2]]]
+    >>> [ids.tolist() for ids in attention_masking(weights, num_masked=1, num_thrown=2, throw="low")]
+    [[[3]], [[1]], [[2, 0]]]
     """
     if throw == "random":
         weights = torch.ones_like(weights)
-    # Eq. 5, M = S(P_A): drawing all N patches by weight, without replacement. Sorting E_i / w_i with E_i
+    # Eq. 5, M = S(P_A): all N patches are drawn by weight, without replacement. Sorting E_i / w_i with E_i
     # exponential is the same distribution, as the smallest of independent Exp(w_i) is number i with chance
     # w_i / sum w. torch.multinomial would refuse weights of zero; here the floor of 1e-12 puts them last.
     noise = torch.empty_like(weights, dtype=torch.float32).exponential_(generator=generator)
     order = (noise / weights.float().clamp_min(1e-12)).argsort(1)
-    ids_masked, rest = order[:, :num_masked], order[:, num_masked:]
+    ids_masked, rest = order[:, :num_masked], order[:, num_masked:]  # Eq. 6
     if throw == "low":
         keep = rest.shape[1] - num_thrown
         return rest[:, :keep], ids_masked, rest[:, keep:]
@@ -966,7 +1105,7 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
 
 
 def crop_maps(maps, box, flip, size):
-    """Cuts and flips maps of whole images as their images were: [B, gh, gw] -> [B, *size].
+    """Cuts and flips maps of whole images as the images were cut and flipped: [B, gh, gw] -> [B, *size].
 
     box: [B, 4] crop boxes (x1, y1, x2, y2) as fractions of the whole image; flip: [B] bool, horizontal.
 
@@ -974,6 +1113,11 @@ def crop_maps(maps, box, flip, size):
     roi_align does these steps at once, with one box for each image: each output cell is the mean of 4 x 4
     bilinear samples of the map. The mean in place of the sum is one factor for all patches, which changes no
     draw.
+
+    >>> maps = torch.arange(4.0).expand(2, 4, 4)  # a cell's value is its column
+    >>> middle, flip = torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(2, -1), torch.tensor([False, True])
+    >>> crop_maps(maps, middle, flip, size=(1, 2)).tolist()
+    [[[1.0, 2.0]], [[2.0, 1.0]]]
     """
     gh, gw = maps.shape[1:]
     x1, y1, x2, y2 = box.to(maps.device, torch.float32).unbind(1)
@@ -990,9 +1134,9 @@ class AMT(nn.Module):
     New: the model's own class attention says where the object is. Highly attended patches are more likely to
     be masked, and a middle part of the order is thrown: it enters neither encoder nor decoder nor loss.
 
-    AMT is a masking strategy around a method, `AMT(MAE(encoder))`, which does all the rest. Any base will do
-    that has forward(images, ids_visible, ids_masked) -> dict, `mask_ratio`, and `encoder` with `grid`,
-    `cls_token` and last_attention(images) -> [B, heads, N]; and `unit_size` if it masks units of patches.
+    AMT is a masking strategy around a method, as in `AMT(MAE(encoder))`; the method does the rest. Any base
+    will do that has forward(images, ids_visible, ids_masked) -> dict, `mask_ratio` and `encoder`, and
+    `unit_size` if it masks units of patches.
 
     mask_ratio: share of the patches that is masked once there are attention maps; None is 0.45 on MAE, 0.44
         on SimMIM, and with throw_ratio=0 the base's own, for attention-driven masking alone (Table 1)
@@ -1003,7 +1147,7 @@ class AMT(nn.Module):
         MAE, 20% on SimMIM, at least 2, as an update costs up to an epoch's time, and at most the paper's 40
 
     Masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image for
-    each training image; forward(images, index, box, flip) cuts from them what the augmentation cut from the
+    each training image. forward(images, index, box, flip) cuts from them what the augmentation cut from the
     images. Without `index` the maps are computed on the spot, which costs one more pass of the encoder.
     Departs from the authors' code, and follows the paper: the code crops its maps at a wrong place (always
     near one corner, by 2x2 to 3x3 cells, whatever the image's crop), so the published figures come from other
@@ -1047,18 +1191,18 @@ class AMT(nn.Module):
         return self.base.encoder
 
     def interval_for(self, epochs):
-        """Epochs between updates of the maps in a run of so many epochs."""
+        """The epochs between two updates of the maps in a run of `epochs` epochs."""
         return self.interval or min(40, max(2, round(self.interval_share * epochs)))  # §4.1
 
     def maps_due(self, epoch, epochs):
-        """Whether to compute the maps before this epoch (0-based): after every interval."""
+        """True if the maps are to be computed before this epoch (from 0 on): after every interval."""
         return self.throw != "random" and epoch > 0 and epoch % self.interval_for(epochs) == 0
 
     @torch.no_grad()
     def update_maps(self, batches, num_images):
         """Computes the maps of all `num_images` images, from batches (whole images [B, C, H, W], index [B]).
 
-        Under torch.distributed each process brings a part of the images, and all end with all maps.
+        Under torch.distributed each process brings a part of the images, and each gets all maps.
         """
         maps = self.encoder.cls_token.new_zeros(num_images, *self.encoder.grid, dtype=torch.float16)
         for images, index in batches:
@@ -1068,7 +1212,7 @@ class AMT(nn.Module):
         self.maps = maps
 
     def patch_weights(self, images, index, box, flip):
-        """P_A of §3.2, a weight for each unit: [B, gh, gw]; None while there are no maps."""
+        """P_A of Eq. 5, a weight for each unit: [B, gh, gw] of unit_grid; None while there are no maps."""
         if self.throw == "random":
             return images.new_ones(len(images), *self.unit_grid)
         if index is None:
@@ -1077,7 +1221,7 @@ class AMT(nn.Module):
         return None if self.maps is None else crop_maps(self.maps[index], box, flip, self.unit_grid)
 
     def draw(self, weights):
-        """P_A [B, gh, gw] of units -> ids_visible, ids_masked, ids_thrown of patches (Eq. 5, 6)."""
+        """P_A [B, gh, gw] of the units -> ids_visible, ids_masked, ids_thrown of patches (Eq. 5, 6)."""
         ids = attention_masking(weights.flatten(1), self.num_masked, self.num_thrown, self.throw)
         return [units_to_patches(i, self.encoder.grid, self.unit_size) for i in ids]
 
@@ -1085,7 +1229,8 @@ class AMT(nn.Module):
         """images [B, C, H, W] -> the base's loss, pred, ids_visible, ids_masked, and ids_thrown.
 
         index: [B], each image's number among the training images; with it box [B, 4] and flip [B] must be
-            given, see `crop_maps`. ids_visible, ids_masked: the mask to use.
+            given, see `crop_maps`.
+        ids_visible, ids_masked: the mask to use.
         """
         if index is not None and (box is None or flip is None):
             raise ValueError("index needs box and flip, to cut the maps as the images were cut")
@@ -1102,10 +1247,21 @@ class AMT(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------
 # 12. LoMaR
+#
+# the paper (§3)                   here                                         shape
+# h x w patches                    grid
+# K x K patches of a window, m     window_size
+# n windows, "views" of Table 4    num_windows, W below
+# r_ij                             relative_table[buckets[i, j]]                [D / heads]
+# visible, masked ("zero out")     ids_visible, ids_masked                      [B, W * n], [B, W * m]
+# normalized ground truth          target in `pixel_loss`, with norm_pix        [B, W * m, p*p*C]
 
 
 def window_places(grid, window_size, num_windows):
-    """(rows, columns): at how many places a K*K window fits; ValueError if at less than num_windows."""
+    """The numbers of rows and of columns at which a K*K window can begin.
+
+    ValueError if these are fewer places than num_windows.
+    """
     check_range(1, min(grid), window_size=window_size)
     rows, columns = (g - window_size + 1 for g in grid)
     check_range(1, rows * columns, num_windows=num_windows)
@@ -1116,6 +1272,11 @@ def window_masking(batch, grid, window_size, num_windows, mask_ratio, device=Non
     """Windows of K*K patches at different places, int(K*K * mask_ratio) masked in each (LoMaR, §3.2).
 
     Returns ids_visible [B, W * n], ids_masked [B, W * m], window after window; windows may overlap.
+
+    >>> ids_visible, ids_masked = window_masking(1, (2, 3), window_size=2, num_windows=2, mask_ratio=0.5)
+    >>> windows = torch.cat([ids_visible.view(2, -1), ids_masked.view(2, -1)], dim=1)
+    >>> sorted(windows.sort().values.tolist())  # there are two places for 2x2 patches in 2x3
+    [[0, 1, 3, 4], [1, 2, 4, 5]]
     """
     K, (rows, columns) = window_size, window_places(grid, window_size, num_windows)
     masked = count_masked(K * K, mask_ratio)
@@ -1131,16 +1292,16 @@ class LoMaR(nn.Module):
     """Local masked reconstruction. Chen, Hu, Li, Elhoseiny, "Efficient Self-supervised Vision Pretraining
     with Local Masked Reconstruction", 2022, arXiv:2206.00790.
 
-    New: an image is reconstructed inside a few small windows, each a sequence of its own, so the cost does
-    not grow with the image. One encoder sees visible and masked patches, and relative positions make all
-    places alike.
+    New: an image is reconstructed inside a few small windows. Each window is a sequence of its own, so the
+    cost does not grow with the image. One encoder sees visible and masked patches, and relative positions
+    make all places alike.
 
     encoder: a ViT with relative_position=True
     vocab_size: predict tokens of such a vocabulary instead of pixels: LoMaR on BEiT (§4.2; there with BEiT's
         settings, for 300 epochs); None is pixels
     mask_ratio: share of each window's patches that is masked
     window_size: side of a window, in patches
-    num_windows: windows an image; None is as many as hold the patches of a 14x14 grid (or of a smaller one,
+    num_windows: windows per image; None is as many as hold the patches of a 14x14 grid (or of a smaller one,
         whole), as in Table 4: 8 of 5x5, 4 of 7x7, 3 of 9x9; and §4.1's 6 and 9 of 7x7 for images of 384 and
         448 pixels
     norm_pix: see `MAE` (not with a tokenizer)
@@ -1182,7 +1343,7 @@ class LoMaR(nn.Module):
         """images [B, C, H, W], and optionally the windows to use -> loss, pred, ids_visible, ids_masked.
 
         tokens: [B, N] of all patches, if it was built with vocab_size; they add loss_token and accuracy.
-        The index tensors are `window_masking`'s, one window after the other: [B, W * n], [B, W * m].
+        The index tensors are as from `window_masking`, one window after the other: [B, W * n], [B, W * m].
         """
         if ids_visible is None:
             ids_visible, ids_masked = window_masking(
@@ -1202,13 +1363,20 @@ class LoMaR(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 13. Label maps: regions or objects as numbers from 1 to 255 in layers [B, L, H, W]; 0 is nothing
+# 13. Label maps, for ObjMAE and R-MAE
+#
+# Regions or objects are labels from 1 to 255 in L layers [B, L, H, W]; 0 is none. A region is a pair of layer
+# and label; its number is 256 * layer + label. Regions of different layers may overlap.
 
 NUM_LABELS = 256  # of one layer
 
 
 def region_areas(regions):
-    """Label maps [B, L, H, W] -> pixels of each label of each layer, [B, L * 256] float; 0 for label 0."""
+    """Label maps [B, L, H, W] -> the number of pixels of each region, [B, L * 256] float; 0 for label 0.
+
+    >>> region_areas(torch.tensor([[[[0, 1, 1, 2]]]]))[0, :3].tolist()
+    [0.0, 2.0, 1.0]
+    """
     labels = regions.long().flatten(2)
     areas = torch.zeros(*labels.shape[:2], NUM_LABELS, device=regions.device)
     areas.scatter_add_(2, labels, torch.ones((), device=regions.device).expand_as(labels))
@@ -1217,13 +1385,30 @@ def region_areas(regions):
 
 
 def binary_maps(regions, chosen):
-    """The binary maps [B, k, H, W] of the regions `chosen` [B, k], which are 256 * layer + label."""
+    """The binary maps [B, k, H, W] of the regions `chosen` [B, k], which are 256 * layer + label.
+
+    >>> binary_maps(torch.tensor([[[[0, 1, 1, 2]]]]), torch.tensor([[2, 1]])).int().tolist()
+    [[[[0, 0, 0, 1]], [[0, 1, 1, 0]]]]
+    """
     layer = (chosen // NUM_LABELS)[..., None, None].expand(-1, -1, *regions.shape[2:])
     return regions.gather(1, layer) == (chosen % NUM_LABELS)[..., None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 14. ObjMAE
+#
+# the paper (§3)                   here                                         shape
+# y_p, segmentation                regions                                      [B, L, H, W]
+# S(y = i) / S(y) (Eq. 1)          `region_areas` / pixels, >= object_floor     [B, L * 256]
+# M_c, w_k^c, f_k (Eq. 2)          maps, head.weight, x in `class_activation_map`
+# H * W patches                    encoder.num_patches
+# alpha H W                        count
+# X_src, source patches            ids_visible, keep_visible                    [B, count]
+# X_tar, target patches            ids_masked, keep_masked                      [B, count]
+# X_out, discarded patches         all others
+#
+# The steps of §3: selection (`select_objects`, `object_patches`), division (`divide_patches`), alignment
+# (`align_patches`).
 
 Alignment = Literal["throwout", "zero", "replicate", "random"]
 Selection = Literal["intra", "inter"]
@@ -1231,10 +1416,11 @@ Selection = Literal["intra", "inter"]
 
 @torch.no_grad()
 def class_activation_map(network, images, labels=None):
-    """Class activation maps [B, 1, h, w] at most 1, at the resolution of the last features (ObjMAE, Eq. 2).
+    """Class activation maps [B, 1, h, w] with maximum 1, as fine as the last features (ObjMAE, Eq. 2).
 
-    network: a classifier whose last two children are a global average pool and a linear layer, as
-        torchvision's ResNets, in eval mode. labels: [B] the classes asked for; None for the predicted ones.
+    network: a classifier in eval mode whose last two children are a global average pool and a linear layer,
+        as of torchvision's ResNets.
+    labels: [B], the classes of the maps; None for the predicted ones.
     """
     *features, _, head = network.children()
     x = nn.Sequential(*features)(images)
@@ -1245,23 +1431,39 @@ def class_activation_map(network, images, labels=None):
 
 
 def select_objects(regions, number, floor=0.05):
-    """Different objects, drawn uniformly from those that cover `floor` of the image (ObjMAE, §3.2, §4.1).
+    """Draws different objects uniformly from those that cover `floor` of the image (ObjMAE, §3.2, §4.1).
 
     regions: [B, L, H, W] integer label maps. Returns binary maps [B, number, H, W], and [B, number] bool,
-    whether there was such an object.
+    False where there are not so many objects.
+
+    >>> maps, found = select_objects(torch.tensor([[[[7, 7, 7, 9]]]]), number=2, floor=0.5)
+    >>> maps[0, 0].int().tolist(), found.tolist()  # 7 is large enough, 9 is not
+    ([[1, 1, 1, 0]], [[True, False]])
     """
-    usable = region_areas(regions) >= floor * regions[0, 0].numel() - 1e-3
+    usable = region_areas(regions) >= floor * regions[0, 0].numel() - 1e-3  # Eq. 1
     chosen = (torch.rand(usable.shape, device=usable.device) + usable).topk(number, dim=1).indices
     return binary_maps(regions, chosen), usable.gather(1, chosen)
 
 
 def object_patches(maps, patch_size, share=0.2):
-    """Binary maps [B, H, W] -> [B, N] bool, patches with `share` of their pixels inside (ObjMAE, §3.2)."""
+    """Binary maps [B, H, W] -> the patches with `share` of their pixels inside, [B, N] bool (ObjMAE, §3.2).
+
+    >>> maps = torch.tensor([[[1, 0, 1, 1], [0, 0, 1, 0]]])  # two patches, with one and with three pixels
+    >>> object_patches(maps, patch_size=2, share=0.5).tolist()
+    [[False, True]]
+    """
     return patchify(maps[:, None].float(), patch_size).sum(-1) >= share * patch_size**2 - 1e-3
 
 
 def keep_patches(member, count, strength=None):
-    """At most `count` of the patches `member` [B, N] bool: random, or of largest strength [B, N] >= 0."""
+    """Keeps at most `count` of the patches `member` [B, N] bool -> [B, N] bool.
+
+    strength: [B, N] >= 0, of which the largest are kept; None keeps random patches.
+
+    >>> member, strength = torch.tensor([[1, 1, 0, 1]]).bool(), torch.tensor([[0.1, 0.8, 0.9, 0.2]])
+    >>> keep_patches(member, 2, strength).int().tolist()
+    [[0, 1, 0, 1]]
+    """
     if strength is None:
         strength = torch.rand(member.shape, device=member.device)
     rank = strength.masked_fill(~member, -1).argsort(1, descending=True).argsort(1)
@@ -1269,9 +1471,14 @@ def keep_patches(member, count, strength=None):
 
 
 def divide_patches(member, count):
-    """Two disjoint random halves of the patches `member` [B, N] bool, at most `count` each (ObjMAE, §3.3).
+    """Divides the patches `member` [B, N] bool into two random halves, [B, N] bool each (ObjMAE, §3.3).
 
-    Of an odd number one patch is in neither.
+    The halves are disjoint, of one size, and have at most `count` patches each. Of an odd number one patch is
+    in neither.
+
+    >>> source, target = divide_patches(torch.tensor([[1, 0, 1, 1, 1]]).bool(), count=2)
+    >>> source.sum().item(), target.sum().item(), (source | target).int().tolist()
+    (2, 2, [[1, 0, 1, 1, 1]])
     """
     rank = torch.rand(member.shape, device=member.device).masked_fill(~member, 2).argsort(1).argsort(1)
     half = (member.sum(1, keepdim=True) // 2).clamp(max=count)
@@ -1279,21 +1486,24 @@ def divide_patches(member, count):
 
 
 def align_patches(source, target, count, alignment):
-    """Makes every image's lists of source and target patches exactly `count` long (ObjMAE, §3.3).
+    """Makes the lists of source and target patches of every image exactly `count` long (ObjMAE, §3.3).
 
-    source, target: [B, N] bool, disjoint, at least one patch an image and at most `count`.
+    source, target: [B, N] bool, disjoint, with 1 to `count` patches per image.
     Returns ids_visible, ids_masked [B, count], and keep_visible, keep_masked: [B, count] bool with "zero" as
-    the alignment, else None.
-
-    Source 0, 1, 2 and target 5 of eight patches become at count 3, up to the order of 0, 1, 2:
+    the alignment, else None. Source 0, 1, 2 and target 5 of eight patches become with count=3, for example:
 
         alignment  ids_visible  ids_masked
-        throwout   0            5           cut to the shortest list of the batch
-        zero       0 1 2        5 5 5       filled up; keep_masked is True, False, False
-        replicate  0 1 2        5 5 5       the same, and all three 5 count
-        random     0 1 2        5 7 3       filled up from anywhere, with no patch of the other list
+        throwout   1            5           cut to the shortest list of the batch
+        zero       1 0 2        5 5 5       filled up; keep_masked is True, False, False
+        replicate  1 0 2        5 5 5       the same, and every 5 counts
+        random     1 0 2        5 7 3       filled up from anywhere, without a patch of the other list
+
+    >>> source, target = torch.arange(8)[None] < 3, torch.arange(8)[None] == 5
+    >>> ids_visible, ids_masked, keep_visible, keep_masked = align_patches(source, target, 3, "zero")
+    >>> sorted(ids_visible[0].tolist()), ids_masked[0].tolist(), keep_masked[0].tolist()
+    ([0, 1, 2], [5, 5, 5], [True, False, False])
     """
-    def shuffle(member, last=False):  # all N patches: members in random order, others, those of `last`
+    def shuffle(member, last=False):  # all N patches: members, then others, then `last`; each at random
         return (torch.rand(member.shape, device=member.device) + 2 * ~member + 4 * last).argsort(1)
 
     source_size, target_size = source.sum(1, keepdim=True), target.sum(1, keepdim=True)
@@ -1318,9 +1528,10 @@ class ObjMAE(MAE):
     """Object-wise masked autoencoder. Wu, Mo, "Object-wise Masked Autoencoders for Fast Pre-training", 2022,
     arXiv:2205.14338.
 
-    New: one object of the image is drawn; half of its patches are the encoder's (source), half are predicted
-    (target). All else of the image enters nothing, which leaves a fraction of the cost and no context but the
-    object's own. MAE with mask_ratio=0.5 is the case alpha=0.5 with the whole image as the object.
+    New: one object of the image is drawn. Half of its patches are for the encoder (source), half are
+    predicted (target). All else of the image enters nothing, which leaves a fraction of the cost and no
+    context but the object's own. MAE with mask_ratio=0.5 is the case alpha=0.5 with the whole image as the
+    object.
 
     alpha: length of source and of target, each, as a share of all patches; half of the 0.34 that §4.1 gives
         on COCO is Table 9's 0.17
@@ -1363,7 +1574,10 @@ class ObjMAE(MAE):
         self.object_floor, self.patch_share = object_floor, patch_share
 
     def select(self, regions, batch):
-        """The patches of two objects, [B, N] bool; the second may be the first's background, or nothing."""
+        """The patches of two objects, [B, N] bool each; the second may be the first's background, or empty.
+
+        regions: see `forward`. batch: the number of images.
+        """
         whole = self.mask_token.new_ones(batch, self.encoder.num_patches, dtype=torch.bool)
         if regions is None:
             return whole, ~whole
@@ -1378,7 +1592,7 @@ class ObjMAE(MAE):
         return first, torch.where(found[:, 1:], second, True) & ~first
 
     def split(self, regions, batch):
-        """Source and target, [B, N] bool, disjoint: from one to `count` patches of every image."""
+        """Source and target, [B, N] bool, disjoint, with 1 to `count` patches per image; see `select`."""
         first, second = self.select(regions, batch)
         if self.selection == "intra":
             unusable = first.sum(1, keepdim=True) < 2
@@ -1394,8 +1608,8 @@ class ObjMAE(MAE):
 
         regions: integer label maps [B, L, H, W]; or class activation maps [B, 1, H, W], floats with maximum 1
             (`class_activation_map`); None for the whole image as one object.
-        keep_*: [B, n] bool, False for the padding of alignment "zero"; None with the other alignments.
-        The last four arguments are the mask to use.
+        The last four arguments are the mask to use; keep_visible, keep_masked: [B, n] bool, False for the
+            padding of alignment "zero"; None with the other alignments.
         """
         if ids_visible is None:
             source, target = self.split(regions, len(images))
@@ -1412,19 +1626,40 @@ class ObjMAE(MAE):
 
 # ---------------------------------------------------------------------------------------------------------
 # 15. R-MAE and RAE
+#
+# the paper (Appendix A)           here                                         shape
+# R, k                             region_maps, num_regions                     [B, k, H, W], binary
+# beta_I = beta_R                  mask_ratio; ids_visible is that of the image and of its regions
+# N (1 - beta), visible patches    n = n_visible
+# p_E = p_D                        region_dim, dim below
+# v_R (Eq. 1, 4, 7)                x in RegionBranch.encode                     [B, k, n, p*p]
+# R-Encoder, v_renc                RegionBranch.encode                          [B, k, n, dim]
+# f                                proj
+# v'_renc (Eq. 2, 5)               x in BatchBranch.decode                      [B * k, 1 + N, dim]
+# v'_penc                          RegionBranch.fill                            [B, 1 + N, dim]
+# [mask]                           neck_mask_token, mask_token                  [1, 1, dim]
+# Neck, v_context (Eq. 9)          neck_block, context                          [B, 1 + N, dim]
+# v_emb, v_query (Eq. 8, 10)       queries in LengthBranch.decode               [B, k, dim]
+# W, v_rdec (Eq. 11)               expand, x in LengthBranch.decode             [B, k, n_masked, dim]
+# g                                head
+# h (Eq. 12)                       region_feed
 
 Variant = Literal["length", "channel", "batch"]
 CrossFeed = Literal["pixel_to_region", "region_to_pixel", "both"]
 
 
 def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None):
-    """Draws regions that the visible patches show something of (R-MAE, Appendix A, "Masking strategy").
+    """Draws regions that the visible patches show a part of (R-MAE, Appendix A, "Masking strategy").
 
-    regions: label maps [B, L, H, W], uint8 or int64 from 0 to 255. Each layer holds disjoint regions, one a
-        label; 0 is no region, so that layers can be padded with zeros. A region is a (layer, label) pair.
+    regions: label maps [B, L, H, W], uint8 or int64 from 0 to 255. Each layer holds disjoint regions, one for
+        each label; 0 is no region, so that layers can be padded with zeros.
     ids_visible: [B, n], the image's mask, which its regions share.
     Returns bool maps [B, num_regions, H, W]: for each image uniform draws with replacement from its regions
     with at least one pixel inside a visible patch; empty maps if it has none.
+
+    >>> regions = torch.tensor([[[[7, 7, 0, 9]]]])
+    >>> sample_regions(regions, torch.tensor([[0, 2]]), patch_size=1, num_regions=2).int().tolist()
+    [[[[1, 1, 0, 0]], [[1, 1, 0, 0]]]]
     """
     if regions.ndim != 4 or regions.dtype not in (torch.uint8, torch.int64):
         raise ValueError("regions must be label maps [B, L, H, W] of uint8 or int64, "
@@ -1439,13 +1674,13 @@ def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None
 
 
 def region_patches(region_maps, ids, patch_size):
-    """Maps [B, k, H, W] -> the patches `ids` [B, n] of each: [B, k, n, p*p]."""
+    """Maps [B, k, H, W] -> the patches `ids` [B, n] of each map: [B, k, n, p*p]."""
     patches = take(patchify(region_maps, patch_size), ids)
     return patches.unflatten(-1, (-1, region_maps.shape[1])).permute(0, 3, 1, 2)
 
 
 def reconstruct_regions(region_maps, pred, ids_masked, patch_size):
-    """Region maps [B, k, H, W], their patches `ids_masked` [B, n] replaced by probabilities.
+    """Returns region maps [B, k, H, W] with the patches `ids_masked` [B, n] replaced by probabilities.
 
     pred: logits [B, k, n, p*p].
     """
@@ -1530,7 +1765,7 @@ class BatchBranch(RegionBranch):
 class CrossBlock(Block):
     """Self-attention, cross-attention to a context [B, n, D], MLP: [B, m, D] -> [B, m, D], pre-norm.
 
-    The context is taken as it is: R-MAE's neck ends in a norm.
+    The context is not normed again, as R-MAE's neck ends in a norm.
     """
 
     def __init__(self, dim, num_heads):
@@ -1685,9 +1920,9 @@ class RAE(nn.Module):
 
 
 class RMAE(MAE):
-    """Region-aware masked autoencoder (§3.2): `RAE` and `MAE` with one encoder, under one mask.
+    """Region-aware masked autoencoder (§3.2): `RAE` and `MAE` with one encoder and one mask.
 
-    New: see `RAE`, whose region branch stands here beside MAE's pixel decoder. Both losses are added.
+    New: see `RAE`. Its region branch stands here beside MAE's pixel decoder, and the two losses are added.
 
     num_regions: binary maps drawn for an image, k
     variant: length pools each region into a query; batch makes each a sequence of its own; channel makes all
@@ -1732,7 +1967,7 @@ class RMAE(MAE):
             init_weights(self.region_feed)
 
     def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
-        """As RAE.forward, and besides pred; loss is the sum of loss_pixel and loss_region."""
+        """As RAE.forward, with pred and loss_pixel; loss is the sum of loss_pixel and loss_region."""
         ids_visible, ids_masked, region_maps = self.draw(
             images, regions, ids_visible, ids_masked, region_maps)
         latents = self.encoder(images, ids_visible)
@@ -1750,10 +1985,20 @@ class RMAE(MAE):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 16. Tokenizer: what gives a patch its token, for LoMaR, BEiT and CAE
+# 16. Tokenizer, for LoMaR, BEiT and CAE
 #
-# Methods get tokens [B, N] as an input of forward and never see a tokenizer. Any module will do that has
-# `vocab_size` and tokenize(images, grid) -> tokens [B, N] of the patches in raster order.
+# A tokenizer gives each patch its token. Methods get tokens [B, N] as an input of forward and never see a
+# tokenizer. Any module will do that has `vocab_size` and tokenize(images, grid) -> tokens [B, N] of the
+# patches in raster order.
+#
+# the paper (DALL-E)               here                                         shape
+# x, image                         images                                       [B, 3, H, W]
+# K, vocabulary                    vocab_size                                   8192
+# z, image tokens                  ids, tokens                                  [B, h, w]
+# q_phi, its logits                encoder, logits                              [B, V, h, w]
+# p_theta                          decoder
+# tau, relaxation temperature      tau in forward
+# beta, KL weight                  kl_weight
 
 
 class DVAEConv(nn.Module):
@@ -1804,7 +2049,7 @@ def dvae_layers(first, dims, blocks_per_group, kernel_sizes, resize, last):
 
 @torch.no_grad()
 def initialise_words(encoder, decoder):
-    """Initial weights with which a DVAE uses many words from the start."""
+    """Changes a DVAE's initial weights, so that it uses many words from the start."""
     # Pixels in [0.1, 0.9] differ little beside their mean, and the same word would win everywhere. So the
     # first layer takes the mean off and widens the rest to unit variance; the last ignores a common shift.
     first, last = encoder.input, encoder.output.conv
@@ -1820,15 +2065,15 @@ class DVAE(nn.Module):
     (DALL-E), ICML 2021, arXiv:2102.12092, §2.1 and App. A.
 
     New: an image becomes a small grid of words from a learned vocabulary. In training a word is a relaxed
-    one-hot vector (Gumbel-softmax), sharper as its temperature falls, so that reconstruction trains the
-    choice of words, too.
+    one-hot vector (Gumbel-softmax), which is sharper as its temperature falls, so that reconstruction trains
+    the choice of words, too.
 
     image_size: pixels of the images it trains on, an int or (height, width), divisible by factor =
         2^(groups - 1), the pixels a token's side stands for; it takes other multiples of factor, too
     vocab_size: number of different tokens
     hidden_dim: channels of the first group of blocks; each group has twice the channels of the one before
     groups: groups of blocks, with a halving of height and width between them
-    blocks_per_group: residual blocks of a group
+    blocks_per_group: residual blocks of each group
     kl_weight: weight of a token's KL(q(word | image) || uniform) in nats, divided by the 3 * factor^2 values
         that it stands for; App. A.2 has 6.6 beside a log-likelihood, and 2 is about as strong beside an mse
         near 0.2
@@ -1901,7 +2146,7 @@ class DVAE(nn.Module):
             return self.logits(images).argmax(1)
 
     def tokenize(self, images, grid):
-        """Normalised images [B, 3, H, W] -> token ids [B, gh*gw], one a patch of a (gh, gw) grid.
+        """Normalised images [B, 3, H, W] -> token ids [B, gh*gw], one for each patch of a (gh, gw) grid.
 
         The image is resized to factor pixels a patch, bicubic and antialiased, on its device. CAE's code does
         so on the CPU, with a Lanczos filter.
@@ -1917,7 +2162,7 @@ class DVAE(nn.Module):
         return self.decoder(words.to(self.mean.dtype))
 
     def forward(self, images, progress=0.0):
-        """Normalised images [B, 3, H, W] -> loss, loss_pixel (mse of normalised values), loss_kl (nats a
+        """Normalised images [B, 3, H, W] -> loss, loss_pixel (mse of normalised values), loss_kl (nats per
         token), pred [B, 3, H, W], ids [B, h, w]; perplexity and codes_used of the batch's ids (1..V), to
         watch for collapse.
 
@@ -1988,7 +2233,7 @@ def listed(state):
 
 
 def encoder_prefixes(state):
-    """What stands before a ViT's parameter names in a state dict: [""], ["encoder."], ["base.encoder."], ...
+    """The prefixes of the ViTs' parameters in a state dict: [""], ["encoder."], ["base.encoder."], ...
 
     If there are several ViTs, the first is the one that their papers evaluate: DINO's teacher, MoCo v3's
     base encoder.

@@ -1,5 +1,6 @@
 """The ViT, the masks, the losses and the methods, against numbers worked out another way."""
 
+import doctest
 import inspect
 import itertools
 import math
@@ -1197,6 +1198,11 @@ def test_a_tiny_model_learns_in_seconds(build):
         optimizer.zero_grad()
         losses.append(out["loss"].item())
     assert sum(losses[-5:]) < 0.35 * sum(losses[:5])
+
+
+def test_the_worked_examples_come_out_as_written():
+    failed, tried = doctest.testmod(mim)
+    assert failed == 0 and tried >= 40
 
 
 PARTS = re.split(r"^# -{100,}\n(?=# \d+\. )", inspect.getsource(mim), flags=re.M)
