@@ -10,6 +10,7 @@ result as one that was never stopped: the same bits on a CPU with the same numbe
 same up to the order in which kernels add numbers.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ def become_program(name):
     SIGINT (Ctrl-C) and SIGTERM end it and its workers at once, with one line on stderr and exit code 130 or
     143; written files are whole all the same, see `write_atomically`. Forked workers inherit this, but only
     the process itself speaks, and of torchrun's processes the first. What stdout's encoding does not have,
-    such as a strange file name, is escaped.
+    such as a strange file name, is escaped. (Before Python reads this file, its own rules hold.)
     """
     process = os.getpid()
 
@@ -31,9 +32,6 @@ def become_program(name):
         try:
             for other in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # nothing may disturb the end
                 signal.signal(other, signal.SIG_IGN)
-            # While the imports below are at work, multiprocessing may be missing or incomplete.
-            for worker in getattr(sys.modules.get("multiprocessing"), "active_children", list)():
-                worker.kill()
             for temporary in UNFINISHED:
                 temporary.unlink(missing_ok=True)
             if os.getpid() == process and not int(os.environ.get("RANK", 0)):
@@ -45,6 +43,8 @@ def become_program(name):
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: workers end with this process, even if it is killed
+        os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed, as by `2>&-`: the next file would take its number
             setattr(sys, stream, open(os.devnull, "w"))

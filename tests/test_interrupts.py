@@ -55,6 +55,17 @@ def test_a_signal_in_the_run_is_one_line_and_the_checkpoint_is_kept(start, folde
     assert running(program.pid) == []
 
 
+def test_workers_end_with_a_killed_program(start, folder, tmp_path):
+    program = start(train, *TINY, "--data", folder, "--epochs", 500, "--workers", 2,
+                    "--output", tmp_path / "run")
+    program.until((tmp_path / "run" / "log.jsonl").exists)
+    assert len(running(program.pid)) == 3
+    program.kill(signal.SIGKILL)
+    program.wait()
+    time.sleep(0.05)
+    assert running(program.pid) == []
+
+
 @pytest.mark.parametrize("number", CODES)
 def test_a_signal_while_a_checkpoint_is_written_keeps_the_last(fork, folder, tmp_path, monkeypatch, number):
     save = torch.save
