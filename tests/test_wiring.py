@@ -1,8 +1,11 @@
 """What train.py hands on: images, masks, rates, settings, maps, tokens. A method that keeps all that reaches
 it stands in for the real ones, and the settings of these are compared with their papers."""
 
+import functools
+import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 
@@ -30,14 +33,15 @@ class Probe(torch.nn.Module):
 
     def __init__(self, encoder, vocab_size: int | None = None):
         super().__init__()
-        self.encoder, self.norm_pix = encoder, False
+        self.encoder, self.norm_pix, self.vocab_size = encoder, False, vocab_size
 
     def forward(self, images, **inputs):
         brightness = images.mean()
         loss = brightness * sum(p.sum() for p in self.parameters() if p.requires_grad)
         if self.training:
             precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-            state = dict(draw=torch.rand(()).item(), loss=loss.item(), precision=precision)
+            state = dict(draw=torch.rand(()).item(), loss=loss.item(), precision=precision,
+                         vocab_size=self.vocab_size, workers=len(multiprocessing.active_children()))
             self.seen.append(dict(images=images.clone()) | inputs | state)
         ids = torch.arange(self.encoder.num_patches).expand(len(images), -1)
         return dict(loss=loss, brightness=brightness, ids_visible=ids[:, ::2], ids_masked=ids[:, 1::2],
@@ -152,7 +156,8 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_micro_batch_alone(run, fork
     draws = [batch["draw"] for batch in seen]
     assert len(draws) == 12 and len(set(draws)) == 12  # of every epoch, step and micro-batch
     torch.manual_seed(5)
-    assert same(seen, run("--workers", 1, "--model", "tiny", "--lr", 1e-9, out="other")[0])
+    other, _ = run("--workers", 1, "--model", "tiny", "--lr", 1e-9, out="other")
+    assert same(seen, other) and [batch["workers"] for batch in seen + other] == 12 * [0] + 12 * [1]
     other, _ = run("--seed", 1, out="seed")
     assert not set(draws) & {batch["draw"] for batch in other}
     assert (column(seen, "index") != column(other, "index")).any()
@@ -165,6 +170,24 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_micro_batch_alone(run, fork
     assert codes == [0, 0], err
     for rank in range(2):
         assert same(seen[rank::2], load(tmp_path / f"{rank}.pt"))  # dealt out in turn
+
+
+@pytest.mark.parametrize("method", ["Probe", "RegionProbe"])
+def test_a_run_takes_the_images_and_regions_for_pretraining(run, monkeypatch, method):
+    """STL-10 has 100,000 without labels that no evaluation takes."""
+    splits = []
+    for name in ("load_data", "open_regions"):
+        function = getattr(train, name)
+
+        @functools.wraps(function)
+        def note(*arguments, _function=function, **settings):
+            bound = inspect.signature(_function).bind(*arguments, **settings).arguments
+            splits.append((_function.__name__, bound.get("split")))
+            return _function(*arguments, **settings)
+
+        monkeypatch.setattr(train, name, note)
+    run("--epochs", 1, "--data", "shapes", "--limit", 8, method=method)
+    assert splits == [("load_data", "pretrain"), ("open_regions", "pretrain")][:1 + (method == "RegionProbe")]
 
 
 def test_a_resumed_run_goes_on_with_the_draws_of_the_next_step(run):
@@ -183,6 +206,7 @@ def test_progress_runs_from_0_to_1_over_the_whole_run(run):
 def test_tokens_are_those_of_the_images_that_the_method_gets(run, tmp_path):
     dvae = write_tokenizer(tmp_path / "dvae.pt")
     seen, _ = run("--tokenizer", tmp_path / "dvae.pt")
+    assert {batch["vocab_size"] for batch in seen} == {64}
     images, tokens = column(seen, "images"), column(seen, "tokens")
     assert torch.equal(tokens, dvae.tokenize(images, (2, 2)))
     assert not torch.equal(tokens, dvae.tokenize(images * STD[0] + MEAN[0], (2, 2)))
@@ -244,6 +268,13 @@ def test_the_peak_rate_follows_the_batch(run, updates, flags, recipe, peak, monk
     assert updates[0]["groups"][0]["lr"] == pytest.approx(peak)
 
 
+def test_from_a_notebook_the_rate_follows_the_batch_too(run, photos, tmp_path, updates):
+    train.pretrain(
+        Probe(mim.ViT(16, 8, 16, 1, 2)), datasets.load_data(str(photos)), base_lr=0.64, lr_batch=32,
+        batch_size=4, epochs=1, warmup_epochs=0, betas=(0.9, 0.95), crop_scale=(0.2, 1.0), flip=True, output=tmp_path)
+    assert [step["groups"][0]["lr"] for step in updates] == pytest.approx([0.08, 0.06, 0.02])
+
+
 def test_the_optimizer_has_the_settings_of_the_run(run, updates):
     run("--weight-decay", 0.3, recipe=dict(betas=(0.7, 0.8)))
     assert [group["weight_decay"] for group in updates[0]["groups"]] == [0.3, 0.0]
@@ -260,6 +291,17 @@ def test_a_group_gets_its_share_of_the_rate():
         lr=lambda step: 10.0**-step, batch_size=1, accumulate=1,
         scaler=torch.amp.GradScaler("cpu", enabled=False))
     assert [p.item() for p in model] == pytest.approx([-1.11e-3, -0.2775e-3]) and line["lr"] == 1e-5
+
+
+def test_weights_that_are_not_finite_are_not_kept():
+    """The loss before the step is."""
+    weight = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(train.UsageError, match="the weights are not finite, at step 1 "):
+        train.train_epoch(
+            torch.nn.ParameterList([weight]), [None], torch.optim.SGD([weight], lr=1.0),
+            lambda model, batch, step: dict(loss=10 * model[0]), epoch=0, epochs=1, steps=1,
+            lr=lambda step: 1e38, batch_size=1, accumulate=1,
+            scaler=torch.amp.GradScaler("cpu", enabled=False))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -636,3 +678,19 @@ def test_every_flag_changes_the_run(method, effect, cli, capsys):
             flags = {"yes": f"--{flag}", "no": f"--no-{flag}"}.get(value, f"--{flag} {value}")
             without = effect(f"{method} {both}") if both else before
             assert not equal(effect(f"{method} {both} {flags}"), without), flags
+
+
+MAY_CHANGE = {"data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
+              "overwrite", "region-cache", "cam-weights", "prepare", "epochs"}
+
+
+def test_a_resumed_run_refuses_what_would_make_it_another(cli, effect, paths, tmp_path):
+    effect("mae --output " + str(tmp_path / "run"))
+    again = ["--method", "mae", "--data", paths["images"], "--output", tmp_path / "run", "--resume"]
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for flag, value in (SHARED | OWN["mae"]).items():
+        if flag not in MAY_CHANGE:
+            value = [] if value == "no" else value[0] if isinstance(value, tuple) else value
+            code, _, err = cli(train, *again, *([f"--{flag}", value] if value else [f"--no-{flag}"]))
+            assert code == 2 and f"--{flag} " in err and "the run to resume was made with" in err, (flag, err)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
