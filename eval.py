@@ -13,7 +13,7 @@ task.
 # First, because it sets what a signal does while the rest is imported
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
                    autocast, call, check_place, check_setting, cut_batch, draw_reconstruction,
-                   exit_with_one_line, first_process_first, flag_parameters, half_cosine, image_pair,
+                   exit_with_one_line, first_process_first, flags_of, half_cosine, image_pair,
                    join_processes, load_method, load_tokenizer, open_device, parameter_groups, picture,
                    picture_items, rank, run_settings, save_picture, sized, small_patch, train_epochs,
                    world_size, write_atomically)
@@ -1313,6 +1313,8 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
     count: images in the picture
     seed: of hints and objects
     """
+    if not hasattr(method, "complete"):
+        raise UsageError("--task segment is for runs of rae and rmae")
     method = frozen(method, device)
     encoder, p = method.encoder, method.encoder.patch_size
     torch.manual_seed(seed)
@@ -1398,15 +1400,19 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
     return loaded(encoder, checkpoint, *names)
 
 
-def open_method(checkpoint, **overrides):
+def open_method(checkpoint, set: list[str] | None = None):
     """A whole pre-trained model -> (method, the settings of its run; of a file of the MAE release none, {}).
 
-    overrides: arguments of its constructor to change.
+    set: arguments of the method to change, such as --set mask_ratio=0.3 norm_pix=false
     """
+    if checkpoint == "random":
+        raise UsageError("random: this task needs a whole pre-trained model")
     with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
-        if args := run_settings(content):
-            return loaded(load_method(content, checkpoint, **overrides), checkpoint), args
+        args = run_settings(content)
+        changes = read_changes(set, args.get("method", "mae"), args.get("base", "mae"))
+        if args:
+            return loaded(load_method(content, checkpoint, **changes), checkpoint), args
         state = mim.read_checkpoint(content)
         depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
         if not depth:
@@ -1415,19 +1421,37 @@ def open_method(checkpoint, **overrides):
         norm_pix = getattr(content.get("args"), "norm_pix_loss", True)  # `args`: the options of its training
         options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, decoder_heads=16,
                        norm_pix=norm_pix)
-        method = mim.MAE(mim.vit_from_checkpoint(state)[0], **options | overrides)
+        method = mim.MAE(mim.vit_from_checkpoint(state)[0], **options | changes)
         return loaded(method, checkpoint, *mim.load_mae(method, state)), {}
 
 
-def open_pair(data, task, size, limit=None, cache_features=False, seed=0):
-    """dict(train, val) of --data for a task that trains or compares: datasets.Images, or `DenseImages`."""
+def read_changes(changes, method, base):
+    """The words NAME=VALUE of --set -> dict of arguments of the method's constructor; UsageError if it has
+    none of this name, or not with such a value."""
+    parser, words = Parser(add_help=False), []
+    functions = [mim.METHODS[method]] + [mim.METHODS[base]] * (method == "amt")
+    parser.add(functions)
+    names = [name for name in flags_of(functions) if name not in ("interval", "tau_start", "tau_end")]
+    for change in changes or ():
+        name, _, value = change.partition("=")
+        if name not in names or not value:
+            raise UsageError(f"--set {change}: it takes NAME=VALUE; the names are {', '.join(names)}")
+        flag = name.replace("_", "-")
+        words.append(dict(true=f"--{flag}", false=f"--no-{flag}").get(value.lower(), f"--{flag}={value}"))
+    return parser.parse(words)
+
+
+def open_pair(data, task, size, limit=None, val_limit: PositiveInt | None = None, cache_features=False,
+              seed=0):
+    """dict(train, val) of --data for a task that trains or compares: datasets.Images, or `DenseImages`.
+
+    val_limit: use so many of the validation images, evenly spread; default: all
+    """
     dense, small = task in ("semseg", "detect"), max(size) <= SMALL
     with first_process_first():
-        if dense:
-            train, val = (load_dense(data, task == "detect", split, size, limit if split == "train" else None)
-                          for split in ("train", "val"))
-        else:
-            train, val = load_data(data, "train", size, limit), load_data(data, "val", size)
+        train, val = (load_dense(data, task == "detect", split, size, some) if dense
+                      else load_data(data, split, size, some)
+                      for split, some in (("train", limit), ("val", val_limit)))
     if rank() == 0:
         print(f"{train.description}; {val.description}", file=sys.stderr)
     if dense:  # small images are scaled less, and keep their colours
@@ -1442,12 +1466,12 @@ def open_pair(data, task, size, limit=None, cache_features=False, seed=0):
     return dict(train=train, val=Images(val, size, "center"))
 
 
-def load_unlabelled(data, size=None):
+def load_unlabelled(data, size=None, limit=None):
     """The images that --data names, for what needs no labels: the val split or, where there is none, all."""
     try:
-        return load_data(data, "val", size)
+        return load_data(data, "val", size, limit)
     except UsageError:
-        return load_data(data, "pretrain", size)
+        return load_data(data, "pretrain", size, limit)
 
 
 def open_images(data, size, settings, images: list[str] | None = None):
@@ -1459,7 +1483,7 @@ def open_images(data, size, settings, images: list[str] | None = None):
         with explained(f"--images {path}", "it cannot be used as an image"):
             if min(decode(path).shape[1:]) < MIN_SIDE:
                 raise ValueError(f"a side has fewer than {MIN_SIDE} pixels")
-    source = Files("", images, [], [], "") if images else load_unlabelled(data, size)
+    source = Files("", images, [], [], "") if images else load_unlabelled(data, size, settings.get("limit"))
     if images and settings.get("regions") not in (None, "fh"):
         raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
     regions = call(open_regions, settings, source=source, split="val")
@@ -1476,39 +1500,55 @@ def few(dataset, images=None, count: PositiveInt = 8):
     return picture_items(dataset, len(images) if images else count)
 
 
-def task_of(path, model):
-    """The task whose model or else picture a file is; None if another program made it."""
-    with contextlib.suppress(Exception):  # on others' files, readers raise anything
-        return mim.load_file(path)["args"]["task"] if model else Image.open(path).info["task"]
+def task_of(path):
+    """The task whose model or picture a file is; None if another program made it."""
+    for read in (lambda: Image.open(path).info, lambda: mim.load_file(path)["args"]):
+        with contextlib.suppress(Exception):  # on others' files, readers raise anything
+            return read()["task"]
 
 
-def open_output(checkpoint, task, output: str | None = None, resume=False, overwrite: bool = False):
-    """The file to write. It is tried now, not after an hour of training. What eval.py has not written itself
-    is not overwritten.
-
-    output: the file of the picture (PNG), or of the fine-tuned model (default: TASK.png, or TASK.pt, beside
-        the checkpoint)
-    overwrite: start anew where --output already holds a fine-tuned model
-    """
-    beside = Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent
-    trains = "resume" in inspect.signature(TASKS[task]).parameters
-    path = Path(beside / (task + (".pt" if trains else ".png")) if output is None else output)
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
-    if trains and path.suffix == ".png":
-        raise UsageError(f"--output {output}: it is for the model; a picture beside it ends in .png")
-    for file in (path, path.with_suffix(".png")) if task in ("semseg", "detect") else (path,):
-        check_place(file)
-        model = trains and file == path
-        if file.exists() and not (model and resume):
-            if task_of(file, model) not in TASKS or str(file) == checkpoint:
-                raise UsageError(f"--output {file}: it is no result of eval.py, or the checkpoint itself")
-            if model and not overwrite:
-                raise UsageError(f"--output {file}: it holds a result: --resume goes on from it, --overwrite "
-                                 "starts anew")
+def check_output(path, checkpoint):
+    """Tries to write beside `path` now, and not after an hour of training. UsageError if that fails, or if
+    eval.py has not written what is there."""
+    check_place(path)
+    if path.exists() and (task_of(path) not in TASKS or str(path) == checkpoint):
+        raise UsageError(f"--output {path}: it is no result of eval.py, or the checkpoint itself")
     with explained(f"--output {path}", "it cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def beside(checkpoint, name):
+    """The path of a result, which lies beside its checkpoint where --output is not given."""
+    return (Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent) / name
+
+
+def open_picture(checkpoint, task, output: str | None = None):
+    """The file of a task's picture, which may be drawn anew.
+
+    output: file of the picture, PNG; default: TASK.png beside the checkpoint
+    """
+    path = Path(output or beside(checkpoint, f"{task}.png"))
+    check_output(path, checkpoint)
+    return path
+
+
+def open_result(checkpoint, task, output: str | None = None, resume=False, overwrite: bool = False):
+    """The file of a trained model. A task's picture lies beside it, under the same name but for .png.
+
+    output: file of the trained model; default: TASK.pt beside the checkpoint
+    overwrite: start anew where --output already holds a trained model (not with --resume)
+    """
+    path = Path(output or beside(checkpoint, f"{task}.pt"))
+    if path.suffix == ".png":
+        raise UsageError(f"--output {output}: it is for the model; a picture beside it ends in .png")
+    if not (resume and path.is_file()):
+        check_output(path, checkpoint)
+        if path.exists() and not overwrite:
+            raise UsageError(f"--output {path}: it holds a result: --resume goes on from it, --overwrite "
+                             "starts anew")
+    if task != "finetune":
+        check_output(path.with_suffix(".png"), checkpoint)
     return path
 
 
@@ -1519,68 +1559,59 @@ TASKS = dict(knn=knn, linear=linear, attentive=attentive, finetune=finetune, sem
              reconstruct=reconstruct, attention=attention, segment=segment)
 
 
-MORE = ("With --task, --help lists its flags. The defaults are the papers'; images of up to 96 pixels have "
-        "others, which the last line shows.")
+def functions_of(task):
+    """The functions whose flags a task has."""
+    takes = inspect.signature(TASKS[task]).parameters
+    functions = [TASKS[task], load_data, open_device]
+    functions += [open_encoder] if "encoder" in takes else [open_method, load_tokenizer]
+    functions += [open_pair] if "train" in takes else [open_regions]
+    if "images" in takes:
+        functions += [open_images, few]
+    if "images" in takes:
+        functions.append(open_picture)
+    if "output" in takes:
+        functions.append(open_result)
+    return functions
 
 
 def parse(argv):
-    """Command line -> (what the user gave; for a task that takes a whole method the checkpoint's method and
-    its run's settings, else None and {})."""
-    first = Parser(add_help=False)  # other flags depend on these two
-    parser = Parser(description=__doc__, epilog=MORE)
-    for some in (first, parser):
-        some.add_argument("checkpoint", nargs="?" if some is first else None, help="a file, or `random`")
-        some.add_argument("--task", choices=TASKS, required=some is parser)
+    """Command line -> dict of what the user gave. It opens no file."""
+    first = Parser(add_help=False)  # other flags depend on the task
+    first.add_argument("--task", choices=TASKS)
     known = vars(first.parse_known_args(argv)[0])
-    task, method, args, functions, own = known.get("task"), None, {}, [], []
-    if task is not None:
-        takes = inspect.signature(TASKS[task]).parameters
-        functions = [TASKS[task], load_data, open_device]
-        if "encoder" in takes:
-            functions += [open_encoder] + [open_regions] * (task == "attention")
-        elif "checkpoint" in known:
-            if known["checkpoint"] == "random":
-                raise UsageError(f"--task {task} needs a whole pre-trained model, not random")
-            method, args = open_method(known["checkpoint"])
-            if task == "reconstruct":
-                own = [type(method), type(getattr(method, "base", method))]
-            functions += own + [load_tokenizer] * bool(args.get("tokenizer"))
-            functions += [open_regions] * ("regions" in method.inputs)
-            if task == "segment" and not hasattr(method, "complete"):
-                raise UsageError("--task segment is for runs of rae and rmae")
-        functions += [open_images, few] * ("images" in takes)
-        functions += [open_output] * ("images" in takes or "output" in takes)
-    unused = {"vocab_size", "interval", "tau_start", "tau_end"}  # the tokenizer's, and of training alone
-    for function in functions:
-        if "resume" not in takes:
-            unused |= {"overwrite"}
-        parser.add(function, unused if "train" in takes else unused | {"limit"})
-    given = parser.parse(argv)
-    if {"data", "images"} <= given.keys() and "train" not in takes:
-        raise UsageError("--images are drawn instead of --data: leave one out")
-    overrides = {name: given[name] for cls in own for name in flag_parameters(cls) if name in given}
-    if overrides:
-        method, args = open_method(given["checkpoint"], **overrides)
-    return given, method, args
+    more = ("With --task, --help lists its flags. The defaults are the papers'; images of up to 96 pixels have "
+            "others, which the last line shows.")
+    parser = Parser(description=__doc__, epilog=more)
+    parser.add_argument("checkpoint", help="a file, or `random`")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    if "task" in known:
+        parser.add(functions_of(known["task"]))
+    return parser.parse(argv, {f"--task {task}": functions_of(task) for task in TASKS})
 
 
 def main(argv):
     """One evaluation, from the command line to its line of JSON."""
     began = time.perf_counter()
-    given, method, args = parse(argv)
+    given = parse(argv)
     task, run = given["task"], TASKS[given["task"]]
     takes = inspect.signature(run).parameters
+    if {"data", "images"} <= given.keys() and "train" not in takes:
+        raise UsageError("--images are drawn instead of --data: leave one out")
     device, precision, workers = call(open_device, given)
     join_processes(device)
     if world_size() > 1 and "resume" not in takes:
         raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
     # What the user gave, else what the model asks for; else the default of the function that takes it
-    if method is None:
+    if "encoder" in takes:
         encoder = call(open_encoder, given)
         fixed, settings, size = dict(encoder=encoder), recipe(task, encoder), encoder.image_size
     else:
+        method, args = call(open_method, given)
         fixed, size = dict(method=method), sized(method).image_size
-        kept = ("tokenizer", "tokenizer_digest", *flag_parameters(open_regions))  # those of the run
+        for flag, argument in dict(regions="regions", tokenizer="tokens").items():
+            if flag in given and argument not in inspect.signature(method.forward).parameters:
+                raise UsageError(f"--{flag}: the method of {given['checkpoint']} takes none")
+        kept = ("tokenizer", "tokenizer_digest", *flags_of([open_regions]))  # those of the run
         settings = {name: args[name] for name in kept if name in args}
         if "images" in given and "regions" in args:
             settings["regions"] = "fh"
@@ -1588,8 +1619,10 @@ def main(argv):
     settings |= dict(device=device, precision=precision, workers=workers)
     if "tokenizer" in takes:
         fixed["tokenizer"] = call(load_tokenizer, settings)
-    if "images" in takes or "output" in takes:
-        settings["output"] = call(open_output, settings)
+    if "images" in takes:
+        settings["output"] = call(open_picture, settings)
+    if "output" in takes:
+        settings["output"] = call(open_result, settings)
     if "train" in takes:
         fixed |= call(open_pair, settings, size=size)
     if "images" in takes:
@@ -1603,7 +1636,7 @@ def main(argv):
         save_picture(path, result["picture"], task)
         result["picture"] = str(path)
     if rank() == 0:
-        shown = {name: p.default for name, p in flag_parameters(run).items()} | settings | result
+        shown = {name: p.default for name, (p, _) in flags_of([run]).items()} | settings | result
         shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))
         for name in ["resume", "overwrite"] + ["data"] * ("images" in given):
             shown.pop(name, None)

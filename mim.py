@@ -871,7 +871,7 @@ class BEiT(nn.Module):
     def __init__(
         self,
         encoder: ViT,
-        vocab_size: int,
+        vocab_size,  # the tokenizer's; not annotated, as it is no flag
         mask_ratio: float = 75 / 196,  # §3.1
         min_block: int = 16,  # §2.3, Alg. 1
     ):
@@ -965,7 +965,7 @@ class CAE(nn.Module):
     def __init__(
         self,
         encoder: ViT,
-        vocab_size: int | None = None,
+        vocab_size=None,  # the tokenizer's; not annotated, as it is no flag
         mask_ratio: float = 0.5,  # §3.2: 98 of 196
         min_block: int = 16,  # as BEiT
         regressor_depth: int = 4,  # Table 6
@@ -1317,7 +1317,7 @@ class LoMaR(nn.Module):
     def __init__(
         self,
         encoder: ViT,
-        vocab_size: int | None = None,
+        vocab_size=None,  # the tokenizer's; not annotated, as it is no flag
         mask_ratio: float = 0.8,  # Figure 6
         window_size: int = 7,  # Table 4
         num_windows: int | None = None,

@@ -3,7 +3,12 @@
 Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every flag means: `--method amt
 --help`.
 
-This file reads from the top: the papers' settings, one epoch, one run (`pretrain`), the command line
+Flags. Every annotated argument with a default is a flag, whichever function or class it belongs to, and its
+line in the docstring is its help; flags that are "not with" another there exclude each other. `functions_of`
+lists the functions of a method's run, and `call` hands each of them the settings that it names. A setting is
+what the user gave, else what the method's recipe says, else the default.
+
+This file reads from the top: the recipes, one epoch, all epochs, one run (`pretrain`), the command line
 (`main`); then what these use. The random numbers of a step depend only on (seed, step, micro-batch), those of
 an image only on (seed, epoch, index). So a run that was stopped and continued with --resume gives the same
 result as one that was never stopped: the same bits on a CPU with the same number of threads, and on CUDA the
@@ -79,8 +84,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import mim
-from datasets import (SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate, counted,
-                      default_regions, denormalize, digest, explained, load_data, make_loader, normalize,
+from datasets import (NAMED, SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
+                      counted, default_regions, denormalize, digest, explained, load_data, make_loader, normalize,
                       open_regions, reason_of, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,7 +362,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
 
 def main(argv):
     """The command line: flags -> data, method -> `pretrain`."""
-    given, defaults = parse(argv)
+    given = parse(argv)
     output, state = call(open_output, given)
     if state is not None:
         given = resumed(given, state)
@@ -368,7 +373,7 @@ def main(argv):
     images = source.digest()
     if given.setdefault("data_digest", images) != images:
         raise UsageError(f"--resume: the run was started with other images than {source.description}")
-    args = settle(given, defaults, source)
+    args = settle(given, source)
     tokenizer = call(load_tokenizer, args)
     if tokenizer is not None:
         tokenizer.to(device)
@@ -576,33 +581,43 @@ def sized(method):
     return method if hasattr(method, "image_size") else method.encoder
 
 
-def build_method(method, image_size: list[PositiveInt] | None = None, *,
-                 model: Literal[tuple(mim.SIZES)] = "base", patch_size: PositiveInt = 16,
-                 base: Literal["mae", "simmim"] = "mae", **options):
-    """A method of mim.METHODS with its encoder, by name. options: arguments of its constructor; others are
-    left out.
+def build_method(method, image_size: list[PositiveInt] | None = None, **settings):
+    """A method of mim.METHODS with its encoder, by name. settings: arguments of its constructor and of its
+    encoder; others are left out.
 
     image_size: pixels, one number, or height and width; default: the data's if at most 96, else 224
-    model: size of the encoder
-    patch_size: pixels
-    base: the method that AMT masks for
     """
-    cls = mim.METHODS[method]
-    if cls is mim.BEiT and not options.get("vocab_size"):
+    cls, settings = mim.METHODS[method], settings | dict(image_size=image_size)
+    if cls is mim.BEiT and not settings.get("vocab_size"):
         raise UsageError("--method beit predicts tokens and needs --tokenizer FILE; --method dvae trains one")
     with explained(f"--method {method}", "it cannot be built"):
         if cls is mim.DVAE:
-            return call(cls, options, image_size=image_size)
-        inner = mim.METHODS[base] if cls is mim.AMT else cls
-        encoder_options = dict(inner.encoder_options)
-        if "layer_scale" in encoder_options and model in ("large", "huge"):
-            encoder_options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
-        encoder = mim.ViT(image_size, patch_size, **mim.SIZES[model], **encoder_options)
-        if cls is not mim.AMT:
-            return call(cls, options, encoder=encoder)
-        own = inspect.signature(mim.AMT).parameters
-        of_base = {name: value for name, value in options.items() if name not in own}
-        return call(mim.AMT, options, base=call(inner, of_base, encoder=encoder))
+            return call(cls, settings)
+        if cls is mim.AMT:
+            return call(build_amt, settings, settings=settings)
+        return call(cls, settings, encoder=call(build_encoder, settings, **cls.encoder_options))
+
+
+def build_encoder(image_size, *, model: Literal[tuple(mim.SIZES)] = "base", patch_size: PositiveInt = 16,
+                  **options):
+    """The ViT of a method. options: its `encoder_options`.
+
+    model: size of the encoder
+    patch_size: pixels
+    """
+    if "layer_scale" in options and model in ("large", "huge"):
+        options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
+    return mim.ViT(image_size, patch_size, **mim.SIZES[model], **options)
+
+
+def build_amt(settings, base: Literal["mae", "simmim"] = "mae"):
+    """AMT around a method.
+
+    base: the method that AMT masks for
+    """
+    own = flags_of([mim.AMT])  # AMT's mask_ratio is not that of the random phase, which is its base's own
+    inner = build_method(base, **{name: value for name, value in settings.items() if name not in own})
+    return call(mim.AMT, settings, base=inner)
 
 
 def load_method(state, path, **overrides):
@@ -676,8 +691,8 @@ def run_settings(content, whole=False):
     args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or "method" not in args:
         return {}
-    flags = open_parser(args["method"], args.get("base", "mae")).flags
-    for name, flag in flags.items():
+    flags = flags_of(functions_of(args["method"], args.get("base", "mae")))
+    for name, (flag, _) in flags.items():
         if whole or name in args:
             check_setting(name, args.get(name, flag.empty), flag.annotation)
     others = ("method", "vocab_size", "tokenizer_digest", "data_digest")
@@ -854,47 +869,57 @@ def draw_examples(path, method, items, tokenizer, device, seed=0):
 # Settings: what the user gave, then the recipe, then the functions' defaults
 
 
-def recipe_of(method, base="mae"):
-    """The papers' settings of a method."""
-    return RECIPES[f"amt-{base}" if method == "amt" else method]
+def functions_of(method, base="mae"):
+    """The functions and classes whose flags a method's run has."""
+    cls = mim.METHODS[method]
+    functions = [load_data, pretrain, open_device, open_output, build_method, cls]
+    if cls is mim.AMT:
+        functions += [build_amt, mim.METHODS[base]]
+    if "regions" in cls.inputs:
+        functions.append(open_regions)
+    if cls is not mim.DVAE:
+        functions.append(build_encoder)
+        if "vocab_size" in inspect.signature(cls).parameters:
+            functions.append(load_tokenizer)
+    return functions
 
 
-def open_parser(method=None, base="mae"):
-    """The parser of the command line of a method; without one, of the flags that all have."""
-    about = __doc__.split("\n")[0]
-    more = ("With --method, --help lists its own flags too. The defaults are the paper's; images of up to 96 "
-            "pixels, as the built-in scenes, have smaller ones, which a run prints.")
-    parser = Parser(description=about, epilog=more)
-    parser.add_argument("--method", required=True, choices=mim.METHODS)
-    functions, skip, recipe = [load_data, pretrain, open_device, open_output, build_method], {"base"}, {}
-    if method is not None:
-        cls, recipe = mim.METHODS[method], recipe_of(method, base)
-        functions += [cls]
-        if "regions" in cls.inputs:
-            functions += [open_regions]
-        if cls is mim.DVAE:
-            skip |= {"model", "patch_size"}
-        elif "vocab_size" in inspect.signature(cls).parameters:
-            functions += [load_tokenizer]
-            skip |= {"vocab_size"}  # the tokenizer's
-        if cls is mim.AMT:
-            functions += [mim.METHODS[base]]
-            skip = set()
-    for function in functions:
-        parser.add(function, skip, **recipe)
-    return parser
+def recipe(method, base="mae", image_size=(224, 224), nano=False):
+    """The settings of a method that are not its functions' defaults: the paper's or, for images (height,
+    width) of up to 96 pixels, ours. nano: for a ViT-nano."""
+    paper = RECIPES[f"amt-{base}" if method == "amt" else method]
+    if max(image_size) > SMALL:
+        return paper
+    small = (NANO_RECIPE if nano else SMALL_RECIPE) | dict(patch_size=small_patch(image_size))
+    small |= SMALL_METHOD_RECIPES.get(method, {})
+    names = paper | flags_of(functions_of(method, base))
+    return paper | {name: value for name, value in small.items() if name in names}
+
+
+def is_nano(given):
+    """Whether the recipe is that of a ViT-nano: for the built-in scenes, or where the user asks for it."""
+    return given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
 
 
 def parse(argv):
-    """Command line -> (dict of what the user gave, dict of all flags' defaults)."""
-    first = Parser(add_help=False)  # other flags depend on these two
+    """Command line -> dict of what the user gave. It opens no file."""
+    first = Parser(add_help=False)  # other flags, and the defaults that the help shows, depend on these
     first.add_argument("--method", choices=mim.METHODS)
-    first.add_argument("--base", choices=("mae", "simmim"), default="mae")
-    parser = open_parser(**vars(first.parse_known_args(argv)[0]))
-    given = parser.parse(argv)
+    first.add([load_data, build_method, build_encoder, build_amt])
+    known = vars(first.parse_known_args(argv)[0])
+    more = ("With --method, --help lists its own flags too. The defaults are those of the run that would "
+            "start with this command line.")
+    parser = Parser(description=__doc__.split("\n")[0], epilog=more)
+    parser.add_argument("--method", required=True, choices=mim.METHODS)
+    if "method" in known:
+        method = known["method"], known.get("base", "mae")
+        size = image_pair(known.get("image_size") or [NAMED.get(known.get("data", "shapes"), 224)])
+        parser.add(functions_of(*method), **recipe(*method, size, is_nano(known)))
+    others = {f"--method {name}": functions_of(name) for name in mim.METHODS}
+    given = parser.parse(argv, others | {"--base simmim": [mim.SimMIM]})
     if "image_size" in given:
         given["image_size"] = image_pair(given["image_size"])
-    return given, {name: flag.default for name, flag in parser.flags.items()}
+    return given
 
 
 MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
@@ -911,21 +936,18 @@ def resumed(given, state):
     return {name: value for name, value in saved.items() if name not in ("device", "workers")} | given
 
 
-def settle(given, defaults, source):
+def settle(given, source):
     """Every setting of a run, in plain types: the user's (or those of the run that is resumed), else the
     recipe's, else the flag's default."""
-    recipe = defaults | recipe_of(given["method"], given.get("base", "mae"))
-    natural = min(source.image_size, recipe["image_size"] or 224)
+    method = given["method"], given.get("base", "mae")
+    natural = min(source.image_size, recipe(*method).get("image_size", 224))
     size = given.get("image_size", [natural, natural])
-    if max(size) <= SMALL:
-        nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
-        small = (NANO_RECIPE if nano else SMALL_RECIPE) | dict(patch_size=small_patch(size))
-        small |= SMALL_METHOD_RECIPES.get(given["method"], {})
-        recipe |= {name: value for name, value in small.items() if name in recipe}
+    defaults = {name: p.default for name, (p, _) in flags_of(functions_of(*method)).items()}
+    chosen = defaults | recipe(*method, size, is_nano(given))
     # A shorter run warms up for the same share of it.
-    recipe["warmup_epochs"] *= min(1.0, given.get("epochs", recipe["epochs"]) / recipe["epochs"])
-    args = recipe | dict(image_size=size) | given
-    settle_batch(args, len(source), "batch_size" in given)
+    chosen["warmup_epochs"] *= min(1.0, given.get("epochs", chosen["epochs"]) / chosen["epochs"])
+    args = chosen | given | dict(image_size=size)
+    args |= call(settle_batch, args, num_images=len(source), chosen="batch_size" in given)
     if args["warmup_epochs"] > args["epochs"]:
         raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
     if "min_lr" not in given:
@@ -939,29 +961,27 @@ def settle(given, defaults, source):
     return args
 
 
-def settle_batch(args, images, chosen):
-    """Settles batch size, micro-batches and learning rate.
+def settle_batch(batch_size, num_images, accumulate, lr, base_lr, lr_batch, chosen):
+    """The batch size, the micro-batches and the learning rate of a run, as a dict.
 
-    If the user did not choose the batch size and the images are few, a batch is a sixteenth of them, but at
+    If the user has not chosen the batch size and the images are few, a batch is a sixteenth of them, but at
     least 8. The learning rate is then computed for lr_batch images: for so few it would be almost 0.
     """
-    wanted = args["batch_size"]
-    if chosen and wanted > images:
-        raise UsageError(f"--batch-size {wanted} is more than the {counted(images, 'images')} of --data")
-    batch = wanted if chosen else min(wanted, max(8, images // 16))
-    rate_batch = min(wanted, max(batch, args["lr_batch"]))
-    args["lr"] = args["lr"] or args["base_lr"] * rate_batch / args["lr_batch"]
-    args["batch_size"] = batch
-    args["accumulate"] = cut_batch(batch, images, args["accumulate"])[1]
-    if batch < wanted and rank() == 0:
-        print(f"{images} images are few for the recipe's batch of {wanted}: taking {batch}, and "
-              f"a learning rate of {args['lr']:.3g}; --batch-size and --lr set others")
+    if chosen and batch_size > num_images:
+        raise UsageError(f"--batch-size {batch_size} is more than the {counted(num_images, 'images')} of "
+                         "--data")
+    batch = batch_size if chosen else min(batch_size, max(8, num_images // 16))
+    lr = lr or base_lr * min(batch_size, max(batch, lr_batch)) / lr_batch
+    if batch < batch_size and rank() == 0:
+        print(f"{num_images} images are few for the recipe's batch of {batch_size}: taking {batch}, and "
+              f"a learning rate of {lr:.3g}; --batch-size and --lr set others")
+    return dict(batch_size=batch, accumulate=cut_batch(batch, num_images, accumulate)[1], lr=lr)
 
 
 def small_patch(size):
     """The patch size for a small image (height, width): an eighth of the longer side, or the next smaller
     that divides both sides."""
-    return max(p for p in range(1, max(size) // 8 + 1) if math.gcd(*size) % p == 0)
+    return max((p for p in range(1, max(size) // 8 + 1) if math.gcd(*size) % p == 0), default=1)
 
 
 def image_pair(size):
@@ -979,13 +999,6 @@ def call(function, flags, **fixed):
     """function(**fixed), and with those of the dict `flags` that it takes by name."""
     names = inspect.signature(function).parameters
     return function(**{name: value for name, value in flags.items() if name in names} | fixed)
-
-
-def flag_parameters(function):
-    """The annotated arguments of a function that have a default, which are flags: name ->
-    inspect.Parameter."""
-    return {name: p for name, p in inspect.signature(function).parameters.items()
-            if p.annotation is not p.empty and p.default is not p.empty}
 
 
 def check_setting(name, value, annotation):
@@ -1011,6 +1024,17 @@ def flag_help(function):
         for names, line in re.findall(r"^((?:\w+, )*\w+): (.*(?:\n {4,}\S.*)*)", text, re.MULTILINE):
             found |= dict.fromkeys(names.split(", "), " ".join(line.split()))
     return found
+
+
+def flags_of(functions):
+    """The flags of functions: {name: (inspect.Parameter, help)}. Where two have one name the first counts."""
+    flags = {}
+    for function in functions:
+        texts = flag_help(function)
+        for name, p in inspect.signature(function).parameters.items():
+            if p.annotation is not p.empty and p.default is not p.empty:
+                flags.setdefault(name, (p, texts.get(name, "")))
+    return flags
 
 
 def number(kind, low, high, words):
@@ -1045,43 +1069,41 @@ def flag_options(annotation):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags from functions: `add` makes one of every annotated keyword argument. Its type, choices and range
-    come from the annotation, its help from its line in the docstring. Where the help says "not with --lr" or
-    "not with --head linear", the two together are refused. Errors are UsageErrors with the nearest flag."""
+    """Flags from functions. A flag's type, choices and range come from the argument's annotation, its help
+    from its line in the docstring. Errors are UsageErrors."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
-        self.flags = {}  # name -> inspect.Parameter
 
-    def add(self, function, skip=(), **defaults):
-        """Adds the flags of a function, except those in `skip`. defaults: shown in the help instead of the
-        function's own."""
-        texts = flag_help(function)
-        for name, parameter in flag_parameters(function).items():
-            flag, default = "--" + name.replace("_", "-"), defaults.get(name, parameter.default)
-            if name in skip or name in self.flags:
-                continue
-            self.flags[name] = parameter
-            text = texts.get(name, "").replace("%", "%%")
+    def add(self, functions, **defaults):
+        """Adds the flags of functions. defaults: shown in the help instead of the functions' own."""
+        for name, (parameter, text) in flags_of(functions).items():
+            default = defaults.get(name, parameter.default)
             if default is not None and default is not False:
                 text += f" (default: {default})"
-            self.add_argument(flag, dest=name, help=text, **flag_options(parameter.annotation))
+            self.add_argument("--" + name.replace("_", "-"), dest=name, help=text.replace("%", "%%"),
+                              **flag_options(parameter.annotation))
 
     def error(self, message):
         raise UsageError(re.sub(r"^argument (--[\w-]+): ", r"\1 ", message))
 
-    def parse_known_args(self, argv):
-        arguments, rest = super().parse_known_args(argv)
+    def parse_known_args(self, argv, namespace=None):
+        arguments, rest = super().parse_known_args(argv, namespace)
         for name, value in vars(arguments).items():
             if "" in (value if isinstance(value, list) else [value]):
                 raise UsageError(f"{name.replace('_', '-')} is an empty string")
         return arguments, rest
 
-    def parse(self, argv):
-        """Command line -> dict of what was given."""
+    def parse(self, argv, others={}):
+        """Command line -> dict of what was given. others: {words: functions}, whose flags are named with
+        these words where they do not belong."""
         arguments, rest = self.parse_known_args(argv)
         if rest:
             flag = rest[0].split("=")[0]
+            name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+            owners = [words for words, functions in others.items() if name in flags_of(functions)]
+            if owners:
+                raise UsageError(f"{flag} belongs to {' or '.join(owners)}")
             near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise UsageError(f"unknown argument {flag}: {hint}")

@@ -310,7 +310,7 @@ def training_gmac(method, epochs):
 
 def build_compared(name, source, **command):
     """The method that a row's command trains, and the settings that its run would take."""
-    args = train.settle(*train.parse(train_command(name, **command)[1:]), source)
+    args = train.settle(train.parse(train_command(name, **command)[1:]), source)
     return train.build_method(**args | dict(vocab_size=512 if args.get("tokenizer") else None)), args
 
 
@@ -444,8 +444,7 @@ def main(argv):
     began, parser = time.perf_counter(), Parser(description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     if argv and argv[0] in BENCHMARKS:
-        parser.add(BENCHMARKS[argv[0]])
-        parser.add(train.open_device)
+        parser.add([BENCHMARKS[argv[0]], train.open_device])
     given = parser.parse(argv)
     device, precision, workers = call(train.open_device, given)
     chosen = {name: given[name] for name in ("device", "precision", "workers") if name in given}

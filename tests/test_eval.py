@@ -262,7 +262,7 @@ def recipe(task, size, image_size, relative):
         sizes = dict(mim.SIZES[size], depth=1)
         encoder = mim.ViT(image_size, 14 if size == "huge" else 16, **sizes, relative_position=relative)
     function = evaluation.TASKS[task]
-    defaults = {name: p.default for name, p in train.flag_parameters(function).items()}
+    defaults = {name: p.default for name, (p, _) in train.flags_of([function]).items()}
     return defaults | evaluation.recipe(task, encoder)
 
 
@@ -727,7 +727,7 @@ def test_the_releases_files_say_whether_pixels_were_normalised(tmp_path):
     method = mim.MAE(mim.ViT(32, 8, 64, 1, 1), decoder_dim=32, decoder_depth=2, decoder_heads=16)
     for args, flags, expected in ((argparse.Namespace(norm_pix_loss=False), {}, False),
                                   (argparse.Namespace(norm_pix_loss=True), {}, True), (None, {}, True),
-                                  (argparse.Namespace(norm_pix_loss=False), dict(norm_pix=True), True)):
+                                  (argparse.Namespace(norm_pix_loss=False), dict(set=["norm_pix=true"]), True)):
         torch.save(dict(model=method.state_dict(), args=args), tmp_path / "full.pth")
         method, settings = evaluation.open_method(tmp_path / "full.pth", **flags)
         assert type(method) is mim.MAE and settings == {} and method.norm_pix is expected
@@ -1035,14 +1035,14 @@ ENCODER = {
     "--relative-position": differs("", checkpoint="random"),
 }
 TRAINED = {
-    "--limit": differs("5"), "--epochs": differs("3"), "--batch-size": differs("2"),
+    "--limit": differs("5"), "--val-limit": differs("2"), "--epochs": differs("3"), "--batch-size": differs("2"),
     "--base-lr": differs("5"), "--warmup-epochs": differs("1"), "--seed": differs("1"),
 }
 PROBE = ENCODER | TRAINED | {"--data": differs("{folder}"),
                              "--cache-features": differs("--no-cache-features")}
 TUNED = ENCODER | TRAINED | {
     "--weight-decay": differs("5"), "--layer-decay": differs("0.1"), "--drop-path": differs("0.9"),
-    "--resume": "tests of resuming", "--output": "every command has it",
+    "--resume": "tests of resuming", "--overwrite": "test_safety.py", "--output": "every command has it",
 }
 DENSE = TUNED | {"--data": "test_dense.py", "--batch-size": differs("4"), "--freeze": differs(""),
                  "--width": differs("4")}
@@ -1061,7 +1061,7 @@ def region_flags(beside=""):
 
 
 TASK_FLAGS = {
-    "knn": ENCODER | {"--k": differs("3"), "--temperature": differs("1"), "--pool": differs("mean"),
+    "knn": ENCODER | {"--val-limit": differs("3"), "--k": differs("3"), "--temperature": differs("1"), "--pool": differs("mean"),
                       "--limit": differs("22"), "--data": differs("{wide} --k 3"),
                       "--seed": differs("1", checkpoint="random")},
     "linear": PROBE | {"--pool": differs("mean")},
@@ -1072,35 +1072,37 @@ TASK_FLAGS = {
     "detect": DENSE | {"--image-size": differs("64"),
                        "--window": differs("2", "--model tiny --patch-size 4", "random")},
     "attention": ENCODER | PICTURE | region_flags("--rollout") | {
+        "--limit": differs("1"),
         "--query": differs("5"), "--rollout": differs(""),
         "--seed": differs("1", "--rollout --regions instances")},
 }
-DECODER_FLAGS = {"--decoder-dim": refused("32"), "--decoder-depth": refused("2"),
-                 "--decoder-heads": differs("4"), "--norm-pix": differs("--no-norm-pix")}
-BRANCH = {"--mask-ratio": differs("0.5"), "--num-regions": differs("2"), "--variant": refused("batch"),
-          "--region-dim": refused("32"), "--region-heads": differs("4"),
-          "--region-decoder-depth": refused("2"),
+DECODER_FLAGS = {"decoder_dim": refused("32"), "decoder_depth": refused("2"),
+                 "decoder_heads": differs("4"), "norm_pix": differs("false")}
+BRANCH = {"mask_ratio": differs("0.5"), "num_regions": differs("2"), "variant": refused("batch"),
+          "region_dim": refused("32"), "region_heads": differs("4"),
+          "region_decoder_depth": refused("2"),
           **region_flags(), "--data": differs("{folder} --regions fh")}
+# Arguments of a method, for --set, have no dashes.
 METHOD_FLAGS = {
-    "mae": DECODER_FLAGS | {"--mask-ratio": differs("0.5")},
-    "simmim": {"--mask-ratio": differs("0.3"), "--unit-size": differs("1")},
-    "amt": DECODER_FLAGS | {"--mask-ratio": differs("0.3"), "--throw-ratio": differs("0.1"),
-                            "--throw": differs("low")},
-    "lomar": {"--mask-ratio": differs("0.5"), "--window-size": differs("2"), "--num-windows": differs("3"),
-              "--norm-pix": differs("--no-norm-pix")},
+    "mae": DECODER_FLAGS | {"mask_ratio": differs("0.5")},
+    "simmim": {"mask_ratio": differs("0.3"), "unit_size": differs("1")},
+    "amt": DECODER_FLAGS | {"mask_ratio": differs("0.3"), "throw_ratio": differs("0.1"),
+                            "throw": differs("low")},
+    "lomar": {"mask_ratio": differs("0.5"), "window_size": differs("2"), "num_windows": differs("3"),
+              "norm_pix": differs("false")},
     "objmae": DECODER_FLAGS | region_flags() | {
-        "--alpha": differs("0.1"), "--alignment": differs("throwout"), "--selection": differs("inter"),
-        "--object-floor": differs("0.3"), "--patch-share": differs("0.9"),
-        "--norm-pix": differs(""), "--data": differs("{folder} --regions fh")},
+        "alpha": differs("0.1"), "alignment": differs("throwout"), "selection": differs("inter"),
+        "object_floor": differs("0.3"), "patch_share": differs("0.9"),
+        "norm_pix": differs("true"), "--data": differs("{folder} --regions fh")},
     "rae": BRANCH | dict.fromkeys(region_flags(), "as for rmae"),
-    "rmae": BRANCH | DECODER_FLAGS | {"--cross-feed": refused("both")},
-    "cae": {"--mask-ratio": differs("0.3"), "--min-block": differs("2"), "--regressor-depth": refused("2"),
-            "--decoder-depth": refused("2"), "--alignment-weight": differs("1"),
-            "--norm-pix": differs("--no-norm-pix")},
-    "beit": {"--mask-ratio": differs("0.2"), "--min-block": differs("2"),
+    "rmae": BRANCH | DECODER_FLAGS | {"cross_feed": refused("both")},
+    "cae": {"mask_ratio": differs("0.3"), "min_block": differs("2"), "regressor_depth": refused("2"),
+            "decoder_depth": refused("2"), "alignment_weight": differs("1"),
+            "norm_pix": differs("false")},
+    "beit": {"mask_ratio": differs("0.2"), "min_block": differs("2"),
              "--tokenizer": refused("{dvae}")},
-    "dvae": {"--hidden-dim": refused("16"), "--groups": refused("3"), "--blocks-per-group": refused("1"),
-             "--kl-weight": differs("1"), "--seed": same("1")},
+    "dvae": {"vocab_size": refused("8"), "hidden_dim": refused("16"), "groups": refused("3"), "blocks_per_group": refused("1"),
+             "kl_weight": differs("1"), "--seed": same("1")},
 }
 BASE = {  # what every command of a task begins with
     "knn": "--data {folder}", "linear": "--data {wide} --epochs 2 --batch-size 4",
@@ -1140,17 +1142,24 @@ def outcome(cli, monkeypatch, tmp_path):
     return run
 
 
+# Flags of tasks that take a whole method, where the method has no use for them
+METHOD_TASK = {"--set": "arguments of the method stand by their names", "--limit": differs("1"),
+               "--tokenizer": refused("{dvae}"), **dict.fromkeys(region_flags(), refused("fh")),
+               "--region-cache": same("elsewhere")}
+
+
 def all_cases():
     """(task, the checkpoint's method, its table)."""
     for task, table in TASK_FLAGS.items():
         yield pytest.param(task, "mae", EVERYWHERE | table, id=task)
     for name, table in METHOD_FLAGS.items():
-        common = EVERYWHERE | PICTURE
+        common = EVERYWHERE | PICTURE | METHOD_TASK
         if name != "mae":
             common |= dict.fromkeys(PICTURE, "as for mae")
         yield pytest.param("reconstruct", name, common | table, id=f"reconstruct-{name}")
-    table = EVERYWHERE | PICTURE | region_flags() | {"--data": differs("{folder} --regions fh"),
-                                                     "--image-visible": differs("0.9")}
+    table = EVERYWHERE | PICTURE | METHOD_TASK | region_flags() | {
+        "--data": differs("{folder} --regions fh"), "--image-visible": differs("0.9"),
+        **{name: "as for reconstruct" for name in METHOD_FLAGS["rmae"] if not name.startswith("--")}}
     yield pytest.param("segment", "rmae", table, id="segment")
 
 
@@ -1177,7 +1186,10 @@ def test_every_flag_reaches_what_it_sets(task, name, table, outcome, runs, folde
     with pytest.raises(SystemExit):
         evaluation.main([str(path), "--task", task, "--help"])
     shown = re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M)
-    assert sorted(set(shown)) == sorted(table)
+    assert sorted(set(shown)) == sorted(name for name in table if name.startswith("--"))
+    if "--set" in table:
+        message = outcome(path, "--task", task, "--set", "nothing=1")
+        assert sorted(re.sub(".*names are ", "", message).split(", ")) == sorted(set(table) - set(shown))
     places = dict(folder=folder, wide=wide, image=folder / "train" / "a" / "4.png",
                   dvae=runs / "mae" / "checkpoint.pt")
     base, known = BASE[task].format(**places).split(), {}
@@ -1193,6 +1205,8 @@ def test_every_flag_reaches_what_it_sets(task, name, table, outcome, runs, folde
             assert len(known[str(begin)]) == 64, known[str(begin)]
         value = value.format(**places)
         words = value.split() if value.startswith("--no-") else [flag, *value.split()]
+        if not flag.startswith("--"):
+            words = ["--set", f"{flag}={value}"]
         got = outcome(*begin, *words)
         found = REFUSED if len(got) != 64 else SAME if got == known[str(begin)] else DIFFERS
         if found != effect:
@@ -1291,7 +1305,7 @@ def test_the_line_of_json_says_what_was_done(call, runs, folder, name):
 def test_reconstruct_draws_the_release_with_another_ratio(call, runs, folder, tmp_path):
     image = folder / "val" / "a" / "0.png"
     method = mim.MAE(mim.ViT(32, 4, 32, 1, 2), decoder_dim=32, decoder_depth=1, decoder_heads=16)
-    flags = ["--images", image, "--output", tmp_path / "one.png", "--mask-ratio", 0.5]
+    flags = ["--images", image, "--output", tmp_path / "one.png", "--set", "mask_ratio=0.5"]
     state = {name.removeprefix("encoder."): value for name, value in method.state_dict().items()}
     torch.save(dict(model=state), tmp_path / "full.pth")
     code, result, _ = call(tmp_path / "full.pth", "reconstruct", *flags)
@@ -1340,8 +1354,8 @@ def test_help_shows_the_flags_of_the_task_alone(cli, runs, capsys):
     amt = runs / "amt" / "checkpoint.pt"
     for arguments, shown, absent in (
             (["--task", "knn"], ["--k INT", "number of neighbours", "(default: 20)"], ["--epochs"]),
-            (["--task", "attention"], ["--rollout", "--query"], ["--k ", "--limit"]),
-            ([amt, "--task", "reconstruct"], ["--throw-ratio", "--decoder-dim"], ["--k ", "--alpha"])):
+            (["--task", "attention"], ["--rollout", "--query"], ["--k ", "--val-limit"]),
+            ([amt, "--task", "reconstruct"], ["--set", "--count", "--images"], ["--k ", "--alpha"])):
         with pytest.raises(SystemExit):
             evaluation.main([str(a) for a in [*arguments, "--help"]])
         text = capsys.readouterr().out
@@ -1359,17 +1373,18 @@ MISTAKES = [
     ("list.pt --task knn", "list.pt"),
     ("list.pt --task reconstruct", "list.pt"),
     ("nan.pt --task knn", "nan.pt: its weights are not all finite numbers"),
-    ("random --task reconstruct", "--task reconstruct needs a whole pre-trained model, not random"),
+    ("random --task reconstruct", "random: this task needs a whole pre-trained model"),
     ("{mae}/encoder.pt --task reconstruct", "it has an encoder only; give the checkpoint.pt of a run"),
     ("{mae}/encoder.pt --task segment", "it has an encoder only; give the checkpoint.pt of a run"),
     ("{mae}/encoder.pt --task knn --model tiny", "--model is for an untrained encoder"),
     ("{mae}/encoder.pt --task knn --patch-size 4", "--patch-size is for an untrained encoder"),
     ("{mae}/encoder.pt --task knn --image-size 30", "multiple of patch_size=8, got 30x30"),
-    ("{mae}/checkpoint.pt --task reconstruct --throw-ratio 0.1", "unknown argument --throw-ratio"),
-    ("{mae}/checkpoint.pt --task reconstruct --mask-ration 0.1", "did you mean --mask-ratio"),
-    ("{mae}/checkpoint.pt --task reconstruct --mask-ratio 1.5", "mask_ratio"),
+    ("{mae}/checkpoint.pt --task reconstruct --set throw_ratio=0.1",
+     "--set throw_ratio=0.1: it takes NAME=VALUE; the names are mask_ratio, decoder_dim"),
+    ("{mae}/checkpoint.pt --task reconstruct --set mask_ratio", "--set mask_ratio: it takes NAME=VALUE"),
+    ("{mae}/checkpoint.pt --task reconstruct --set mask_ratio=1.5", "mask_ratio"),
     ("{mae}/encoder.pt --task knn --mask-ratio 0.5", "unknown argument --mask-ratio"),
-    ("{mae}/encoder.pt --task knn --epochs 3", "unknown argument --epochs"),
+    ("{mae}/encoder.pt --task knn --epochs 3", "--epochs belongs to --task linear or --task attentive"),
     ("{mae}/encoder.pt --task linear --batchsize 3", "did you mean --batch-size"),
     ("{mae}/encoder.pt --task knn --k 0", "--k must be a positive whole number, got '0'"),
     ("{mae}/encoder.pt --task knn --k 25 --data {data}", "--k 25 is more than the 24 training images"),
@@ -1384,15 +1399,15 @@ MISTAKES = [
     ("{mae}/encoder.pt --task attention --output folder", "--output folder: it is a folder"),
     ("{mae}/encoder.pt --task attention --images low.png {image}",
      "--images low.png: it cannot be used as an image (a side has fewer than"),
-    ("{mae}/encoder.pt --task knn --resume", "unknown argument --resume"),
+    ("{mae}/encoder.pt --task knn --resume", "--resume belongs to --task finetune or --task semseg"),
     ("{mae}/encoder.pt --task finetune --resume --output {mae}/checkpoint.pt --data {data}",
      "checkpoint.pt is not of --task finetune (it has no 'epoch')"),
     ("{mae}/encoder.pt --task finetune --warmup-epochs 5 --epochs 3 --data {data} --output w.pt",
      "--warmup-epochs 5 is more than --epochs 3"),
     ("{mae}/encoder.pt --task knn --data {plain}", "needs labels"),
-    ("{mae}/encoder.pt --task knn --cache-features", "unknown argument --cache-features"),
-    ("{mae}/checkpoint.pt --task reconstruct --image-size 64", "unknown argument --image-size"),
-    ("{mae}/checkpoint.pt --task reconstruct --decoder-dim 32",
+    ("{mae}/encoder.pt --task knn --cache-features", "--cache-features belongs to --task linear or"),
+    ("{mae}/checkpoint.pt --task reconstruct --image-size 64", "--image-size belongs to --task knn or"),
+    ("{mae}/checkpoint.pt --task reconstruct --set decoder_dim=32",
      "its weights do not fit {'decoder_dim': 32}"),
     ("{mae}/encoder.pt --task finetune --label-smoothing 2", "--label-smoothing must be"),
     ("{mae}/encoder.pt --task linear --batch-size 1 --data {data}", "--batch-size must be at least 2"),

@@ -416,7 +416,7 @@ def settle(*flags, images=1_281_167, size=224):
         def __len__(self):
             return images
 
-    return train.settle(*train.parse([str(flag) for flag in flags]), Source())
+    return train.settle(train.parse([str(flag) for flag in flags]), Source())
 
 
 MAE = dict(  # Table 8, §4 and Table 1 of its paper
