@@ -476,7 +476,8 @@ class ViT(nn.Module):
         identity = flow = torch.eye(x.shape[1], device=x.device)
         for block in self.blocks:
             attention = block.attn.weights(block.norm1(x), buckets=self.buckets).mean(1)
-            flow = (attention + identity) / 2 @ flow
+            with torch.autocast(images.device.type, enabled=False):  # in float32, as rows sum to one
+                flow = (attention + identity) / 2 @ flow
             x = block(x, self.buckets)
         return flow
 
