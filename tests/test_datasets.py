@@ -604,6 +604,14 @@ def test_masks_of_equal_names_lie_in_their_images_folders(tmp_path):
     assert [int(regions.read(i, source[i]).max()) for i in range(4)] == [0, 4, 5, 3]
 
 
+def test_masks_of_the_scenes_are_named_by_their_seeds(tmp_path):
+    source = load_data("shapes", "val", 16, limit=4)
+    seed = source.name(2).removeprefix("scene ")
+    Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / f"{seed}.png")
+    regions = open_regions(str(tmp_path), source)
+    assert [int(regions.read(i, source[i]).max()) for i in range(4)] == [0, 0, 7, 0]
+
+
 @pytest.mark.parametrize("size, welcome", [
     ((40, 60), True), ((20, 30), True), ((80, 120), True), ((7, 10), True), ((7, 11), True),
     ((60, 40), False), ((40, 40), False), ((20, 33), False)])
@@ -898,6 +906,18 @@ def test_tiny_images_count_as_broken_and_all_broken_stops(tmp_path):
     says = "1.png and the images after it are broken; the last: 30x7 pixels, too small"
     with pytest.raises(UsageError, match=says):
         Images(load_data(str(tmp_path)), 32)[0]
+
+
+def test_after_a_hundred_broken_files_none_is_tried():
+    class Broken(Source):
+        def __getitem__(self, index):
+            tried.append(index)
+            raise OSError("broken")
+
+    tried = []
+    with pytest.raises(UsageError, match="image 250 and the images after it are broken; .*cannot be"):
+        Images(Broken(*300 * [noise(8, 8)]), 8)[250]
+    assert tried == [*range(250, 300), *range(50)]
 
 
 # Batches cropped on the device

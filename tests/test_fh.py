@@ -144,6 +144,9 @@ def test_an_edge_that_weighs_as_much_as_the_limit_joins_nothing():
     assert felzenszwalb(image, 255, CRISP, min_size=1).tolist() == [[0, 1]]
     assert felzenszwalb(image, 256, CRISP, min_size=1).tolist() == [[0, 0]]
     assert felzenszwalb(image, 255, CRISP, min_size=2).tolist() == [[0, 0]]
+    three = np.pad(image, ((0, 0), (0, 0), (1, 0)))  # the first two join, and then have the limit 1
+    assert felzenszwalb(three, 510, CRISP, min_size=1).tolist() == [[0, 0, 1]]
+    assert felzenszwalb(three, 511, CRISP, min_size=1).tolist() == [[0, 0, 0]]
 
 
 def test_a_limit_is_the_heaviest_edge_and_the_scale_by_the_size():
@@ -167,6 +170,13 @@ def test_smoothing_is_a_gaussian():
     y, x = np.indices((15, 17))
     bell = np.exp(-((y - 7) ** 2 + (x - 8) ** 2) / (2 * 0.8 ** 2)) * (abs(y - 7) <= 3) * (abs(x - 8) <= 3)
     assert np.allclose(smooth(image, 0.8), bell / bell.sum(), atol=1e-12)
+    # At the borders the image is mirrored, with its outermost pixels: each comes twice
+    image[:] = 0
+    image[:, 1, 0] = 255
+    y, x = np.indices((15, 17))
+    rows, columns = ([np.exp(-(n - k) ** 2 / (2 * 0.8 ** 2)) * (abs(n - k) <= 3) for k in places]
+                     for n, places in ((y, (1, -2)), (x, (0, -1))))
+    assert np.allclose(smooth(image, 0.8), sum(rows) * sum(columns) / bell.sum(), atol=1e-12)
     image[:] = 51
     assert np.allclose(smooth(image, 0.8), 0.2, atol=1e-12)  # also at the borders
 

@@ -13,10 +13,11 @@ import pytest
 import torchvision
 from PIL import Image
 
-from datasets import IGNORED, SHAPE_CLASSES, UsageError, load_data, load_dense, render_scene
+from datasets import IGNORED, SHAPE_CLASSES, UsageError, load_data, load_dense, open_regions, render_scene
 
 WRITTEN_FOR = ("train", "val", "unlabelled")
 HEIGHT, WIDTH = 16, 32
+COCO_PLACE = dict(train=[18, 0, 12, 8], val=[3, 5, 20, 4])  # x, y, width and height of the objects
 ADE_PARTS = dict(train="training", val="validation")
 LAST = dict(train=2, val=3)  # the last pixel's label in ADE20K's and Pascal VOC's maps
 
@@ -137,12 +138,13 @@ def write_coco(root):
 
 
 def write_annotations(root, split, numbers):
-    """COCO's annotations: image k has one object and one segment in its upper right, of category 30 + k."""
+    """COCO's annotations: image k has one object and one segment, in `COCO_PLACE`, of category 30 + k."""
     images = [dict(id=k, file_name=f"{k:012d}.jpg", height=HEIGHT, width=WIDTH) for k in numbers]
     categories = [dict(id=30 + k, name=f"{split} {k}") for k in (2, 0, 1)]
-    x, y = WIDTH // 2, HEIGHT // 2
-    objects = [dict(image_id=k, category_id=30 + k, area=50 + k, bbox=[x, 0, x, y], iscrowd=int(k == 1),
-                    segmentation=[[x, 0, WIDTH, 0, WIDTH, y, x, y]]) for k in numbers]
+    x, y, width, height = COCO_PLACE[split]
+    polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
+    objects = [dict(image_id=k, category_id=30 + k, area=50 + k, bbox=COCO_PLACE[split], iscrowd=int(k == 1),
+                    segmentation=[polygon]) for k in numbers]
     segments = [dict(image_id=k, file_name=f"{k:012d}.png", segments_info=[dict(id=7, category_id=30 + k)])
                 for k in numbers]
     for kind, annotations in (("instances", objects), ("panoptic", segments)):
@@ -150,9 +152,16 @@ def write_annotations(root, split, numbers):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
     ids = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    ids[:y, x:, 0] = 7
+    ids[..., 0] = 7 * in_place(split)
     for k in numbers:
         write(root / "annotations" / f"panoptic_{split}2017" / f"{k:012d}.png", ids)
+
+
+def in_place(split):
+    """Bool [HEIGHT, WIDTH]: where the object of each of COCO's images is."""
+    x, y, width, height = COCO_PLACE[split]
+    rows, columns = np.indices((HEIGHT, WIDTH))
+    return (rows >= y) & (rows < y + height) & (columns >= x) & (columns < x + width)
 
 
 def write_ade20k(root):
@@ -338,10 +347,8 @@ def test_cocos_segments_are_classes_in_the_order_of_the_ids(split, count, tmp_pa
     source = load_dense(str(tmp_path), False, split)
     assert source.classes == [f"{split} {k}" for k in range(3)]
     for i in range(count):
-        expected = np.full((HEIGHT, WIDTH), IGNORED, np.uint8)
-        expected[:HEIGHT // 2, WIDTH // 2:] = i
         truth = source.truth(i, source[i])
-        assert truth.dtype == np.uint8 and np.array_equal(truth, expected)
+        assert truth.dtype == np.uint8 and np.array_equal(truth, np.where(in_place(split), i, IGNORED))
 
 
 @pytest.mark.parametrize("split, count", [("train", 3), ("val", 2)])
@@ -351,10 +358,22 @@ def test_cocos_objects_have_the_areas_boxes_and_crowds_of_the_annotations(split,
     assert source.classes == [f"{split} {k}" for k in range(3)]
     for i in range(count):
         truth = source.truth(i, source[i])
-        assert truth["masks"].shape == (1, HEIGHT, WIDTH) and truth["masks"].dtype == bool
-        assert truth["masks"][0, :8, 16:].all() and truth["masks"].sum() == 128
-        assert truth["boxes"].tolist() == [[16, 0, 32, 8]] and truth["labels"].tolist() == [i + 1]
+        assert truth["masks"].dtype == bool and np.array_equal(truth["masks"], in_place(split)[None])
+        box = [18, 0, 30, 8] if split == "train" else [3, 5, 23, 9]
+        assert truth["boxes"].tolist() == [box] and truth["labels"].tolist() == [i + 1]
         assert truth["areas"].tolist() == [50 + i] and truth["crowd"].tolist() == [i == 1]
+
+
+@pytest.mark.parametrize("split", ["pretrain", "train", "val"])
+def test_cocos_regions_are_of_the_splits_own_annotations(split, tmp_path):
+    write_coco(tmp_path)
+    source = load_data(str(tmp_path), split)
+    place = in_place("val" if split == "val" else "train")
+    for kind in ("instances", "panoptic"):
+        regions = open_regions(kind, source, str(tmp_path), split)
+        assert np.array_equal(regions.read(0, source[0]), place[None])
+        crowd = regions.read(1, source[1])  # is no instance, but a segment
+        assert np.array_equal(crowd, place[None] & (kind == "panoptic"))
 
 
 def test_the_scenes_objects_and_classes():
