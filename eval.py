@@ -14,8 +14,8 @@ task.
 from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
                    autocast, call, check_place, check_setting, cut_batch, draw_reconstruction,
                    exit_with_one_line, first_process_first, flags_of, half_cosine, image_pair,
-                   join_processes, load_method, load_tokenizer, open_device, parameter_groups, picture,
-                   picture_items, rank, run_settings, save_picture, sized, small_patch, train_epochs,
+                   join_processes, load_method, load_tokenizer, not_empty, open_device, parameter_groups,
+                   picture, picture_items, rank, run_settings, save_picture, sized, small_patch, train_epochs,
                    world_size, write_atomically)
 
 import contextlib
@@ -1582,7 +1582,7 @@ def parse(argv):
     more = ("With --task, --help lists its flags. The defaults are the papers'; images of up to 96 pixels have "
             "others, which the last line shows.")
     parser = Parser(description=__doc__, epilog=more)
-    parser.add_argument("checkpoint", help="a file, or `random`")
+    parser.add_argument("checkpoint", type=not_empty, help="a file, or `random`")
     parser.add_argument("--task", choices=TASKS, required=True)
     if "task" in known:
         parser.add(functions_of(known["task"]))

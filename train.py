@@ -557,8 +557,8 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except Exception:  # torch raises all kinds for what is not there
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UsageError(f"--device {name}: it cannot be used here; there is {', '.join(there)}") from None
+        raise UsageError(f"--device {name}: it cannot be used; beside cpu there are "
+                         f"{counted(torch.cuda.device_count(), 'CUDA devices')}") from None
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
@@ -1049,6 +1049,13 @@ def number(kind, low, high, words):
     return convert
 
 
+def not_empty(words):
+    """The argparse type of file names and the like, which are not empty."""
+    if not words:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return words
+
+
 def flag_options(annotation):
     """A parameter's annotation -> the keyword arguments of add_argument."""
     origin = typing.get_origin(annotation)
@@ -1065,7 +1072,7 @@ def flag_options(annotation):
         return dict(action=argparse.BooleanOptionalAction)
     if annotation in (int, float):  # neither nan nor inf
         return flag_options(Annotated[annotation, -LARGEST, LARGEST, "a finite number"])
-    return dict(metavar=annotation.__name__.upper())
+    return dict(type=not_empty, metavar=annotation.__name__.upper())
 
 
 class Parser(argparse.ArgumentParser):
@@ -1086,13 +1093,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UsageError(re.sub(r"^argument (--[\w-]+): ", r"\1 ", message))
-
-    def parse_known_args(self, argv, namespace=None):
-        arguments, rest = super().parse_known_args(argv, namespace)
-        for name, value in vars(arguments).items():
-            if "" in (value if isinstance(value, list) else [value]):
-                raise UsageError(f"{name.replace('_', '-')} is an empty string")
-        return arguments, rest
 
     def parse(self, argv, others={}):
         """Command line -> dict of what was given. others: {words: functions}, whose flags are named with

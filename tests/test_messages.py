@@ -162,16 +162,16 @@ def test_no_flag_takes_an_empty_string(program, command, mistake):
     assert {"--data", "--device", "--output"} <= flags and len(flags) > 15
     for flag in flags - {"--method", "--task"}:
         message = mistake(program, *command, flag, "")
-        assert flag.lstrip("-") in message and ("empty string" in message or "''" in message)
+        assert message.startswith(f"{flag} ") and ("must not be empty" in message or "''" in message)
         assert mistake(program, *command, f"{flag}=") == message
 
 
 def test_nothing_else_is_an_empty_string(mistake):
     assert mistake("train", "--method", "").startswith("--method invalid choice: ''")
     for task in ("knn", "reconstruct"):
-        assert mistake("eval", "", "--task", task) == "checkpoint is an empty string"
+        assert mistake("eval", "", "--task", task) == "argument checkpoint: must not be empty"
     message = mistake("eval", "random", "--task", "attention", "--images", "a.png", "")
-    assert message == "images is an empty string"
+    assert message == "--images must not be empty"
 
 
 @pytest.mark.parametrize("name", [
@@ -179,7 +179,7 @@ def test_nothing_else_is_an_empty_string(mistake):
 def test_a_device_that_is_not_there_is_one_line(name, mistake):
     message = mistake("train", "--method", "mae", "--device", name)
     named = "cuda:0" if name == "cuda" else name
-    assert message == f"--device {named}: it cannot be used here; there is cpu"
+    assert message == f"--device {named}: it cannot be used; beside cpu there are 0 CUDA devices"
 
 
 def test_more_workers_than_a_machine_bears_are_refused(monkeypatch):
