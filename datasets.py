@@ -80,7 +80,7 @@ def explained(what, problem):
 
 
 def reason_of(error):
-    """What an exception says, in one line, without the words that Python and torch have for themselves."""
+    """An exception's message in one line, without the words that Python and torch have for themselves."""
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save hides it
     if getattr(error, "errno", None) == errno.ENOSPC:
@@ -135,7 +135,7 @@ def denormalize(images):
 
 
 class Source:
-    """Where images come from. Besides its length a source has:
+    """A place that images come from. Besides its length a source has:
 
     source[i] -> dict(image uint8 [3, H, W], label int); the built-in scenes also give instances and shapes
     name(i): what image i is called in messages
@@ -167,7 +167,7 @@ class Source:
 
 
 def norm(u, v):
-    """How long the vectors (u, v) are."""
+    """The length of the vectors (u, v)."""
     return np.sqrt(u * u + v * v)
 
 
@@ -794,7 +794,7 @@ def renumber(maps):
 
 
 def crop_regions(maps, box, flip, size):
-    """What `regions.read` gives, cut out and mirrored as the image: labels uint8 or floats, [L, *size]."""
+    """Cuts out and mirrors the maps of `regions.read` as the image: labels uint8 or floats, [L, *size]."""
     if maps.is_floating_point():
         return crop_boxes(maps[None], box[None], torch.tensor([flip]), size, "bilinear")[0]
 
@@ -1052,7 +1052,7 @@ class ComputedRegions(Dataset):
                     self.save(index, maps)
 
     def __getitem__(self, index):
-        """What a worker of `fill` does: it computes FH segments, or reads an image for the classifier."""
+        """The work of one of `fill`'s workers: it computes FH segments, or reads an image for the classifier."""
         images = Images(self.source, 224, "whole")
         if self.scales is None:
             return images[index]
@@ -1122,7 +1122,7 @@ REGIONS = ("instances", "panoptic", "fh", "cam")
 
 
 def default_regions(method, data):
-    """What --regions is where it is not given."""
+    """The value of --regions where it is not given."""
     if data == "shapes" or method == "objmae" and coco_folder(data, "train"):
         return "instances"
     return "cam" if method == "objmae" else "fh"

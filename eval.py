@@ -109,7 +109,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def as_items(data):
-    """What a task is given as `train` or `val` -> a Dataset whose items are dicts with image and label."""
+    """Makes a Dataset, whose items are dicts with image and label, of what a task is given as train or val."""
     return data if isinstance(data, (Images, Pairs)) else Pairs(data)
 
 
@@ -216,7 +216,7 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
 
 
 def settings_of(task, arguments):
-    """What a resumed run must have been started with: the plain values among the arguments of a task, and a
+    """The settings that a resumed run must have been started with: the plain values among the arguments of a task, and a
     short hash of the encoder's weights."""
     machine = ("output", "resume", "accumulate", "device", "precision", "workers")
     plain = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
@@ -265,7 +265,7 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
 
 
 def open_kept(path, settings):
-    """What `fit` has written to a file; UsageError if it is something else, or of other settings."""
+    """Loads a file that `fit` wrote. UsageError if it is something else, or of other settings."""
     with explained("--resume", f"{path} is not of --task {settings['task']}"):
         state = mim.load_file(path)
         check_setting("epoch", state["epoch"], NonNegativeInt)
@@ -332,7 +332,7 @@ class AttentiveProbe(nn.Module):
         return self.classifier(gathered.squeeze(1))
 
     def attention(self, patches):
-        """Where the query looks (Figure 5): [B, heads, N], rows sum to one."""
+        """The query's attention to the patches (Figure 5): [B, heads, N], rows sum to one."""
         patches = patches.float()
         return self.attn.weights(self.query.expand(len(patches), -1, -1), patches).squeeze(2)
 
@@ -1061,7 +1061,7 @@ def mask_overlaps(masks, others):
 
 
 def outside(areas):
-    """Whether areas [n] lie outside each of the ranges: bool [4, n]. A range includes both of its ends."""
+    """True for each of the areas [n] that lies outside of a range: bool [4, n]. Ranges include both ends."""
     low, high = AREA_RANGES.T[..., None]
     return (areas < low) | (areas > high)
 
@@ -1125,7 +1125,7 @@ def mean_precision(outcomes, num_truths):
 
 
 def average_precision(records):
-    """What match_image returned for each image -> dict(ap, ap50, ap75, ap_small, ap_medium, ap_large).
+    """COCO's six figures, dict(ap, ap50, ap75, ap_small, ap_medium, ap_large), from match_image's results.
 
     Each is the mean over the classes with truths in its range of areas, in percent; None if no class has any.
     """
@@ -1285,8 +1285,8 @@ def complete(method, images, maps, ids, image_visible):
 
 
 def nearest_hint(patches, ids, grid):
-    """What a patch's nearest shown patch holds: patches [B, N, p*p] with `ids` [B, n] shown -> bool [B, N,
-    p*p]."""
+    """Copies to every patch its nearest shown patch: patches [B, N, p*p] with `ids` [B, n] shown -> bool [B, N,
+    1], true where most of that patch is region."""
     place = torch.cartesian_prod(*(torch.arange(float(side), device=ids.device) for side in grid))
     nearest = torch.cdist(place, place[ids]).argmin(2)
     mostly = mim.take(patches, ids).float().mean(2) > 0.5
@@ -1475,7 +1475,7 @@ def load_unlabelled(data, size=None, limit=None):
 
 
 def open_images(data, size, settings, images: list[str] | None = None):
-    """What is drawn, as datasets.Images: the files of --images, or the val split of --data.
+    """Opens the images to draw, as datasets.Images: the files of --images, or the val split of --data.
 
     images: image files, instead of --data
     """

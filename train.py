@@ -469,7 +469,7 @@ def cut_batch(batch_size, num_images, accumulate=None):
 
 
 def all_finite(module):
-    """Whether all parameters are finite numbers."""
+    """True if all parameters are finite numbers."""
     return bool(torch.stack([p.isfinite().all() for p in module.parameters()]).all())
 
 
@@ -510,7 +510,7 @@ def join_processes(device):
 
 
 def gather(value):
-    """What each process has for `value`, a list in the order of their ranks; waits for all."""
+    """Collects `value` from all processes, in the order of their ranks. Every process must call it."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -577,7 +577,7 @@ def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "f
 
 
 def sized(method):
-    """What has the image size: a method's encoder, or the DVAE itself."""
+    """The module that has the image size: a method's encoder, or the DVAE itself."""
     return method if hasattr(method, "image_size") else method.encoder
 
 
@@ -621,7 +621,7 @@ def build_amt(settings, base: Literal["mae", "simmim"] = "mae"):
 
 
 def load_method(state, path, **overrides):
-    """What a run's checkpoint.pt of this path holds -> its method with its weights.
+    """Builds the method of a run's checkpoint.pt and loads its weights. state: what the file at `path` holds.
 
     overrides: arguments of the method's constructor to change.
     """
@@ -897,7 +897,7 @@ def recipe(method, base="mae", image_size=(224, 224), nano=False):
 
 
 def is_nano(given):
-    """Whether the recipe is that of a ViT-nano: for the built-in scenes, or where the user asks for it."""
+    """True if the recipe is that of a ViT-nano: for the built-in scenes, or where the user asks for it."""
     return given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
 
 
