@@ -258,7 +258,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, num_heads, norm_context=True):
         super().__init__()
-        check_transformer(dim, num_heads, 1, ("dim", "num_heads", "depth"))
+        check_transformer(dim, num_heads, 1)
         self.num_heads = num_heads
         self.norm_q = layer_norm(dim)
         self.norm_k, self.norm_v = (layer_norm(dim) if norm_context else nn.Identity() for _ in range(2))
@@ -295,7 +295,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim, init):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+        self.gamma = nn.Parameter(init * torch.ones(dim))
 
     def forward(self, x):
         return x * self.gamma
@@ -388,10 +388,9 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, embed_dim, channels)
         self.cls_token = learned_token(embed_dim)
         self.relative_position = relative_position
-        self.register_buffer("buckets", None, persistent=False)
-        if relative_position:
-            self.buckets = relative_buckets(self.grid)
-        else:
+        buckets = relative_buckets(self.grid) if relative_position else None
+        self.register_buffer("buckets", buckets, persistent=False)
+        if not relative_position:
             self.pos_embed = nn.Parameter(
                 sincos_position_embedding(embed_dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(
@@ -755,8 +754,7 @@ class SimMIM(nn.Module):
         count_masked(encoder.num_patches // unit_size**2, mask_ratio, round_up=True)
         self.encoder, self.mask_ratio, self.unit_size = encoder, mask_ratio, unit_size
         self.mask_token = learned_token(encoder.embed_dim)
-        self.head = nn.Linear(encoder.embed_dim, encoder.patch_dim)
-        init_weights(self.head)
+        self.head = nn.Linear(encoder.embed_dim, encoder.patch_dim).apply(init_weights)
 
     def forward(self, images, ids_visible=None, ids_masked=None):
         """images [B, C, H, W], and optionally the mask to use -> loss, pred, ids_visible, ids_masked.
@@ -830,7 +828,7 @@ def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=
         new = random_blocks(area, grid, min_aspect, generator) * visible
         added = new.sum((1, 2))
         placed = (added <= remaining).float()
-        visible.addcmul_(new, placed[:, None, None], value=-1)
+        visible -= new * placed[:, None, None]
         remaining -= added * placed
     beside = F.max_pool2d(1 - visible, 3, stride=1, padding=1)
     noise = torch.rand(visible.shape, device=device, generator=generator)
@@ -1065,8 +1063,8 @@ Throw = Literal["middle", "low", "random"]
 def attention_map(encoder, images):
     """Whole images [B, C, H, W] -> masking weights a_w [B, gh, gw] in [0, 1] (AMT, Eq. 3, 4).
 
-    The encoder works without drop path. Departs from the paper as the authors' code does: every head is scaled
-    to [0, 1] before the mean of heads, where §3.2 scales the mean once.
+    The encoder works without drop path. Departs from the paper as the authors' code does: every head is
+    scaled to [0, 1] before the mean of heads, where §3.2 scales the mean once.
     """
     training = encoder.training
     encoder.eval()
@@ -1636,12 +1634,12 @@ class ObjMAE(MAE):
 # v_R (Eq. 1, 4, 7)                x in RegionBranch.encode                     [B, k, n, p*p]
 # R-Encoder, v_renc                RegionBranch.encode                          [B, k, n, dim]
 # f                                proj
-# v'_renc (Eq. 2, 5)               x in BatchBranch.decode                      [B * k, 1 + N, dim]
+# v'_renc (Eq. 2, 5)               x in BatchBranch.forward                     [B * k, 1 + N, dim]
 # v'_penc                          RegionBranch.fill                            [B, 1 + N, dim]
 # [mask]                           neck_mask_token, mask_token                  [1, 1, dim]
 # Neck, v_context (Eq. 9)          neck_block, context                          [B, 1 + N, dim]
-# v_emb, v_query (Eq. 8, 10)       queries in LengthBranch.decode               [B, k, dim]
-# W, v_rdec (Eq. 11)               expand, x in LengthBranch.decode             [B, k, n_masked, dim]
+# v_emb, v_query (Eq. 8, 10)       queries in LengthBranch.forward              [B, k, dim]
+# W, v_rdec (Eq. 11)               expand, x in LengthBranch.forward            [B, k, n_masked, dim]
 # g                                head
 # h (Eq. 12)                       region_feed
 
@@ -1674,10 +1672,13 @@ def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None
     return binary_maps(regions, chosen) & (chosen > 0)[..., None, None]
 
 
-def region_patches(region_maps, ids, patch_size):
-    """Maps [B, k, H, W] -> the patches `ids` [B, n] of each map: [B, k, n, p*p]."""
+def region_patches(region_maps, ids, patch_size, channels=1):
+    """Maps [B, k, H, W] -> the patches `ids` [B, n] of each map: [B, k, n, p*p].
+
+    channels: c, for patches of every c maps together: [B, k/c, n, p*p*c].
+    """
     patches = take(patchify(region_maps, patch_size), ids)
-    return patches.unflatten(-1, (-1, region_maps.shape[1])).permute(0, 3, 1, 2)
+    return patches.unflatten(-1, (patch_size**2, -1, channels)).permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def reconstruct_regions(region_maps, pred, ids_masked, patch_size):
@@ -1718,8 +1719,7 @@ class RegionBranch(nn.Module):
         k, c = region_maps.shape[1], self.channels
         if c not in (1, k):
             raise ValueError(f"the channel variant was built for num_regions={c} maps, got {k}")
-        x = region_patches(region_maps, ids_visible, self.patch_size)
-        x = x.unflatten(1, (-1, c)).permute(0, 1, 3, 4, 2).flatten(3)  # v_R [B, k/c, n, p*p*c]
+        x = region_patches(region_maps, ids_visible, self.patch_size, c)  # v_R
         x = self.embed(x.to(self.embed.weight.dtype) - 0.5)
         x = x + F.embedding(ids_visible + 1, self.pos_embed[0]).unsqueeze(1)
         return self.block(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -1744,23 +1744,26 @@ class BatchBranch(RegionBranch):
         self.mask_token = learned_token(dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
 
-    def decode(self, embeddings, latents, ids_visible, ids_masked, ids_image):
-        """Embeddings [B, k, n, dim] of the regions, latents of the image -> logits [B, k, n_masked, p*p].
+    def forward(self, region_maps, latents, ids_visible, ids_masked, ids_image):
+        """Maps [B, k, H, W], the image's latents [B, 1 + n, D] -> logits [B, k, n_masked, p*p] of the masked
+        patches of the maps, and embeddings, see `encode`.
 
-        ids_image: the patches that the latents are of; in pre-training those of the regions, ids_visible.
+        ids_visible: the patches of the maps that are read.
+        ids_image: the patches that the latents are of; in pre-training the same.
         """
+        embeddings = self.encode(region_maps, ids_visible)  # Eq. 1, 4
         sequences = embeddings.shape[1]
         image = self.fill(latents, ids_image)  # v'_penc, the same for all sequences of an image
         ids_visible, ids_masked, image = (
             x.repeat_interleave(sequences, 0) for x in (ids_visible, ids_masked, image))
-        embeddings = self.proj(self.block_norm(embeddings)).flatten(0, 1)
-        x = put(self.mask_token.expand_as(image), ids_visible + 1, embeddings)  # v'_renc, Eq. 2, 5
+        filled = self.proj(self.block_norm(embeddings)).flatten(0, 1)
+        x = put(self.mask_token.expand_as(image), ids_visible + 1, filled)  # v'_renc, Eq. 2, 5
         x = x + image
         for block in self.blocks:  # Eq. 3, 6
             x = block(x)
         pred = self.head(self.norm(take(x[:, 1:], ids_masked)))
         pred = pred.unflatten(-1, (-1, self.channels)).unflatten(0, (-1, sequences))
-        return pred.permute(0, 1, 4, 2, 3).flatten(1, 2)
+        return pred.permute(0, 1, 4, 2, 3).flatten(1, 2), embeddings
 
 
 class CrossBlock(Block):
@@ -1793,8 +1796,9 @@ class LengthBranch(RegionBranch):
         self.last_norm, self.last_attn = layer_norm(dim), Attention(dim, num_heads)
         self.expand = nn.Linear(dim, dim)  # W of Eq. 11
 
-    def decode(self, embeddings, latents, ids_visible, ids_masked, ids_image):
-        """As BatchBranch.decode."""
+    def forward(self, region_maps, latents, ids_visible, ids_masked, ids_image):
+        """As BatchBranch.forward."""
+        embeddings = self.encode(region_maps, ids_visible)
         context = self.neck_norm(self.neck_block(self.fill(latents, ids_image)))  # Eq. 9
         # Eq. 7, 8 and f. The authors' code norms the mean, not each patch.
         queries = self.proj(self.block_norm(embeddings.mean(2)))
@@ -1805,7 +1809,7 @@ class LengthBranch(RegionBranch):
         # the image's features at every patch. From here on patches do not mix, so the masked ones are enough.
         queries = queries + self.last_attn(self.last_norm(queries))
         x = self.expand(take(context[:, 1:], ids_masked)).unsqueeze(1) + queries.unsqueeze(2)
-        return self.head(self.norm(x))
+        return self.head(self.norm(x)), embeddings
 
 
 def region_branch(encoder, variant, num_regions, from_pixels, dim, num_heads, depth):
@@ -1863,8 +1867,7 @@ class RAE(nn.Module):
     ):
         super().__init__()
         count_masked(encoder.num_patches, mask_ratio, round_up=True)
-        self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, False
-        self.variant, self.num_regions = variant, num_regions
+        self.encoder, self.mask_ratio, self.num_regions = encoder, mask_ratio, num_regions
         self.region_branch = region_branch(
             encoder, variant, num_regions, True, region_dim, region_heads, region_decoder_depth)
 
@@ -1894,8 +1897,7 @@ class RAE(nn.Module):
         ids_visible, ids_masked, region_maps = self.draw(
             images, regions, ids_visible, ids_masked, region_maps)
         latents = self.encoder(images, ids_visible)
-        embeddings = self.region_branch.encode(region_maps, ids_visible)
-        pred_regions = self.region_branch.decode(embeddings, latents, ids_visible, ids_masked, ids_visible)
+        pred_regions, _ = self.region_branch(region_maps, latents, ids_visible, ids_masked, ids_visible)
         target = region_patches(region_maps, ids_masked, self.encoder.patch_size)
         loss = region_loss(pred_regions, target)
         return dict(loss=loss, loss_region=loss, pred_regions=pred_regions, region_maps=region_maps,
@@ -1909,14 +1911,14 @@ class RAE(nn.Module):
         ids_image: the patches of the images [B, C, H, W] that the encoder sees; None for ids_visible, as in
             pre-training (Figure 6 gives the whole image).
         """
-        ids_image, k = ids_visible if ids_image is None else ids_image, hints.shape[1]
-        if self.variant == "channel" and k < self.num_regions:  # repeats the hints to fill its channels
-            hints = hints.repeat(1, self.num_regions, 1, 1)[:, : self.num_regions]
+        ids_image = ids_visible if ids_image is None else ids_image
+        k, channels = hints.shape[1], self.region_branch.channels
+        if k < channels:  # the channel variant: the hints are repeated to fill its channels
+            hints = hints.repeat(1, channels, 1, 1)[:, :channels]
         visible = images.new_zeros(len(images), self.encoder.num_patches).scatter(1, ids_visible, 1.0)
         ids_masked = visible.argsort(dim=1, stable=True)[:, : -ids_visible.shape[1]]
-        embeddings = self.region_branch.encode(hints, ids_visible)
         latents = self.encoder(images, ids_image)
-        pred = self.region_branch.decode(embeddings, latents, ids_visible, ids_masked, ids_image)
+        pred, _ = self.region_branch(hints, latents, ids_visible, ids_masked, ids_image)
         return reconstruct_regions(hints, pred, ids_masked, self.encoder.patch_size)[:, :k]
 
 
@@ -1958,22 +1960,21 @@ class RMAE(MAE):
     ):
         super().__init__(encoder, mask_ratio, decoder_dim, decoder_depth, decoder_heads, norm_pix)
         check_choice("cross_feed", cross_feed, CrossFeed)
-        self.variant, self.num_regions = variant, num_regions
+        self.num_regions = num_regions
         self.region_branch = region_branch(
             encoder, variant, num_regions, cross_feed != "region_to_pixel", region_dim, region_heads,
             region_decoder_depth)
         self.region_feed = None
         if cross_feed != "pixel_to_region":
-            self.region_feed = nn.Linear(region_dim, encoder.embed_dim)  # h of Eq. 12
-            init_weights(self.region_feed)
+            self.region_feed = nn.Linear(region_dim, encoder.embed_dim).apply(init_weights)  # h of Eq. 12
 
     def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
         """As RAE.forward, with pred and loss_pixel; loss is the sum of loss_pixel and loss_region."""
         ids_visible, ids_masked, region_maps = self.draw(
             images, regions, ids_visible, ids_masked, region_maps)
         latents = self.encoder(images, ids_visible)
-        embeddings = self.region_branch.encode(region_maps, ids_visible)
-        pred_regions = self.region_branch.decode(embeddings, latents, ids_visible, ids_masked, ids_visible)
+        pred_regions, embeddings = self.region_branch(
+            region_maps, latents, ids_visible, ids_masked, ids_visible)
         target = region_patches(region_maps, ids_masked, self.encoder.patch_size)
         loss_region = region_loss(pred_regions, target)
         if self.region_feed is not None:  # Eq. 12-14
