@@ -1052,7 +1052,7 @@ class ComputedRegions(Dataset):
                     self.save(index, maps)
 
     def __getitem__(self, index):
-        """The work of one of `fill`'s workers: it computes FH segments, or reads an image for the classifier."""
+        """The work of a worker of `fill`: it computes FH segments, or reads an image for the classifier."""
         images = Images(self.source, 224, "whole")
         if self.scales is None:
             return images[index]

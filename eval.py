@@ -109,7 +109,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def as_items(data):
-    """Makes a Dataset, whose items are dicts with image and label, of what a task is given as train or val."""
+    """Makes a Dataset, with items of image and label, of what a task is given as train or val."""
     return data if isinstance(data, (Images, Pairs)) else Pairs(data)
 
 
@@ -216,8 +216,8 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
 
 
 def settings_of(task, arguments):
-    """The settings that a resumed run must have been started with: the plain values among the arguments of a task, and a
-    short hash of the encoder's weights."""
+    """The settings that a resumed run must have been started with: the plain values among the arguments of
+    a task, and a short hash of the encoder's weights."""
     machine = ("output", "resume", "accumulate", "device", "precision", "workers")
     plain = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
     weights = [value.float().cpu().numpy().tobytes() for value in arguments["encoder"].state_dict().values()]
@@ -1285,8 +1285,8 @@ def complete(method, images, maps, ids, image_visible):
 
 
 def nearest_hint(patches, ids, grid):
-    """Copies to every patch its nearest shown patch: patches [B, N, p*p] with `ids` [B, n] shown -> bool [B, N,
-    1], true where most of that patch is region."""
+    """Copies to every patch its nearest shown patch: patches [B, N, p*p] with `ids` [B, n] shown -> bool
+    [B, N, 1], true where most of that patch is region."""
     place = torch.cartesian_prod(*(torch.arange(float(side), device=ids.device) for side in grid))
     nearest = torch.cdist(place, place[ids]).argmin(2)
     mostly = mim.take(patches, ids).float().mean(2) > 0.5
@@ -1579,8 +1579,8 @@ def parse(argv):
     first = Parser(add_help=False)  # other flags depend on the task
     first.add_argument("--task", choices=TASKS)
     known = vars(first.parse_known_args(argv)[0])
-    more = ("With --task, --help lists its flags. The defaults are the papers'; images of up to 96 pixels have "
-            "others, which the last line shows.")
+    more = ("With --task, --help lists its flags. The defaults are the papers'; images of up to 96 pixels "
+            "have others, which the last line shows.")
     parser = Parser(description=__doc__, epilog=more)
     parser.add_argument("checkpoint", type=not_empty, help="a file, or `random`")
     parser.add_argument("--task", choices=TASKS, required=True)

@@ -85,8 +85,8 @@ from tqdm import tqdm
 
 import mim
 from datasets import (NAMED, SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
-                      counted, default_regions, denormalize, digest, explained, load_data, make_loader, normalize,
-                      open_regions, reason_of, seed_of)
+                      counted, default_regions, denormalize, digest, explained, load_data, make_loader,
+                      normalize, open_regions, reason_of, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
@@ -271,8 +271,8 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         began, batches.epoch = time.perf_counter(), epoch
         if before_epoch is not None:
             before_epoch(epoch)
-        line = train_epoch(wrapped, loader, optimizer, watched_losses, epoch=epoch, epochs=epochs, steps=steps,
-                           lr=lr, batch_size=batch_size, accumulate=accumulate, scaler=scaler,
+        line = train_epoch(wrapped, loader, optimizer, watched_losses, epoch=epoch, epochs=epochs,
+                           steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, scaler=scaler,
                            clip_grad=clip_grad, seed=seed, device=device, precision=precision, title=title)
         broken.found = set().union(*gather(broken.found))  # a file is broken for all processes
         line = dict(epoch=epoch + 1, step=(epoch + 1) * steps, **line,
@@ -621,7 +621,7 @@ def build_amt(settings, base: Literal["mae", "simmim"] = "mae"):
 
 
 def load_method(state, path, **overrides):
-    """Builds the method of a run's checkpoint.pt and loads its weights. state: what the file at `path` holds.
+    """Builds the method of a run's checkpoint.pt, `state`, and loads its weights. path: for messages.
 
     overrides: arguments of the method's constructor to change.
     """
@@ -691,6 +691,8 @@ def run_settings(content, whole=False):
     args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or "method" not in args:
         return {}
+    if args["method"] not in mim.METHODS:
+        raise ValueError(f"its method is {args['method']}, and not one of {', '.join(mim.METHODS)}")
     flags = flags_of(functions_of(args["method"], args.get("base", "mae")))
     for name, (flag, _) in flags.items():
         if whole or name in args:
