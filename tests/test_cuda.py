@@ -135,13 +135,14 @@ def fake_cuda():
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
         patch.setattr(nn.Module, "to", to)
+        patch.setattr(train, "EpochBatches", BatchesInOrder)
         patch.setattr(torch.Tensor, "backward", backward)
         patch.setitem(mim.SIZES, "nano", dict(embed_dim=32, depth=1, num_heads=2))
         patch.setattr(nn.init, "trunc_normal_", lambda *args, **options: None)  # it reads what it has drawn
         patch.setattr(evaluation, "frozen", lambda model, device: model.to(device).eval())  # without the copy
+        patch.setattr(evaluation, "settings_of", lambda task, arguments: {})  # a digest of weights
         for module in (train, evaluation):
             patch.setattr(module, "make_loader", batches_in_order)
-            patch.setattr(module, "EpochBatches", BatchesInOrder)
             patch.setattr(module, "picture", tiles_on_the_device)
         datasets.statistics.cache_clear()
         try:
@@ -282,16 +283,17 @@ def test_a_run_waits_once_a_step_to_read_the_losses(method, precision, reads, tm
                        clip_grad=1.0, crop_scale=(0.2, 1.0), flip=True, device=CUDA, precision=precision)
         assert (method != "amt") or model.maps.is_cuda
     assert types <= {torch.float32}  # other types would often give other tokens
-    # Two epochs of one step, and a check of the weights after each. A fake list is read number by number.
-    assert waits == 2 * (reads * ["train_epoch"] + ["all_finite"])
+    # Two epochs of one step, and after each a check of the weights and the scaler's two numbers for the
+    # checkpoint. A fake list is read number by number.
+    saved = 2 * ["state_after"] if precision == "fp16" else []
+    assert waits == 2 * (reads * ["train_epoch"] + ["all_finite"] + saved)
 
 
 def test_the_device_loader_crops_without_a_wait():
     with fake_cuda() as waits:
         dataset = datasets.Images(Few(), SIZE)
-        loader = train.choose_loader(None, dataset, BatchesInOrder(8, 4, 2), CUDA, workers=0)
-        assert isinstance(loader, datasets.DeviceLoader)
-        for batch in loader:
+        assert train.crops_on_device(None, dataset, CUDA)
+        for batch in datasets.DeviceLoader(dataset, BatchesInOrder(8, 4, 2), CUDA):
             assert batch.pop("broken").device.type == "cpu"
             assert {value.device for value in batch.values()} == {CUDA}
             assert batch["image"].shape == (2, 3, *SIZE) and batch["image"].dtype == torch.uint8
