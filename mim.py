@@ -466,7 +466,7 @@ class ViT(nn.Module):
         return block.attn.weights(block.norm1(x), slice(query, query + 1), self.buckets)[:, :, 0, 1:]
 
     def rollout(self, images):
-        """Attention rollout [B, 1+N (to), 1+N (from)]: how much of each token reaches each; rows sum to one.
+        """Attention rollout [B, 1+N (to), 1+N (from)]: the share of each token in each; rows sum to one.
 
         Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, arXiv:2005.00928: the mean
         of the heads, plus the identity for the residual connection, normalised, multiplied over all blocks.
@@ -481,7 +481,7 @@ class ViT(nn.Module):
         return flow
 
 
-SIZES = {  # embed_dim, depth, num_heads; `nano` is for CPUs and tests, the others are the literature's
+SIZES = {  # `nano` is for CPUs and tests, the others are the literature's
     "nano": dict(embed_dim=128, depth=6, num_heads=4),
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
@@ -731,7 +731,7 @@ def unit_masking(batch, grid, unit_size, mask_ratio, device=None, generator=None
 class SimMIM(nn.Module):
     """Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv:2111.09886.
 
-    New: no decoder at all. The encoder sees every patch, a masked one as a learned token; masks come in units
+    New: no decoder at all. The encoder sees every patch, a masked one as a learned token. Masks come in units
     larger than a patch, and one linear layer predicts raw pixels under an l1 loss.
 
     mask_ratio: share of the units that is masked
@@ -1098,8 +1098,7 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
     order = (noise / weights.float().clamp_min(1e-12)).argsort(1)
     ids_masked, rest = order[:, :num_masked], order[:, num_masked:]  # Eq. 6
     if throw == "low":
-        keep = rest.shape[1] - num_thrown
-        return rest[:, :keep], ids_masked, rest[:, keep:]
+        rest = rest.roll(num_thrown, 1)  # the end of M comes first
     return rest[:, num_thrown:], ids_masked, rest[:, :num_thrown]
 
 
@@ -1733,10 +1732,11 @@ class RegionBranch(nn.Module):
 
 
 class BatchBranch(RegionBranch):
-    """The batch variant (Eq. 4-6): each region is a sequence of its own, like another image of the batch.
+    """The channel variant (Eq. 1-3) and the batch variant (Eq. 4-6).
 
-    With channels=k it is the channel variant (Eq. 1-3): all regions of an image are the channels of one
-    sequence, so their number is fixed.
+    channels=k is the channel variant: all regions of an image are the channels of one sequence, so their
+    number is fixed. channels=1 is the batch variant: each region is a sequence of its own, like another image
+    of the batch.
     """
 
     def __init__(self, encoder, from_pixels, dim, num_heads, depth, channels):
@@ -1805,8 +1805,9 @@ class LengthBranch(RegionBranch):
         # Eq. 10, all blocks of the decoder but the last: none at all by default, with region_decoder_depth=1.
         for block in self.blocks:
             queries = block(queries, context)
-        # The last block: self-attention, then Eq. 11 in the place of cross-attention. Each query is added to
-        # the image's features at every patch. From here on patches do not mix, so the masked ones are enough.
+        # The last block: self-attention gives v_query, then Eq. 11 stands in the place of cross-attention:
+        # each query is added to the image's features at every patch. From here on patches do not mix, so the
+        # masked ones are enough.
         queries = queries + self.last_attn(self.last_norm(queries))
         x = self.expand(take(context[:, 1:], ids_masked)).unsqueeze(1) + queries.unsqueeze(2)
         return self.head(self.norm(x)), embeddings
@@ -1836,12 +1837,12 @@ class RAE(nn.Module):
     regions, which trains the encoder.
 
     mask_ratio: share of the patches that is masked, in the image and in the maps
-    num_regions: binary maps drawn for an image, k
+    num_regions: binary maps drawn per image, k
     variant: length pools each region into a query; batch makes each a sequence of its own; channel makes all
         of them the channels of one image (Appendix A)
     region_dim: width of the region encoder, the neck and the region decoder
     region_heads: attention heads of their blocks
-    region_decoder_depth: blocks of the region decoder, with the last, which expands the queries
+    region_decoder_depth: blocks of the region decoder, counting the last one, which expands the queries
 
     Where the paper is silent: maps enter as -0.5 and 0.5; a norm ends the region encoder (in the length
     variant after the mean, as in the authors' code) and the neck; the class token goes through neck and
@@ -1927,13 +1928,13 @@ class RMAE(MAE):
 
     New: see `RAE`. Its region branch stands here beside MAE's pixel decoder, and the two losses are added.
 
-    num_regions: binary maps drawn for an image, k
+    num_regions: binary maps drawn per image, k
     variant: length pools each region into a query; batch makes each a sequence of its own; channel makes all
         of them the channels of one image (Appendix A)
     cross_feed: whether pixels help to complete regions, regions to complete pixels (Eq. 12-14), or both
     region_dim: width of the region encoder, the neck and the region decoder
     region_heads: attention heads of their blocks
-    region_decoder_depth: blocks of the region decoder, with the last, which expands the queries
+    region_decoder_depth: blocks of the region decoder, counting the last one, which expands the queries
 
     Where the paper is silent, and where this departs from it: see `RAE`. With region_to_pixel the neck gets
     mask tokens alone. h (Eq. 12) is added before MAE's linear decoder_embed, not after, and without a second
@@ -1981,9 +1982,10 @@ class RMAE(MAE):
             fed = self.region_feed(self.region_branch.block_norm(embeddings).mean(1))
             latents = latents + F.pad(fed, (0, 0, 1, 0))  # nothing is added to the class token
         loss_pixel, pred = self.predict(images, latents, ids_visible, ids_masked)
+        # Both losses have the same weight (§3.2).
         return dict(loss=loss_region + loss_pixel, loss_pixel=loss_pixel, pred=pred, loss_region=loss_region,
                     pred_regions=pred_regions, region_maps=region_maps, ids_visible=ids_visible,
-                    ids_masked=ids_masked)  # with equal weight, §3.2
+                    ids_masked=ids_masked)
 
 
 # ---------------------------------------------------------------------------------------------------------
