@@ -730,9 +730,10 @@ def restore(state, model, optimizer, scaler, num_images):
             own["maps"] = model.maps
         copy_into(own, {name: state[name] for name in own}, "checkpoint")
         if state["scaler"]:
-            for name, value in state["scaler"].items():
-                check_setting(name, value, NonNegativeFloat)
-            scaler.load_state_dict(state["scaler"])
+            loss_scale = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
+            check_setting("scale", loss_scale["scale"], PositiveFloat)
+            check_setting("_growth_tracker", loss_scale["_growth_tracker"], NonNegativeInt)
+            scaler.load_state_dict(scaler.state_dict() | loss_scale)
 
 
 def check_place(path):
@@ -766,6 +767,8 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
             raise UsageError(f"{path} is not a checkpoint of train.py; {mim.listed(state)}")
         state["args"] = settings
         check_setting("epoch", state["epoch"], NonNegativeInt)
+        check_setting("lr", settings["lr"], PositiveFloat)  # `settle` has left no None
+        check_setting("precision", settings["precision"], Literal[tuple(PRECISIONS)])
     if state["epoch"] and not resume and not overwrite:
         raise UsageError(f"{output} already holds a run of {counted(state['epoch'], 'epochs')}: --resume "
                          "continues it, --overwrite starts anew, --output writes elsewhere")
@@ -943,7 +946,7 @@ def settle(given, source):
     recipe's, else the flag's default."""
     method = given["method"], given.get("base", "mae")
     natural = min(source.image_size, recipe(*method).get("image_size", 224))
-    size = given.get("image_size", [natural, natural])
+    size = given.get("image_size") or [natural, natural]
     defaults = {name: p.default for name, (p, _) in flags_of(functions_of(*method)).items()}
     chosen = defaults | recipe(*method, size, is_nano(given))
     # A shorter run warms up for the same share of it.
@@ -1010,9 +1013,9 @@ def check_setting(name, value, annotation):
     if value is None or "action" in options:
         fitting = type(value) in (typing.get_args(annotation) or [annotation])
     else:
-        read = options.get("type", str)
-        fitting = all(item in options.get("choices", [read(str(item))])
-                      for item in (value if "nargs" in options else [value]))
+        items, read = value if "nargs" in options else [value], options.get("type", str)
+        fitting = items and items == [read(str(item)) for item in items]
+        fitting = fitting and set(items) <= set(options.get("choices", items))
     if not fitting:
         raise ValueError(f"its setting {name} is missing or wrong: {value}")
 
