@@ -1542,7 +1542,7 @@ def open_result(checkpoint, task, output: str | None = None, resume=False, overw
     path = Path(output or beside(checkpoint, f"{task}.pt"))
     if path.suffix == ".png":
         raise UsageError(f"--output {output}: it is for the model; a picture beside it ends in .png")
-    if not (resume and path.is_file()):
+    if path.is_symlink() or not (resume and path.is_file()):
         check_output(path, checkpoint)
         if path.exists() and not overwrite:
             raise UsageError(f"--output {path}: it holds a result: --resume goes on from it, --overwrite "

@@ -1009,13 +1009,14 @@ def call(function, flags, **fixed):
 def check_setting(name, value, annotation):
     """ValueError for a value, from a file, that no flag of this annotation could have given: its text would
     not be read as the same value."""
-    options = flag_options(annotation)
-    if value is None or "action" in options:
-        fitting = type(value) in (typing.get_args(annotation) or [annotation])
-    else:
-        items, read = value if "nargs" in options else [value], options.get("type", str)
-        fitting = items and items == [read(str(item)) for item in items]
-        fitting = fitting and set(items) <= set(options.get("choices", items))
+    options, fitting = flag_options(annotation), False
+    with contextlib.suppress(Exception):  # what reads the texts raises anything
+        if value is None or "action" in options:
+            fitting = type(value) in (typing.get_args(annotation) or [annotation])
+        else:
+            items, read = value if "nargs" in options else [value], options.get("type", str)
+            fitting = items and items == [read(str(item)) for item in items]
+            fitting = fitting and set(items) <= set(options.get("choices", items))
     if not fitting:
         raise ValueError(f"its setting {name} is missing or wrong: {value}")
 
