@@ -1,4 +1,5 @@
-"""The training program: settings, learning, exact resume, several processes, and what it says to a user's mistakes."""
+"""The training program: learning, exact resume, several processes, and what it says to a user's mistakes.
+What settings set, and what reaches a method, is in test_wiring.py."""
 
 import argparse
 import inspect
@@ -14,16 +15,15 @@ import sys
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torchvision.io import read_image, write_png
 
 import datasets
 import mim
 import train
-from conftest import ROOT, assert_same_run, interrupted_after, load, log
+from conftest import ROOT, assert_same_run, equal, interrupted_after, load, log
 
-TINY = ["--model", "nano", "--image-size", 32, "--patch-size", 4, "--batch-size", 8, "--epochs", 3,
-        "--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2]
+ENCODER = ["--model", "nano", "--image-size", 32, "--patch-size", 4, "--batch-size", 8, "--epochs", 2]
+TINY = [*ENCODER, "--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2]
 
 
 @pytest.fixture(autouse=True)
@@ -34,29 +34,21 @@ def smaller_nano(monkeypatch):
 
 @pytest.fixture
 def call(cli, folder, tmp_path):
-    """call(method, *flags, out=name) trains on the folder of 24 scenes -> (exit code, stdout, stderr, output folder)."""
+    """call(method, *flags, out=name) trains on the folder of 24 scenes, for 2 epochs of 3 steps ->
+    (exit code, stdout, stderr, output folder)."""
 
-    def run(method, *flags, out="run", data=folder, tiny=TINY):
-        tiny = tiny[:10] if method in ("simmim", "lomar") or "simmim" in flags else tiny  # a decoder is MAE's alone
+    def run(method, *flags, out="run", data=folder, tiny=None):
+        if tiny is None:
+            decoder = method in ("mae", "amt", "objmae", "rmae") and "simmim" not in flags
+            tiny = [] if method == "dvae" else TINY if decoder else ENCODER
         result = cli(train, "--method", method, "--data", data, "--output", tmp_path / out, *tiny, *flags)
         return *result, tmp_path / out
 
     return run
 
 
-def settle(*flags, images=1_281_167, size=224):
-    """The settings that these flags come to on so many images of this size."""
-    class Source:
-        image_size = size
-
-        def __len__(self):
-            return images
-
-    return train.settle(train.parse([str(flag) for flag in flags]), Source())
-
-
 def picture_shape(rows, tiles, per_row=2, side=128):
-    """Of a picture of so many rows of `per_row` samples: 12 pixels of titles above, 4 pixels around the tiles."""
+    """Of a picture of so many rows of `per_row` samples: 12 pixels of titles above, 4 around the tiles."""
     return (3, 12 + 4 + rows * (side + 4), 4 + per_row * tiles * (side + 4))
 
 
@@ -68,9 +60,9 @@ def weights(output):
 
 
 def test_learning_rate_by_hand():
-    at = lambda step: train.learning_rate(step, steps=110, warmup_steps=10, peak=2.0, minimum=0.5)  # noqa: E731
-    assert [at(0), at(5), at(10), at(60), at(110)] == pytest.approx([0, 1.0, 2.0, 1.25, 0.5])
-    assert at(35) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4)))
+    steps = (0, 5, 10, 35, 60, 110)
+    rates = [train.learning_rate(step, steps=110, warmup_steps=10, peak=2.0, minimum=0.5) for step in steps]
+    assert rates == pytest.approx([0, 1, 2, 0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2, 1.25, 0.5])
 
 
 @pytest.mark.parametrize("method", [
@@ -83,7 +75,8 @@ def test_weight_decay_spares_what_has_one_dimension(method):
     decayed, spared = train.parameter_groups(method, 0.05)
     names = {id(p): n for n, p in method.named_parameters()}
     ends = {names[id(p)].split(".")[-1] for p in decayed["params"]}
-    assert ends == {"weight", "cls_token", "mask_token"} | ({"relative_table"} if isinstance(method, mim.LoMaR) else set())
+    table = {"relative_table"} if isinstance(method, mim.LoMaR) else set()
+    assert ends == {"weight", "cls_token", "mask_token"} | table
     assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
     assert {names[id(p)].split(".")[-1] for p in spared["params"]} <= {"bias", "weight", "gamma"}
     assert all("norm" in names[id(p)] or not names[id(p)].endswith("weight") for p in spared["params"])
@@ -92,31 +85,26 @@ def test_weight_decay_spares_what_has_one_dimension(method):
 
 
 @pytest.mark.parametrize("method", mim.METHODS)
-def test_every_constructor_argument_is_a_flag(method, capsys):
+def test_every_constructor_argument_is_a_flag_and_every_flag_has_a_meaning(method, capsys):
     with pytest.raises(SystemExit):
-        train.parse(["--method", method, "--help"])
+        train.main(["--method", method, "--help"])
     text = capsys.readouterr().out
     flags = dict(re.findall(r"^  --(?:no-)?([\w-]+)(.*(?:\n {4,}.*)*)", text, re.MULTILINE))
-    parameters = inspect.signature(mim.METHODS[method]).parameters
-    own = set(parameters) - {"encoder", "base", "image_size"} - ({"vocab_size"} if method != "dvae" else set())
-    everywhere = {"data", "limit", "image_size", "epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs",
-                  "min_lr", "weight_decay", "lookahead", "clip_grad", "loader", "workers", "seed", "device", "precision",
-                  "output", "compile", "resume", "overwrite", "model", "patch_size"}
-    everywhere -= {"model", "patch_size"} if method == "dvae" else set()
-    for name in own | everywhere:
-        described = re.sub(r"\(default: .*?\)|[A-Z]{3,}|\{.*?\}", "", flags[name.replace("_", "-")], flags=re.DOTALL)
-        assert len(described.split()) > 0, f"--{name} has no meaning, only a default"
-    assert ("--model " in text) == (method != "dvae") and ("--base " in text) == (method == "amt")
-    assert ("--regions" in text) == (method in ("objmae", "rae", "rmae"))
-    assert ("--tokenizer" in text) == (method in ("beit", "lomar", "cae"))
-    ratio = {"objmae": "alpha", "dvae": "kl_weight"}.get(method, "mask_ratio")
-    given = train.parse(["--method", method, "--" + ratio.replace("_", "-"), "0.3"])
-    assert given[ratio] == 0.3
+    arguments = set(inspect.signature(mim.METHODS[method]).parameters) - {"encoder", "base", "image_size"}
+    if method != "dvae":
+        arguments -= {"vocab_size"}  # the tokenizer's
+    assert {name.replace("_", "-") for name in arguments} <= flags.keys()
+    flags.pop("method")
+    for name, line in flags.items():
+        described = re.sub(r"\(default: .*?\)|[A-Z]{3,}|\{.*?\}|--[\w-]+", "", line, flags=re.DOTALL)
+        assert re.search(r"\w", described), f"--{name} has no meaning, only a default"
 
 
 def test_flags_have_their_arguments_types():
-    given = train.parse("--method amt --throw-ratio 0.1 --interval 3 --throw low --no-norm-pix --decoder-depth 2".split())
-    assert given == dict(method="amt", throw_ratio=0.1, interval=3, throw="low", norm_pix=False, decoder_depth=2)
+    line = "--method amt --throw-ratio 0.1 --interval 3 --throw low --no-norm-pix --decoder-depth 2"
+    given = train.parse(line.split())
+    assert given == dict(
+        method="amt", throw_ratio=0.1, interval=3, throw="low", norm_pix=False, decoder_depth=2)
     given = train.parse("--method amt --base simmim --unit-size 4".split())
     assert given == dict(method="amt", base="simmim", unit_size=4)
 
@@ -124,55 +112,63 @@ def test_flags_have_their_arguments_types():
 # Training
 
 
-@pytest.mark.parametrize("method, flags", [("mae", []), ("simmim", []), ("amt", []), ("amt", ["--base", "simmim"]),
-                                           ("lomar", ["--window-size", 5])])
+@pytest.mark.parametrize("method, flags", [
+    ("mae", []), ("amt", ["--base", "simmim", "--interval", 1]), ("lomar", ["--window-size", 5])])
 def test_a_run_leaves_what_it_promises(call, method, flags):
     code, out, err, output = call(method, *flags)
-    assert code == 0 and "24 images, 2 classes" in out and "patch_size" in out
+    assert code == 0 and "24 images, 2 classes" in out and re.search("patch_size +4", out)
+    command = f"next: python eval.py {output}/encoder.pt --task linear --data "
+    assert f"2 epochs done: {output}/ holds checkpoint.pt, encoder.pt, log.jsonl" in out and command in out
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[-1]["step"] == 9
-    assert {"loss", "lr", "images_per_s", "seconds"} <= lines[0].keys() and all(math.isfinite(line["loss"]) for line in lines)
-    assert not list(output.glob("*.tmp")) and not any(output.glob("*.tmp"))
-    state = load(output / "encoder.pt")
-    encoder, (missing, left_over) = mim.vit_from_checkpoint(output / "encoder.pt", 32 if method == "lomar" else None)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
+    assert {"loss", "lr", "images_per_s", "seconds"} <= lines[0].keys() and lines[0]["loss"] < 3
+    files = {"checkpoint.pt", "encoder.pt", "log.jsonl", "reconstruction.png"}
+    assert {path.name for path in output.iterdir()} == files
+    size = 32 if method == "lomar" else None
+    encoder, (missing, left_over) = mim.vit_from_checkpoint(output / "encoder.pt", size)
     assert not missing and not left_over and encoder.image_size == (32, 32)
-    assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
-    checkpoint = load(output / "checkpoint.pt")
-    assert checkpoint["epoch"] == 3
-    assert (checkpoint["maps"] is not None) == (method == "amt")
-    # 8 images of 3 tiles each; zoomed to 128 pixels
-    assert read_image(str(output / "reconstruction.png")).shape == picture_shape(4, 3)
+    assert equal(dict(encoder.state_dict()), dict(load(output / "encoder.pt")))
+    assert (load(output / "checkpoint.pt")["maps"] is not None) == (method == "amt")
+    assert read_image(str(output / "reconstruction.png")).shape == picture_shape(4, 3)  # 8 images of 3 tiles
+
+
+def test_without_labels_the_next_step_is_a_picture(call, photos):
+    _, out, _, output = call("simmim", "--epochs", 1, data=photos)
+    assert f"1 epoch done: {output}/ holds" in out
+    assert f"next: python eval.py {output}/checkpoint.pt --task reconstruct --data {photos}" in out
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 breaks the graphs of some methods")
 def test_a_compiled_run_compiles_once_and_is_the_same(call, monkeypatch):
-    *_, plain = call("mae")
-    compile, counter = torch.nn.Module.compile, torch._dynamo.testing.CompileCounter()
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend=counter, **options))
+    from torch._dynamo.testing import CompileCounter
+
+    monkeypatch.setitem(mim.SIZES, "nano", dict(embed_dim=16, depth=1, num_heads=2))
+    *_, plain = call("simmim")
+    compile, counter = torch.nn.Module.compile, CompileCounter()
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile(self, backend=counter, **options))
     torch._dynamo.reset()
-    code, _, err, compiled = call("mae", "--compile", out="compiled")
+    code, _, err, compiled = call("simmim", "--compile", out="compiled")
     assert code == 0 and counter.frame_count == 1, err
-    assert log(compiled) == log(plain)
-    assert (compiled / "reconstruction.png").read_bytes() == (plain / "reconstruction.png").read_bytes()
+    assert_same_run(compiled, plain)
 
 
 def test_the_loss_falls(call):
-    *_, output = call("mae", "--epochs", 20, "--base-lr", 0.05)
+    *_, output = call("mae", "--epochs", 8, "--base-lr", 0.1, "--no-norm-pix")
     losses = [line["loss"] for line in log(output)]
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("flags", [["mae"], ["amt", "--interval", 1], ["amt", "--base", "simmim", "--interval", 1], ["lomar"]])
+@pytest.mark.parametrize("flags", [["amt", "--interval", 1], ["lomar"]])
 def test_a_resumed_run_is_the_uninterrupted_one(call, flags):
-    *_, whole = call(*flags, out="whole")
+    *_, whole = call(*flags, "--epochs", 3, out="whole")
     with interrupted_after(2):
-        code, *_, output = call(*flags)
+        code, *_, output = call(*flags, "--epochs", 3)
     assert code == 130 and load(output / "checkpoint.pt")["epoch"] == 2
-    assert call(*flags, "--resume")[0] == 0
-    assert_same_run(whole, output)
-    code, out, *_ = call(*flags, "--resume")
-    assert code == 0 and "3 epochs done" in out
-    assert_same_run(whole, output)
+    for _ in range(2):  # the second time there is nothing left to do
+        code, out, *_ = call(*flags, "--epochs", 3, "--resume")
+        assert code == 0 and "3 epochs done" in out
+        assert_same_run(whole, output)
 
 
 def test_resuming_keeps_what_was_given_at_the_start(call):
@@ -193,7 +189,8 @@ def test_a_finished_run_can_be_made_longer(call):
     assert code == 0, err
     lines = log(output)
     peak = 4e-3 * 8 / 256
-    expected = [train.learning_rate(3 * epoch - 1, 3 * epochs, 3, peak) for epoch, epochs in ((2, 2), (3, 4), (4, 4))]
+    expected = [train.learning_rate(3 * epoch - 1, 3 * epochs, 3, peak)
+                for epoch, epochs in ((2, 2), (3, 4), (4, 4))]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["lr"] for line in lines[1:]] == pytest.approx(expected)
 
@@ -212,22 +209,23 @@ def test_resume_starts_where_nothing_was_kept(call):
 def test_a_checkpoint_that_does_not_fit_itself_is_one_line(call):
     *_, output = call("mae")
     state = load(output / "checkpoint.pt")
-    for change in (dict(model={"x": torch.zeros(1)}), dict(optimizer={}), dict(args=dict(state["args"], decoder_dim=32)), dict(args={})):
+    changes = [dict(model={"x": torch.zeros(1)}), dict(optimizer={}), dict(args={}),
+               dict(args=dict(state["args"], decoder_dim=32))]
+    for change in changes:
         torch.save(state | change, output / "checkpoint.pt")
         code, _, err, _ = call("mae", "--resume", tiny=[])
         assert code == 2 and err.startswith("train.py: error: ") and err.count("\n") == 1, err
 
 
-def test_a_log_file_has_no_bars(folder, tmp_path):
+def test_torchrun_starts_the_program_and_a_log_file_has_no_bars(folder, tmp_path):
     """Where stderr is no terminal, an epoch is one line."""
-    command = [sys.executable, "train.py", "--method", "mae", "--data", folder, *TINY, "--device", "cpu"]
-    command = [str(part) for part in [*command, "--output", tmp_path / "run"]]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py"]
+    command = [*start, "--method", "mae", "--data", folder, *TINY, "--output", tmp_path / "run"]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120,
                             env=dict(os.environ, OMP_NUM_THREADS="1"))
     out, err = result.stdout, result.stderr
-    assert result.returncode == 0 and "\r" not in out + err and "images/s" not in err
-    assert sum(line.startswith("epoch ") for line in out.splitlines()) == 3
-    assert f"next: python eval.py {tmp_path}/run/encoder.pt --task linear" in out.splitlines()[-1]
+    assert result.returncode == 0 and "\r" not in out + err and "images/s" not in err, err
+    assert sum(line.startswith("epoch ") for line in out.splitlines()) == 2
 
 
 def test_an_interrupt_inside_an_epoch_repeats_the_epoch(call, monkeypatch):
@@ -235,53 +233,69 @@ def test_an_interrupt_inside_an_epoch_repeats_the_epoch(call, monkeypatch):
     rate = train.learning_rate
 
     def interrupt(step, *rest):
-        if step == 7:  # the second step of the third epoch
+        if step == 4:  # the second step of the second epoch
             raise KeyboardInterrupt
         return rate(step, *rest)
 
     monkeypatch.setattr(train, "learning_rate", interrupt)
     code, *_, output = call("amt", "--interval", 1)
-    assert code == 130 and len(log(output)) == 2
+    assert code == 130 and len(log(output)) == 1
     monkeypatch.setattr(train, "learning_rate", rate)
-    with open(output / "log.jsonl", "a") as file:  # as if killed after the log's line and before the checkpoint
-        file.write(json.dumps(dict(epoch=3, loss=0)) + "\n")
+    with open(output / "log.jsonl", "a") as file:  # as if killed between the log's line and the checkpoint
+        file.write(json.dumps(dict(epoch=2, loss=0)) + "\n")
     call("amt", "--interval", 1, "--resume")
     assert_same_run(whole, output)
 
 
-def test_a_killed_run_resumes_exactly(start, fork, folder, tmp_path):
-    arguments = ["--method", "mae", "--data", folder, *TINY, "--epochs", 12]
-    program = start(train, *arguments, "--output", tmp_path / "killed")
-    path = tmp_path / "killed" / "log.jsonl"
-    program.until(lambda: path.exists() and len(log(tmp_path / "killed")) >= 3)
-    program.kill()
-    assert program.wait()[0] == -signal.SIGKILL and 3 <= len(log(tmp_path / "killed")) < 12
-    for out, flags in (("killed", ["--resume"]), ("whole", [])):
-        code, _, err = fork(train, *arguments, "--output", tmp_path / out, *flags)
-        assert code == 0, err
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_killed_run_resumes_exactly(call, fork, moment):
+    """Killed while it writes the checkpoint of the second epoch: before it takes its name, or just after."""
+    *_, whole = call("mae", "--epochs", 3, out="whole")
+
+    def run_and_die():
+        replace = os.replace
+
+        def die(temporary, path):
+            last = path.name == "checkpoint.pt" and load(temporary)["epoch"] == 2
+            if not (last and moment == "before"):
+                replace(temporary, path)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = die
+        call("mae", "--epochs", 3)
+
+    assert fork(run_and_die)[0] == -signal.SIGKILL
+    *_, output = call("mae", "--epochs", 3, "--resume")
+    assert_same_run(whole, output)
 
 
-@pytest.mark.parametrize("flags", [["amt", "--interval", 1], ["rmae", "--region-dim", 16, "--region-heads", 2]])
+@pytest.mark.parametrize("flags", [
+    ["amt", "--interval", 1], ["rmae", "--region-dim", 16, "--region-heads", 2]], ids=["amt", "rmae"])
 def test_two_processes_train_as_one(fork, folder, tmp_path, flags):
     """2 processes see the micro-batches that 1 process accumulates, so losses agree to rounding, and maps
-    and regions too."""
-    arguments = ["--method", *flags, "--data", folder, *TINY, "--accumulate", 2]
+    and regions too. Each of the two sees one of the broken images at least."""
+    for number, path in enumerate(sorted((folder / "train").rglob("*.png"))):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        content = b"no image" if number % 6 == 0 else path.read_bytes()
+        (tmp_path / "data" / path.name).write_bytes(content)
+    arguments = ["--method", *flags, "--data", tmp_path / "data", *TINY, "--accumulate", 4]
     for out, processes in (("one", 1), ("two", 2)):
         cache = ["--region-cache", tmp_path / f"cache-{out}"] if flags[0] == "rmae" else []
         codes, _, err = fork(train, *arguments, *cache, "--output", tmp_path / out, processes=processes)
         assert codes in (0, [0, 0]), err
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert len(one) == len(two) == 3
+    assert len(one) == len(two) == 2
     for a, b in zip(one, two):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for k in a:
-        assert torch.allclose(a[k], b[k], atol=2e-4), k
-    if flags[0] != "amt":
-        return
-    maps = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["maps"] for n in ("one", "two")]
-    assert maps[0].shape == (24, 8, 8) and torch.allclose(maps[0].float(), maps[1].float(), atol=2e-2)
+        assert b == pytest.approx(a, rel=1e-5) and b["broken_images"] == 4
+    one, two = (load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    for name, value in one["model"].items():
+        assert torch.allclose(value, two["model"][name], atol=2e-4), name
+    for a, b in zip(one["optimizer"].values(), two["optimizer"].values()):
+        assert (a["exp_avg"] - b["exp_avg"]).norm() <= 1e-3 * a["exp_avg"].norm()  # of gradients as large
+    if flags[0] == "amt":
+        assert one["maps"].shape == (24, 8, 8)
+        assert torch.allclose(one["maps"].float(), two["maps"].float(), atol=2e-2)
 
 
 def test_workers_change_nothing(call):
@@ -294,8 +308,9 @@ def test_cropping_on_the_device_trains_as_well_and_resumes(call):
     *_, workers = call(*flags, out="workers", data="shapes")
     code, out, err, whole = call(*flags, "--loader", "device", out="whole", data="shapes")
     assert code == 0 and re.search("loader +device", out), err
-    assert log(whole) != log(workers) and log(whole)[-1]["loss"] == pytest.approx(log(workers)[-1]["loss"], rel=0.1)
-    with interrupted_after(2):
+    assert log(whole) != log(workers)
+    assert log(whole)[-1]["loss"] == pytest.approx(log(workers)[-1]["loss"], rel=0.1)
+    with interrupted_after(1):
         *_, output = call(*flags, "--loader", "device", data="shapes")
     assert call(*flags, "--resume", data="shapes")[0] == 0
     assert_same_run(whole, output)
@@ -311,20 +326,6 @@ def test_bf16_on_the_cpu_trains_close_to_fp32(call):
     runs = [log(call("mae", "--precision", p, out=p)[-1]) for p in ("fp32", "bf16")]
     for a, b in zip(*runs):
         assert b["loss"] != a["loss"] and b["loss"] == pytest.approx(a["loss"], rel=0.02)
-
-
-def test_accumulation_and_clipping(call, monkeypatch):
-    norms = []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def spy(parameters, largest):
-        parameters = list(parameters)
-        clip(parameters, largest)
-        norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    code, *_ = call("mae", "--accumulate", 4, "--clip-grad", 0.01)
-    assert code == 0 and len(norms) == 9 and max(norms) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_broken_images_are_reported_and_counted(call, folder, tmp_path):
@@ -344,7 +345,8 @@ def test_broken_images_are_reported_and_counted(call, folder, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(call):
     code, _, err, output = call("mae", "--lr", 1e30, "--warmup-epochs", 0, "--epochs", 20)
-    assert code == 2 and re.search(r"the loss is (nan|inf), .* at step \d+ .*learning rate 9.99e\+29; the files of the epochs before are kept", err)
+    words = r"the loss is (nan|inf), .* at step \d+ .*learning rate 9.99e\+29; the files of the epochs before"
+    assert code == 2 and re.search(words, err)
     assert all(v.isfinite().all() for v in weights(output).values())
 
 
@@ -358,14 +360,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(call):
         code, _, err, _ = call("mae", "--overwrite")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2 and "cannot write" in err and "checkpoint.pt" in err and "kept" in err and err.strip().count("\n") == 0
+    assert code == 2 and err.count("\n") == 1
+    assert "cannot write" in err and "checkpoint.pt" in err and "kept" in err
     assert (output / "checkpoint.pt").read_bytes() == before and not list(output.glob("*.tmp"))
 
 
 def test_runs_are_not_overwritten_or_mixed_up(call):
     *_, output = call("mae")
-    mistakes = [(("mae",), "already holds a run of 3 epochs"), (("mae", "--resume", "--mask-ratio", 0.5), "--mask-ratio 0.5.*0.75"),
-                (("simmim", "--resume"), "--method simmim.*mae"), (("mae", "--resume", "--seed", 5), "--seed 5"),
+    mistakes = [(("mae",), "already holds a run of 2 epochs"),
+                (("simmim", "--resume"), "--method simmim.*mae"),
+                (("mae", "--resume", "--mask-ratio", 0.5), "--mask-ratio 0.5.*0.75"),
                 (("mae", "--resume", "--embed", 3), "unknown argument --embed")]
     before = (output / "checkpoint.pt").read_bytes()
     for flags, words in mistakes:
@@ -373,7 +377,8 @@ def test_runs_are_not_overwritten_or_mixed_up(call):
         assert code == 2 and re.search(words, err) and err.count("\n") == 1
     assert (output / "checkpoint.pt").read_bytes() == before
     assert call("mae", "--overwrite", "--epochs", 1)[0] == 0 and len(log(output)) == 1
-    torch.save(dict(model={}, optimizer={}, epoch=3, args=argparse.Namespace(lr=1.0)), output / "checkpoint.pt")  # MAE's code
+    of_mae_code = dict(model={}, optimizer={}, epoch=3, args=argparse.Namespace(lr=1.0))
+    torch.save(of_mae_code, output / "checkpoint.pt")
     code, _, err, _ = call("mae", "--resume")
     assert code == 2 and "is not a checkpoint of train.py" in err and err.count("\n") == 1
     (output / "checkpoint.pt").unlink()
@@ -384,7 +389,6 @@ def test_runs_are_not_overwritten_or_mixed_up(call):
 
 
 def test_a_batch_is_cut_into_equal_micro_batches(monkeypatch):
-    assert settle("--method", "mae", "--batch-size", 514, "--accumulate", 257)["accumulate"] == 257
     for batch, expected in ((768, (768, 3)), (1000, (1000, 4)), (514, (513, 3)), (256, (256, 1))):
         assert train.cut_batch(batch, 10**6) == expected
     assert train.cut_batch(64, 40) == (40, 1)
@@ -398,7 +402,7 @@ def test_a_resumed_step_keeps_its_micro_batches(monkeypatch):
         monkeypatch.setattr(train, "world_size", lambda: processes)
         assert train.cut_batch(24, 24, accumulate=4) == (24, 4)
     monkeypatch.setattr(train, "world_size", lambda: 3)
-    with pytest.raises(train.UsageError, match="--accumulate 4: 3 processes cannot share out 4 micro-batches"):
+    with pytest.raises(train.UsageError, match="--accumulate 4: 3 processes cannot share out 4 "):
         train.cut_batch(24, 24, accumulate=4)
 
 
@@ -411,7 +415,8 @@ def test_a_run_does_not_resume_on_other_data(call, folder, tmp_path):
     for file in sorted(folder.rglob("*.png"))[:9]:
         (other / f"{file.parent.name}{file.name}").write_bytes(file.read_bytes())
     code, _, err, _ = call("mae", "--epochs", 2, "--resume", data=tmp_path / "other")
-    assert code == 2 and "--resume: the run was started with other images than" in err and err.count("\n") == 1
+    assert code == 2 and err.count("\n") == 1
+    assert "--resume: the run was started with other images than" in err
 
 
 def test_a_run_is_resumed_by_its_own_command(call):
@@ -431,43 +436,54 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
 
 
 MISTAKES = {
-    "no method": ([], "the following arguments are required: --method"),
-    "unknown method": (["--method", "mea"], "--method invalid choice: 'mea' (choose from"),
-    "near flag": (["--method", "amt", "--trow-ratio", "0.4"], "unknown argument --trow-ratio: did you mean --throw-ratio"),
-    "another method's flag": (["--method", "simmim", "--decoder-dim", "4"],
-                              "--decoder-dim belongs to --method mae or --method amt or --method objmae or"),
-    "not a number": (["--method", "mae", "--epochs", "many"], "--epochs must be a positive whole number, got 'many'"),
-    "bad choice": (["--method", "amt", "--throw", "top"], "--throw invalid choice: 'top' (choose from"),
-    "bad base": (["--method", "amt", "--base", "simim"], "--base invalid choice: 'simim' (choose from"),
-    "bad model": (["--method", "mae", "--model", "bose"], "--model invalid choice: 'bose' (choose from"),
-    "bad precision": (["--method", "mae", "--precision", "fp8"], "--precision invalid choice: 'fp8'"),
-    "bad device": (["--method", "mae", "--device", "gpu"], "--device gpu"),
-    "no folder": (["--method", "mae", "--data", "nowhere"], "--data nowhere: no such folder"),
-    "zero epochs": (["--method", "mae", "--epochs", "0"], "--epochs must be a positive whole number, got '0'"),
-    "negative workers": (["--method", "mae", "--workers", "-1"], "--workers must be a whole number from 0 to"),
-    "no number": (["--method", "mae", "--lr", "nan"], "--lr must be a positive number, got 'nan'"),
-    "no heads": (["--method", "mae", "--decoder-heads", "0"], "decoder_heads must be at least 1, got 0"),
-    "long seed": (["--method", "mae", "--seed", str(2**63)], "--seed must be a whole number from 0 to 2^63 - 1, got"),
-    "negative seed": (["--method", "mae", "--seed", "-1"], "--seed must be a whole number from 0 to 2^63 - 1, got '-1'"),
-    "large batch": (["--method", "mae", "--batch-size", "5000"], "--batch-size 5000 is more than the 4096 images"),
-    "small pieces": (["--method", "mae", "--batch-size", "9", "--accumulate", "5"], "--batch-size must be at least 10, got 9"),
-    "two rates": (["--method", "mae", "--lr", "1", "--base-lr", "1"], "--lr and --base-lr exclude"),
-    "patch": (["--method", "mae", "--patch-size", "7"], "multiple of patch_size=7, got 64x64"),
-    "ratio": (["--method", "amt", "--mask-ratio", "0.9"], "mask_ratio=0.9 and throw_ratio=0.4"),
-    "three sizes": (["--method", "mae", "--image-size", "1", "2", "3"], "--image-size takes one number, or height and width; got [1, 2, 3]"),
-    "infinite ratio": (["--method", "mae", "--mask-ratio", "inf"], "--mask-ratio must be"),
-    "ratio that is no number": (["--method", "mae", "--mask-ratio", "nan"], "--mask-ratio must be"),
-    "no decoder": (["--method", "mae", "--decoder-dim", "0"], "decoder_dim"),
-    "negative decoder": (["--method", "mae", "--decoder-depth", "-1"], "decoder_depth"),
-    "long warm-up": (["--method", "mae", "--epochs", "3", "--warmup-epochs", "4"], "--warmup-epochs 4.0 is more than --epochs 3"),
-    "nothing to prepare": (["--method", "mae", "--prepare"], "--prepare computes regions, and --method mae takes none"),
-    "high minimum": (["--method", "mae", "--min-lr", "1"], "--min-lr 1.0 is above the peak learning rate, 0.001"),
-    "two ways": (["--method", "mae", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
-    "nothing near": (["--method", "mae", "--frobnicate"], "unknown argument --frobnicate: see --help"),
-    "near data": (["--method", "mae", "--data", "cifar"], "did you mean cifar10"),
-    "near regions": (["--method", "rmae", "--regions", "instance"], "did you mean instances"),
-    "small image": (["--method", "mae", "--image-size", "4"], "--image-size must be at least 8"),
-    "output is a file": (["--method", "mae", "--output", "file"], "file: File exists"),
+    "no method": ("", "the following arguments are required: --method"),
+    "unknown method": ("--method mea", "--method invalid choice: 'mea' (choose from"),
+    "near flag": (
+        "--method amt --trow-ratio 0.4",
+        "unknown argument --trow-ratio: did you mean --throw-ratio"),
+    "another method's flag": (
+        "--method simmim --decoder-dim 4",
+        "--decoder-dim belongs to --method mae or --method amt or --method objmae or"),
+    "not a number": ("--method mae --epochs many", "--epochs must be a positive whole number, got 'many'"),
+    "bad choice": ("--method amt --throw top", "--throw invalid choice: 'top' (choose from"),
+    "bad base": ("--method amt --base simim", "--base invalid choice: 'simim' (choose from"),
+    "bad model": ("--method mae --model bose", "--model invalid choice: 'bose' (choose from"),
+    "bad precision": ("--method mae --precision fp8", "--precision invalid choice: 'fp8'"),
+    "bad device": ("--method mae --device gpu", "--device gpu"),
+    "no folder": ("--method mae --data nowhere", "--data nowhere: no such folder"),
+    "zero epochs": ("--method mae --epochs 0", "--epochs must be a positive whole number, got '0'"),
+    "negative workers": ("--method mae --workers -1", "--workers must be a whole number from 0 to"),
+    "no number": ("--method mae --lr nan", "--lr must be a positive number, got 'nan'"),
+    "no heads": ("--method mae --decoder-heads 0", "decoder_heads must be at least 1, got 0"),
+    "long seed": (
+        "--method mae --seed 9223372036854775808",
+        "--seed must be a whole number from 0 to 2^63 - 1, got"),
+    "negative seed": ("--method mae --seed -1", "--seed must be a whole number from 0 to 2^63 - 1, got '-1'"),
+    "large batch": ("--method mae --batch-size 5000", "--batch-size 5000 is more than the 4096 images"),
+    "small pieces": ("--method mae --batch-size 9 --accumulate 5", "--batch-size must be at least 10, got 9"),
+    "two rates": ("--method mae --lr 1 --base-lr 1", "--lr and --base-lr exclude"),
+    "patch": ("--method mae --patch-size 7", "multiple of patch_size=7, got 64x64"),
+    "ratio": ("--method amt --mask-ratio 0.9", "mask_ratio=0.9 and throw_ratio=0.4"),
+    "three sizes": (
+        "--method mae --image-size 1 2 3",
+        "--image-size takes one number, or height and width; got [1, 2, 3]"),
+    "infinite ratio": ("--method mae --mask-ratio inf", "--mask-ratio must be"),
+    "ratio that is no number": ("--method mae --mask-ratio nan", "--mask-ratio must be"),
+    "no decoder": ("--method mae --decoder-dim 0", "decoder_dim"),
+    "negative decoder": ("--method mae --decoder-depth -1", "decoder_depth"),
+    "long warm-up": (
+        "--method mae --epochs 3 --warmup-epochs 4",
+        "--warmup-epochs 4.0 is more than --epochs 3"),
+    "nothing to prepare": (
+        "--method mae --prepare",
+        "--prepare computes regions, and --method mae takes none"),
+    "high minimum": ("--method mae --min-lr 1", "--min-lr 1.0 is above the peak learning rate, 0.001"),
+    "two ways": ("--method mae --resume --overwrite", "--resume and --overwrite exclude each other"),
+    "nothing near": ("--method mae --frobnicate", "unknown argument --frobnicate: see --help"),
+    "near data": ("--method mae --data cifar", "did you mean cifar10"),
+    "near regions": ("--method rmae --regions instance", "did you mean instances"),
+    "small image": ("--method mae --image-size 4", "--image-size must be at least 8"),
+    "output is a file": ("--method mae --output file", "file: File exists"),
 }
 
 
@@ -476,7 +492,7 @@ def test_a_users_mistake_is_one_line(cli, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
     flags, words = MISTAKES[name]
-    code, _, err = cli(train, *flags)
+    code, _, err = cli(train, *flags.split())
     assert code == 2 and words in err and err.startswith("train.py: error: ") and err.count("\n") == 1
     assert not (tmp_path / "nowhere").exists()
 
@@ -507,7 +523,8 @@ def test_images_that_fit_no_square(call, tmp_path):
 
 
 def test_lookahead_by_hand():
-    """SGD on f(w) = w with rate 1, k=2, alpha=0.5: each step takes 1 off; every second lands half-way to the slow one."""
+    """SGD on f(w) = w with rate 1, k=2, alpha=0.5: each step takes 1 off; every second lands half-way between
+    there and the slow weight."""
     w = torch.nn.Parameter(torch.tensor([10.0]))
     optimizer = torch.optim.SGD([w], lr=1.0)
     train.add_lookahead(optimizer, k=2, alpha=0.5)
@@ -545,20 +562,15 @@ def test_lookahead_goes_on_from_its_state():
     assert torch.equal(w, other)
 
 
-@pytest.mark.parametrize("flags", [[], ["--selection", "inter", "--alignment", "random"]])
-def test_objmae_pretrains_on_shapes_and_resumes(cli, tmp_path, flags, monkeypatch):
-    monkeypatch.setattr(datasets.Shapes, "__len__", lambda self: 32)
-
-    def call(out, *more):
-        return cli(train, "--method", "objmae", *TINY, *flags, "--output", tmp_path / out, *more)
-
-    code, out, _ = call("whole")
+def test_objmae_pretrains_on_shapes_and_resumes(call):
+    flags = ["--limit", 32, "--selection", "inter", "--alignment", "random"]
+    code, out, _, whole = call("objmae", *flags, data="shapes", out="whole")
     assert code == 0 and re.search("regions +instances", out) and re.search("lookahead +5", out)
-    assert read_image(str(tmp_path / "whole" / "reconstruction.png")).shape == picture_shape(4, 3)
-    with interrupted_after(2):
-        assert call("run")[0] == 130
-    assert call("run", "--resume")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert read_image(str(whole / "reconstruction.png")).shape == picture_shape(4, 3)
+    with interrupted_after(1):
+        *_, output = call("objmae", *flags, data="shapes")
+    assert call("objmae", *flags, "--resume", data="shapes")[0] == 0
+    assert_same_run(whole, output)
 
 
 def test_regions_on_the_command_line(call, tmp_path):
@@ -568,101 +580,99 @@ def test_regions_on_the_command_line(call, tmp_path):
     assert code == 2 and "no such folder" in err
 
 
-@pytest.mark.parametrize("method, columns", [("rae", 10), ("rmae", 12)])
+@pytest.mark.parametrize("method, columns", [("rae", 5), ("rmae", 6)])
 def test_regions_of_files_are_computed_once_and_trained_on(call, method, columns, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--region-dim", 16, "--region-heads", 2, "--num-regions", 4, "--workers", 0]
-    tiny = TINY if method == "rmae" else TINY[:10]
-    code, out, _, output = call(method, *flags, tiny=tiny)
+    flags = ["--region-dim", 16, "--region-heads", 2, "--num-regions", 4, "--workers", 0, "--epochs", 1]
+    code, out, _, output = call(method, *flags)
     assert code == 0 and re.search("regions +fh", out)
     files = list((tmp_path / "data" / "regions").rglob("*.npz"))
     assert len(files) == 24 and "fh-0.8-6-12-25" in str(files[0])
     assert "loss_region" in log(output)[0] and ("loss_pixel" in log(output)[0]) == (method == "rmae")
-    assert read_image(str(output / "reconstruction.png")).shape == picture_shape(4, columns // 2)
+    assert read_image(str(output / "reconstruction.png")).shape == picture_shape(4, columns)
     made = {f: f.stat().st_mtime_ns for f in files}
     monkeypatch.setattr(datasets, "felzenszwalb", None)  # a second run uses the files
-    *_, again = call(method, *flags, tiny=tiny, out="again")
+    *_, again = call(method, *flags, out="again")
     assert_same_run(output, again)
     assert made == {f: f.stat().st_mtime_ns for f in (tmp_path / "data" / "regions").rglob("*.npz")}
 
 
-def test_regions_can_be_prepared_ahead(call, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, _, _, output = call("rmae", "--prepare", "--workers", 2, "--region-cache", "cache", "--fh-scales", 30)
+def test_regions_can_be_prepared_ahead(call, tmp_path):
+    flags = ["--workers", 2, "--region-cache", "cache", "--fh-scales", 30]
+    code, _, _, output = call("rmae", "--prepare", *flags)
     assert code == 0 and not output.exists()
     assert len(list((tmp_path / "cache" / "fh-0.8-30").rglob("*.npz"))) == 24
+
+
+DVAE = ["--image-size", 32, "--hidden-dim", 8, "--groups", 3, "--vocab-size", 16, "--batch-size", 8]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder, tmp_path_factory):
     """The folder of a dvae run on the scenes."""
     output = tmp_path_factory.mktemp("dvae")
-    train.main([str(a) for a in ["--method", "dvae", "--data", folder, "--image-size", 32, "--hidden-dim", 8, "--groups", 3,
-                                 "--vocab-size", 16, "--batch-size", 8, "--epochs", 2, "--output", output]])
+    flags = ["--method", "dvae", "--data", folder, *DVAE, "--epochs", 2, "--output", output]
+    train.main([str(flag) for flag in flags])
     return output
 
 
 def test_a_tokenizer_is_trained_and_pictured(tokenizer):
     line = log(tokenizer)[-1]
-    assert {"loss_pixel", "loss_kl", "perplexity", "codes_used"} <= line.keys() and 1 <= line["perplexity"] <= 16
+    assert {"loss_pixel", "loss_kl", "perplexity", "codes_used"} <= line.keys()
+    assert 1 <= line["perplexity"] <= line["codes_used"] <= 16
     assert read_image(str(tokenizer / "reconstruction.png")).shape == picture_shape(2, 2, per_row=4)
 
 
 @pytest.mark.parametrize("method", ["beit", "lomar", "cae"])
-def test_tokens_are_trained_on_and_resumed(call, method, tokenizer):
-    flags = ["--tokenizer", tokenizer / "checkpoint.pt"]
-    code, out, _, whole = call(method, *flags, tiny=TINY[:10], out="whole")
+def test_tokens_are_trained_on(call, method, tokenizer):
+    code, out, _, output = call(method, "--tokenizer", tokenizer / "checkpoint.pt", "--epochs", 1)
     assert code == 0 and re.search(f"tokenizer +{tokenizer}", out)
-    line = log(whole)[0]
-    assert 0 <= line["accuracy"] <= 1 and "loss_token" in line and ("loss_align" in line) == (method == "cae")
-    columns = 4 if method == "cae" else 3
-    assert read_image(str(whole / "reconstruction.png")).shape == picture_shape(4, columns)
-    assert not any("tokenizer" in k for k in weights(whole))
+    line = log(output)[0]
+    assert ("loss_align" in line) == (method == "cae") and 0 <= line["accuracy"] < 0.5
+    assert line["loss"] == pytest.approx(line["loss_token"] + 2 * line.get("loss_align", 0), rel=1e-5)
+    assert read_image(str(output / "reconstruction.png")).shape == picture_shape(4, 3 + (method == "cae"))
+    assert not any("tokenizer" in name for name in weights(output))
+
+
+def test_a_run_on_tokens_resumes_with_its_own_tokenizer_alone(call, tokenizer, tmp_path):
+    flags = ["cae", "--tokenizer", tokenizer / "checkpoint.pt"]
+    *_, whole = call(*flags, out="whole")
     with interrupted_after(1):
-        assert call(method, *flags, tiny=TINY[:10])[0] == 130
-    *_, output = call(method, "--resume", tiny=TINY[:10])
+        assert call(*flags)[0] == 130
+    assert call("dvae", *DVAE, "--epochs", 1, "--seed", 1, out="other")[0] == 0
+    code, _, err, _ = call("cae", "--resume", "--tokenizer", tmp_path / "other" / "checkpoint.pt")
+    assert code == 2 and "is not the file that the run was started with" in err
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes((tokenizer / "checkpoint.pt").read_bytes())
+    code, *_, output = call("cae", "--resume", "--tokenizer", moved)
+    assert code == 0
     assert_same_run(whole, output)
 
 
 def test_without_a_tokenizer_the_target_is_pixels(call, tokenizer, tmp_path):
-    code, out, _, output = call("cae", tiny=TINY[:10])
+    code, out, _, output = call("cae")
     assert code == 0 and not re.search("^ +tokenizer", out, re.M) and "loss_pixel" in log(output)[0]
     assert "blocks.0.ls1.gamma" in load(output / "encoder.pt")
-    code, _, err, _ = call("beit", tiny=TINY[:10], out="beit")
+    code, _, err, _ = call("beit", out="beit")
     assert code == 2 and "--tokenizer" in err
     for file, says in ((output / "checkpoint.pt", "not of dvae"), (output / "encoder.pt", "blocks.input.w"),
                        (tmp_path / "none.pt", "No such file")):
-        code, _, err, _ = call("beit", "--tokenizer", file, tiny=TINY[:10], out="beit")
+        code, _, err, _ = call("beit", "--tokenizer", file, out="beit")
         assert code == 2 and says in err and len(err.strip().splitlines()) == 1
-    assert call("beit", "--tokenizer", tokenizer / "encoder.pt", tiny=TINY[:10], out="beit")[0] == 0  # DALL-E's names
-    code, _, err, _ = call("dvae", "--model", "tiny", tiny=[])
+    assert call("beit", "--tokenizer", tokenizer / "encoder.pt", out="beit")[0] == 0  # DALL-E's names
+    code, _, err, _ = call("dvae", "--model", "tiny")
     assert code == 2 and "--model belongs to --method mae or" in err
 
 
 @pytest.mark.parametrize("method, flags, says", [
     ("rmae", ["--regions", "cam"], "--regions cam is for objmae"),
     ("rmae", ["--regions", "fh", "--fh-scales", "-3"], "--fh-scales must be positive"),
-    ("objmae", ["--regions", "fh", "--cam-weights", "w.pt"], "--cam-weights and --cam-labels belong to --regions cam, not to fh"),
+    ("objmae", ["--regions", "fh", "--cam-weights", "w.pt"],
+     "--cam-weights and --cam-labels belong to --regions cam, not to fh"),
     ("cae", ["--min-block", "0"], "min_block"),
-    ("dvae", ["--tau-end", "-1", "--image-size", "32", "--groups", "3"], "tau_end must be in 0.001..1.0, got -1.0"),
+    ("dvae", ["--tau-end", "-1", "--image-size", "32", "--groups", "3"],
+     "tau_end must be in 0.001..1.0, got -1.0"),
     ("dvae", ["--image-size", "30"], "multiple of 4, got"),
 ])
 def test_mistakes_of_regions_and_tokens_are_one_line(call, method, flags, says):
-    code, _, err, output = call(method, *flags, tiny=TINY[:10] if method != "dvae" else [])
+    code, _, err, output = call(method, *flags)
     assert code == 2 and says in err and err.count("\n") == 1 and not output.exists()
-
-
-def test_a_few_patches_are_enough_for_blocks():
-    assert mim.CAE(mim.ViT(32, 16, 32, 1, 2))(torch.randn(2, 3, 32, 32))["loss"].isfinite()
-
-
-def test_a_run_resumes_with_its_own_tokenizer_alone(call, tokenizer, tmp_path):
-    with interrupted_after(1):
-        call("cae", "--tokenizer", tokenizer / "checkpoint.pt", tiny=TINY[:10])
-    assert call("dvae", "--image-size", 32, "--hidden-dim", 8, "--groups", 3, "--vocab-size", 16, "--batch-size", 8,
-                "--epochs", 1, "--seed", 1, out="other", tiny=[])[0] == 0
-    code, _, err, _ = call("cae", "--resume", "--tokenizer", tmp_path / "other" / "checkpoint.pt", tiny=TINY[:10])
-    assert code == 2 and "is not the file that the run was started with" in err
-    moved = tmp_path / "moved.pt"
-    moved.write_bytes((tokenizer / "checkpoint.pt").read_bytes())
-    assert call("cae", "--resume", "--tokenizer", moved, tiny=TINY[:10])[0] == 0
