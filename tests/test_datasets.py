@@ -757,9 +757,9 @@ def test_class_activation_maps_are_of_the_classes_asked_for(labelled, tmp_path, 
         torch.testing.assert_close(read, maps[labelled][index], atol=0.51 / 255, rtol=0)
         assert (read - maps[not labelled][index]).abs().max() > 0.1
     (tmp_path / "weights.pt").write_bytes(b"1")
-    weighted = open_regions("cam", source, "folder", cam_weights=str(tmp_path / "weights.pt"), **options)
-    other = open_regions("cam", source, "folder", region_cache=str(tmp_path), cam_labels=not labelled)
-    assert len({regions.folder, weighted.folder, other.folder}) == 3
+    folders = {open_regions("cam", source, "folder", cam_labels=asked, cam_weights=weights).folder
+               for asked in (False, True) for weights in (None, str(tmp_path / "weights.pt"))}
+    assert len(folders) == 4
 
 
 def test_regions_that_cannot_be_had(folder, tmp_path, monkeypatch):
@@ -1010,6 +1010,14 @@ def test_the_device_loaders_images_are_those_of_their_indices():
     images = [torch.full((3, 16, 16), 10 * k + 5, dtype=torch.uint8) for k in range(12)]
     for index, item in device_items(Images(Source(*images), 8, seed=2)).items():
         assert item["image"].unique().tolist() == [10 * index + 5]
+
+
+def test_the_device_loader_clips_what_interpolation_adds():
+    """Beside an edge from black to white bicubic interpolation goes beyond both: black stays black."""
+    edge = (torch.arange(16) >= 8).to(torch.uint8).expand(3, 16, -1) * 255
+    for item in device_items(Images(Source(*8 * [edge]), 32, crop_scale=(0.5, 0.9))).values():
+        image = item["image"].flip(-1) if item["flip"] else item["image"]
+        assert (image.int().diff(dim=-1) >= 0).all() and image.min() == 0 and image.max() == 255
 
 
 def test_the_device_loader_depends_on_seed_and_epoch_alone():
