@@ -11,8 +11,8 @@ task.
 """
 
 # First, because it sets what a signal does while the rest is imported
-from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, all_finite,
-                   autocast, call, check_place, check_setting, cut_batch, draw_reconstruction,
+from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, add_lookahead,
+                   all_finite, autocast, call, check_place, check_setting, cut_batch, draw_reconstruction,
                    exit_with_one_line, first_process_first, flags_of, half_cosine, image_pair,
                    join_processes, load_method, load_tokenizer, not_empty, open_device, parameter_groups,
                    picture, picture_items, rank, run_settings, save_picture, sized, small_patch, train_epochs,
@@ -56,34 +56,68 @@ from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, Files, Images
 PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
 
-# The defaults of the tasks are the papers', for large images. The two tables below are ours. The first is for
-# images of up to 96 pixels, the second for such images and a ViT as small as `nano`. The command line takes
-# them where a flag is not given. With them, every task ends within five minutes for the built-in scenes on
-# two cores.
+# The defaults of the tasks are those of MAE's paper and code. These are the values in which other papers differ,
+# by the method that made the encoder, and those for larger encoders: of ViT-L on for "-large" (`recipe`).
+PAPER_RECIPES = {
+    "mae": {},
+    # Fine-tuning: MAE's code. UPerNet: CAE, Appendix A, which takes the best of 3e-5, 4e-5 and 5e-5. Detection:
+    # ViTDet.
+    "mae-large": {"finetune": dict(base_lr=1e-3, epochs=50, drop_path=0.2, layer_decay=0.75),
+                  "semseg": dict(base_lr=4e-5, width=1024, drop_path=0.15, layer_decay=0.95),
+                  "detect": dict(drop_path=0.4, layer_decay=0.8)},
+    "mae-huge": {"finetune": dict(drop_path=0.3)},  # MAE's code
+    # Its released configuration
+    "simmim": {"finetune": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20)},
+    # §4.1 has the class token, §4.3 the 90,000 steps of detection, which are 12.2 epochs of COCO; the rate and
+    # its decay are those of the released command, which pools by the mean.
+    "amt": {"finetune": dict(base_lr=1e-3, layer_decay=0.75, pool="cls"),
+            "detect": dict(epochs=12, batch_size=16)},
+    "amt-simmim": {"finetune": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20, pool="cls")},
+    # §6.1 and §6.2; the decay is MAE's for this rate. No loss reaches the class token's output.
+    "lomar": {"knn": dict(pool="mean"), "linear": dict(pool="mean"),
+              "finetune": dict(base_lr=1e-3, layer_decay=0.75), "detect": dict(epochs=25)},
+    # Tables 2 and 3; for CIFAR-100 it has --epochs 90.
+    "objmae": {"finetune": dict(batch_size=256, base_lr=1e-3, min_lr=1e-5, lookahead=5)},
+    "rae": {"semseg": dict(epochs=100)},  # §4.1, following MAE
+    "rmae": {"semseg": dict(epochs=100)},
+    # Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults, but in its released code Nesterov
+    # momentum and an epsilon of 1e-5 in the batch norm, and the attentive probe sees the class token, too. Its
+    # detection is another detector's (Mask R-CNN with the 1x schedule), which is not here.
+    "cae": {"finetune": dict(batch_size=4096, lr_batch=4096, base_lr=1.6e-2, epochs=200, layer_decay=0.75)},
+    "cae-base": {"finetune": dict(base_lr=8e-3, epochs=100, layer_decay=0.65)},
+    "cae-large": {"finetune": dict(base_lr=2e-3, epochs=50, layer_decay=0.75)},
+}
+
+# These two tables are ours. The first is for images of up to 96 pixels, the second for such images and a ViT as
+# small as `nano`. Of a paper's values they leave `pool`. With them, every task ends within five minutes for the
+# built-in scenes on two cores.
 SMALL_RECIPES = {
     "linear": dict(batch_size=256, base_lr=20.0, cache_features=True),
     "attentive": dict(batch_size=256, base_lr=0.05, cache_features=True),
     "finetune": dict(epochs=30, batch_size=128, base_lr=1e-3),
     "semseg": dict(epochs=3, base_lr=1e-3, width=64),
-    "detect": dict(epochs=2, batch_size=8, base_lr=2e-3, width=32),
+    "detect": dict(epochs=2, batch_size=8, base_lr=2e-3, warmup_epochs=0.14, width=32),
 }
 NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=3)}
 
 
-def recipe(task, encoder):
+def recipe(task, encoder, method: Literal[tuple(PAPER_RECIPES)] = "mae"):
     """The keywords of a task that differ from its defaults for this mim.ViT: `linear(..., **recipe("linear",
-    vit))`."""
-    nano, large, huge = (mim.SIZES[name]["embed_dim"] for name in ("nano", "large", "huge"))
-    width, relative, changes = encoder.embed_dim, encoder.relative_position, {}
-    if max(encoder.image_size) <= SMALL:
-        changes |= SMALL_RECIPES.get(task, {}) | (NANO_RECIPES.get(task, {}) if width <= nano else {})
-    elif task == "finetune" and width >= large:  # MAE's code for ViT-L and ViT-H
-        changes |= dict(base_lr=1e-3, epochs=50, drop_path=0.3 if width >= huge else 0.2, layer_decay=0.75)
-    elif task == "finetune" and relative:  # LoMaR's supplement, §6.1
-        changes |= dict(base_lr=1e-3)
-    if relative and task in ("knn", "linear", "finetune"):
-        changes |= dict(pool="mean")  # LoMaR does not train its class token
-    return changes
+    vit, "lomar"))`.
+
+    method: what made the encoder, and so whose settings are taken (for images of up to 96 pixels only how it
+        pools); default: what a run's file says, lomar for other encoders with relative positions, else mae
+    """
+    sizes = [name for name, size in mim.SIZES.items() if size["embed_dim"] <= encoder.embed_dim]
+    paper = {}
+    for name in ("mae", method):
+        for key in (name, *(f"{name}-{size}" for size in sizes)):
+            paper |= PAPER_RECIPES.get(key, {}).get(task, {})
+    if max(encoder.image_size) > SMALL:
+        return paper
+    nano = encoder.embed_dim <= mim.SIZES["nano"]["embed_dim"]
+    small = SMALL_RECIPES.get(task, {}) | (NANO_RECIPES.get(task, {}) if nano else {})
+    return small | {name: value for name, value in paper.items() if name == "pool"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -226,9 +260,9 @@ def settings_of(task, arguments):
 
 
 def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr, lr_batch=256,
-        warmup_epochs=None, usual_warmup=10, min_lr=0.0, fall=half_cosine, accumulate=None,
-        collate_fn=collate, output=None, resume=False, settings=None, seed=0, device="cpu", precision="fp32",
-        workers=0, title="training"):
+        warmup_epochs=None, usual_warmup=10, warmup_steps=None, min_lr=0.0, fall=half_cosine,
+        accumulate=None, collate_fn=collate, output=None, resume=False, settings=None, seed=0, device="cpu",
+        precision="fp32", workers=0, title="training"):
     """Trains `model`: probes, fine-tuning and dense tasks share this loop. Returns a dict: the batch size and
     the warm-up that it used.
 
@@ -237,14 +271,17 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
         is an argument because it is wrapped where several processes train it. Labels are as collated.
     base_lr: learning rate per `lr_batch` images of the batch. After the warm-up it falls to min_lr along
         `fall`.
-    warmup_epochs: default: `usual_warmup`, but at most a ninth of the epochs.
+    warmup_epochs: default: `usual_warmup`, or `warmup_steps` in epochs; at most a ninth of the epochs, or as
+        much of them as usual_warmup is of 100 (SimMIM: 20).
     output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
         what a resumed run must have been started with (`settings_of`).
     """
-    warmup_epochs = min(usual_warmup, epochs / 9) if warmup_epochs is None else warmup_epochs
+    batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
+    if warmup_epochs is None:
+        usual = warmup_steps / (len(train) // batch_size) if warmup_steps else usual_warmup
+        warmup_epochs = min(usual, epochs * max(1 / 9, usual_warmup / 100))
     if warmup_epochs > epochs:
         raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
-    batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
     images = getattr(train.source, "digest", train.__len__)()  # plain data say how many they are
     settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, images=images,
                     warmup_epochs=warmup_epochs)
@@ -492,9 +529,10 @@ def augmentation():
 
 
 def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: PositiveInt = 1024,
-             base_lr: PositiveFloat = 5e-4, warmup_epochs: NonNegativeFloat | None = None,
-             weight_decay: NonNegativeFloat = 0.05, layer_decay: Fraction = 0.65,
-             drop_path: Fraction = 0.1, label_smoothing: Fraction = 0.1,
+             base_lr: PositiveFloat = 5e-4, lr_batch: PositiveInt = 256,
+             warmup_epochs: NonNegativeFloat | None = None, usual_warmup=5, min_lr: NonNegativeFloat = 1e-6,
+             weight_decay: NonNegativeFloat = 0.05, lookahead: NonNegativeInt = 0,
+             layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, label_smoothing: Fraction = 0.1,
              pool: Literal["cls", "mean"] = "mean", accumulate: PositiveInt | None = None, output=None,
              resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
              workers=0) -> dict:
@@ -508,9 +546,13 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
 
     epochs: passes over the training images
     batch_size: images a step, over all processes
-    base_lr: learning rate per 256 images of the batch
+    base_lr: learning rate per lr_batch images of the batch
+    lr_batch: images that base_lr is for
     warmup_epochs: epochs of linear warm-up; default: 5, or a ninth of the epochs if they are fewer than 45
+        (SimMIM: 20, or a fifth of them)
+    min_lr: absolute learning rate at the end of the cosine
     weight_decay: of AdamW
+    lookahead: AdamW steps between two updates of Lookahead's slow weights; 0: no Lookahead
     layer_decay: learning rate of a block over that of the one above
     drop_path: stochastic depth of the last block
     label_smoothing: of the cross-entropy
@@ -526,6 +568,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     torch.manual_seed(seed)
     model = Classifier(trainable(encoder, drop_path), num_classes, pool).to(device)
     optimizer = layer_wise_adamw(model.encoder, [model.fc_norm, model.head], weight_decay, layer_decay)
+    if lookahead:
+        add_lookahead(optimizer, lookahead)
     mixes = [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
     mix = v2.RandomChoice(mixes)
 
@@ -535,8 +579,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
         return dict(loss=F.cross_entropy(logits, targets, label_smoothing=label_smoothing))
 
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
-                 base_lr=base_lr, warmup_epochs=warmup_epochs, usual_warmup=5, min_lr=1e-6,
-                 accumulate=accumulate, output=output, resume=resume, settings=settings, seed=seed,
+                 base_lr=base_lr, lr_batch=lr_batch, warmup_epochs=warmup_epochs, usual_warmup=usual_warmup,
+                 min_lr=min_lr, accumulate=accumulate, output=output, resume=resume, settings=settings, seed=seed,
                  device=device, precision=precision, workers=workers, title="fine-tuning")
     if rank() == 0:
         result |= accuracies(*extract(model, val, device, precision, workers, "val"))
@@ -598,7 +642,7 @@ class UPerNet(nn.Module):
 
     sides = (1, 2, 3, 6)  # of the pooled maps: Pyramid Scene Parsing Network, CVPR 2017, arXiv:1612.01105
 
-    def __init__(self, dim, num_classes, width=512):
+    def __init__(self, dim, num_classes, width=768):
         super().__init__()
         self.rescalers = rescalers(dim, dim, dim, nn.BatchNorm2d)
         # A Conv2dNormActivation is a convolution that keeps height and width, batch norm and ReLU.
@@ -634,7 +678,7 @@ class Segmenter(nn.Module):
     width: channels of UPerNet's maps.
     """
 
-    def __init__(self, encoder, num_classes, head="upernet", width=512):
+    def __init__(self, encoder, num_classes, head="upernet", width=768):
         super().__init__()
         self.encoder = encoder
         self.after = [math.ceil(len(encoder.blocks) * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
@@ -734,21 +778,20 @@ def falling(progress):
 def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", freeze: bool = False,
            epochs: PositiveInt = 127, batch_size: PositiveInt = 16, base_lr: PositiveFloat = 1e-4,
            warmup_epochs: NonNegativeFloat | None = None, weight_decay: NonNegativeFloat = 0.05,
-           layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, width: PositiveInt = 512,
+           layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, width: PositiveInt = 768,
            output=None, resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
            workers=0) -> dict:
-    """Semantic segmentation, as on ADE20K by BEiT's, MAE's and CAE's code: 160,000 steps of 16 images.
+    """Semantic segmentation, as on ADE20K by BEiT's and CAE's code: 160,000 steps of 16 images.
 
     encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=False)`. Returns miou, the mean
     over the classes that val has of intersection over union, and pixel_accuracy, in percent, and a picture.
 
     head: what is trained on the encoder's outputs: upernet, or linear (batch norm and one linear layer)
     freeze: train the head alone
-    epochs: passes over the training images (127 of ADE20K are the papers' 160,000 steps)
+    epochs: passes over the training images (127 of ADE20K are 160,000 steps; R-MAE has 100)
     batch_size: images a step, over all processes
     base_lr: learning rate per 16 images of the batch; it falls linearly to 0
-    warmup_epochs: epochs of linear warm-up; default: 1.2 (of ADE20K, the papers' 1,500 steps), or a ninth of
-        the epochs if they are fewer than 11
+    warmup_epochs: epochs of linear warm-up; default: 1,500 steps, but at most a ninth of the epochs
     weight_decay: of AdamW
     layer_decay: learning rate of a block over that of the one above (not with --freeze)
     drop_path: stochastic depth of the last block (not with --freeze)
@@ -766,7 +809,7 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
         return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
 
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
-                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, usual_warmup=1.2, fall=falling,
+                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=1500, fall=falling,
                  collate_fn=collate_dense, output=output, resume=resume, settings=settings, seed=seed,
                  device=device, precision=precision, workers=workers, title="semseg")
     if rank() > 0:
@@ -948,8 +991,7 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     epochs: passes over the training images
     batch_size: images a step, over all processes
     base_lr: learning rate per 16 images of the batch (1e-4 at 64); a tenth from 90%, a hundredth from 95% on
-    warmup_epochs: epochs of linear warm-up; default: 0.14 (of COCO, the paper's 250 steps), or a ninth of the
-        epochs if that is less
+    warmup_epochs: epochs of linear warm-up; default: 250 steps, but at most a ninth of the epochs
     weight_decay: of AdamW
     layer_decay: learning rate of a block over that of the one above (not with --freeze)
     drop_path: stochastic depth of the last block (not with --freeze)
@@ -971,7 +1013,7 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
         return dict(loss=sum(parts.values()), **parts)
 
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
-                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, usual_warmup=0.14, fall=stepwise,
+                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=250, fall=stepwise,
                  collate_fn=collate_dense, output=output, resume=resume, settings=settings, seed=seed,
                  device=device, precision=precision, workers=workers, title="detect")
     if rank() > 0:
@@ -1359,10 +1401,10 @@ def loaded(model, path, missing=(), left_over=()):
     return model
 
 
-def open_encoder(checkpoint, data="shapes", images=None, image_size: list[PositiveInt] | None = None,
+def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None = None,
                  model: Literal[tuple(mim.SIZES)] | None = None, patch_size: PositiveInt | None = None,
                  relative_position: bool = False, seed: NonNegativeInt = 0):
-    """The ViT of a checkpoint, or an untrained one.
+    """(the ViT of a checkpoint, or an untrained one; the method that made it, for `recipe`).
 
     image_size: pixels, one number or height and width (default: the checkpoint's)
     model: size of an untrained encoder (default: nano for the scenes, tiny for images of up to 96 pixels,
@@ -1379,7 +1421,8 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
         patch_size = patch_size or (small_patch(size) if small else 16)
         torch.manual_seed(seed)
         with explained("--image-size", "there is no such ViT"):
-            return mim.ViT(size, patch_size, **mim.SIZES[model], relative_position=relative_position)
+            encoder = mim.ViT(size, patch_size, **mim.SIZES[model], relative_position=relative_position)
+        return encoder, "lomar" if relative_position else "mae"
     for flag, value in dict(model=model, patch_size=patch_size, relative_position=relative_position).items():
         if value:
             flag = flag.replace("_", "-")
@@ -1390,14 +1433,17 @@ def open_encoder(checkpoint, data="shapes", images=None, image_size: list[Positi
         taken, *others = mim.encoder_prefixes(state)
         if others:
             print(f"{checkpoint}: the encoder is {taken} and not {', '.join(others)}", file=sys.stderr)
-        # A run's settings are the only record of a grid that is not square.
-        size = size or run_settings(content).get("image_size")
+        # What a run says of its encoder, in encoder.pt among the metadata. Nothing else in a file tells a grid
+        # that is not square, or the image size where positions are relative.
+        run = run_settings(content) or getattr(content, "_metadata", {}).get("", {})
+        size = size or run.get("image_size")
         if size is None and not any(name.endswith("pos_embed") for name in state):
-            if images:
-                raise UsageError(f"--image-size is needed: {checkpoint} has relative positions")
-            size = load_unlabelled(data).image_size
+            raise UsageError(f"--image-size is needed: {checkpoint} has relative positions and does not tell it")
         encoder, names = mim.vit_from_checkpoint(state, size)
-    return loaded(encoder, checkpoint, *names)
+        method = f"{run.get('method')}{'-simmim' * (run.get('base') == 'simmim')}"
+    if method not in PAPER_RECIPES:
+        method = "lomar" if encoder.relative_position else "mae"
+    return loaded(encoder, checkpoint, *names), method
 
 
 def open_method(checkpoint, set: list[str] | None = None):
@@ -1564,11 +1610,9 @@ def functions_of(task):
     takes = inspect.signature(TASKS[task]).parameters
     functions = [TASKS[task], load_data, open_device]
     functions += [open_encoder] if "encoder" in takes else [open_method, load_tokenizer]
-    functions += [open_pair] if "train" in takes else [open_regions]
+    functions += [open_pair, recipe] if "train" in takes else [open_regions]
     if "images" in takes:
-        functions += [open_images, few]
-    if "images" in takes:
-        functions.append(open_picture)
+        functions += [open_images, few, open_picture]
     if "output" in takes:
         functions.append(open_result)
     return functions
@@ -1603,8 +1647,10 @@ def main(argv):
         raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
     # What the user gave, else what the model asks for; else the default of the function that takes it
     if "encoder" in takes:
-        encoder = call(open_encoder, given)
-        fixed, settings, size = dict(encoder=encoder), recipe(task, encoder), encoder.image_size
+        encoder, method = call(open_encoder, given)
+        method, size = given.get("method", method), encoder.image_size
+        fixed, settings = dict(encoder=encoder), recipe(task, encoder, method)
+        settings["recipe"] = method + ", small images" * (max(size) <= SMALL)
     else:
         method, args = call(open_method, given)
         fixed, size = dict(method=method), sized(method).image_size

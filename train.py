@@ -89,42 +89,47 @@ from datasets import (NAMED, SMALL, BrokenFiles, DeviceLoader, EpochBatches, Ima
                       normalize, open_regions, reason_of, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
-# Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch.
+# Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch. Where
+# papers train for several numbers of epochs, warmup_epochs is {epochs: warm-up}.
 
 RECIPES = {
-    # MAE: Table 8 (pre-training setting)
-    "mae": dict(epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256, warmup_epochs=40.0, min_lr=0.0,
-                betas=(0.9, 0.95), weight_decay=0.05, crop_scale=(0.2, 1.0), flip=True),
+    # MAE: Table 8 (pre-training setting); 400 epochs as AMT trains it
+    "mae": dict(epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
+                warmup_epochs={400: 40.0, 800: 40.0}, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05,
+                crop_scale=(0.2, 1.0), flip=True),
 }
-# SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's.
-RECIPES["simmim"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1e-4, lr_batch=512, warmup_epochs=10.0,
+# SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's. 100 epochs
+# are its ablations', 200 AMT's.
+RECIPES["simmim"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1e-4, lr_batch=512,
+                                          warmup_epochs={100: 10.0, 200: 10.0, 800: 10.0},
                                           betas=(0.9, 0.999), clip_grad=5.0, crop_scale=(0.67, 1.0))
 # CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. The only augmentations
-# are crop and flip. 300 and 1600 epochs have --warmup-epochs 10 and 40. Gradient clipping, the smallest
-# learning rate and the crop scale are from BEiT's and CAE's code.
-RECIPES["cae"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1.5e-3, lr_batch=2048, warmup_epochs=20.0,
-                                       min_lr=1e-5, betas=(0.9, 0.999), clip_grad=3.0,
-                                       crop_scale=(0.08, 1.0))
+# are crop and flip. Gradient clipping, the smallest learning rate and the crop scale are from BEiT's and CAE's
+# code.
+RECIPES["cae"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
+                                       warmup_epochs={300: 10.0, 800: 20.0, 1600: 40.0}, min_lr=1e-5,
+                                       betas=(0.9, 0.999), clip_grad=3.0, crop_scale=(0.08, 1.0))
 # The tokenizer: DALL-E's Appendix A.2, except for its 3 million steps
 RECIPES["dvae"] = RECIPES["mae"] | dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4,
                                         lr_batch=512, warmup_epochs=0.0, min_lr=1.25e-6, betas=(0.9, 0.999),
                                         weight_decay=1e-4)
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its
-# baselines are MAE with --epochs 400 --warmup-epochs 40, SimMIM with --epochs 200 --warmup-epochs 10.
+# baselines are MAE with --epochs 400, SimMIM with --epochs 200.
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
-# LoMaR: "we follow the MAE settings", but crops alone, no flip; 40 epochs of warm-up for 1600 (its
-# supplement, §6.1)
-RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, flip=False)
+# LoMaR: "we follow the MAE settings", but crops alone, no flip; warm-up for 40 epochs of 1600, 20 of 800, 10 of
+# 400 (its supplement, §6.1)
+RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, warmup_epochs=40.0, flip=False)
 # ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. The rate is that of a batch of 128 on COCO and
-# ImageNet-100; CLEVR has --epochs 300 --batch-size 256 --lr 1.5e-4 --warmup-epochs 40.
-RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128, min_lr=1e-5,
+# ImageNet-100; CLEVR has --epochs 300 --batch-size 256 --lr 1.5e-4.
+RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128,
+                                          warmup_epochs={300: 40.0, 800: 40.0}, min_lr=1e-5,
                                           betas=(0.9, 0.999), lookahead=5, flip=False)
 # R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4; 4000 epochs
 # on COCO)
 RECIPES["rae"] = RECIPES["rmae"] = RECIPES["mae"] | dict(base_lr=1e-4)
 # BEiT: its Table 6, but without colour jitter, as CAE trains it
-RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs=10.0)
+RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs={300: 10.0, 800: 10.0})
 
 # For images of up to 96 pixels; these are our settings, not the papers'. The patch size is then an eighth of
 # the longer side (`small_patch`). NANO_RECIPE is for the built-in scenes and for --model nano. `settle`
@@ -304,8 +309,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     lr: absolute learning rate at the end of the warm-up, instead of --base-lr
     base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048);
         not with --lr
-    warmup_epochs: epochs in which the learning rate rises from 0; with fewer epochs than the recipe's, the
-        same fraction of the epochs
+    warmup_epochs: epochs in which the learning rate rises from 0; the default may depend on --epochs; with
+        other epochs it is the same fraction as with the next more of these, and with more than all, as many
     min_lr: absolute learning rate at the end of the cosine
     weight_decay: AdamW's, on parameters of two or more dimensions
     lookahead: AdamW steps between two updates of Lookahead's slow weights; 0: no Lookahead
@@ -678,9 +683,12 @@ def write_atomically(path, write):
 
 def write_checkpoint(output, method, state):
     """Writes encoder.pt, a plain state dict with timm's names (a tokenizer's: with DALL-E's), and then
-    checkpoint.pt, the state, from which the run can go on."""
+    checkpoint.pt, the state, from which the run can go on. What evaluation needs to know of the run is in the
+    state dict's metadata, which loading leaves alone."""
     if state["epoch"]:
-        write_atomically(output / "encoder.pt", lambda to: torch.save(method.encoder.state_dict(), to))
+        encoder, args = method.encoder.state_dict(), state["args"] or {}
+        encoder._metadata[""] |= {name: args[name] for name in ("method", "base", "image_size") if name in args}
+        write_atomically(output / "encoder.pt", lambda to: torch.save(encoder, to))
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
 
 
@@ -949,8 +957,11 @@ def settle(given, source):
     size = given.get("image_size") or [natural, natural]
     defaults = {name: p.default for name, (p, _) in flags_of(functions_of(*method)).items()}
     chosen = defaults | recipe(*method, size, is_nano(given))
-    # A shorter run warms up for the same share of it.
-    chosen["warmup_epochs"] *= min(1.0, given.get("epochs", chosen["epochs"]) / chosen["epochs"])
+    # A run of another length warms up for the same share of it as the next longer one.
+    epochs, warmup = given.get("epochs", chosen["epochs"]), chosen["warmup_epochs"]
+    warmup = warmup if isinstance(warmup, dict) else {chosen["epochs"]: warmup}
+    length = min((length for length in warmup if length >= epochs), default=max(warmup))
+    chosen["warmup_epochs"] = warmup[length] * min(1.0, epochs / length)
     args = chosen | given | dict(image_size=size)
     args |= call(settle_batch, args, num_images=len(source), chosen="batch_size" in given)
     if args["warmup_epochs"] > args["epochs"]:

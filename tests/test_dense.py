@@ -650,13 +650,19 @@ def test_rates_of_the_dense_tasks_by_hand(monkeypatch, rates):
     val = Truth((painting(torch.zeros(8, 8)), np.zeros((8, 8), np.uint8)), classes=NAMES)
     options = dict(epochs=20, base_lr=0.8, layer_decay=0.5, batch_size=9)
     steps, result = rates(lambda: segmentation(monkeypatch, val, **options))
-    falls = [0.1 * (1 - (step - 1.2) / (20 - 1.2)) for step in range(2, 20)]
-    assert scaled(steps) == pytest.approx([0, 0.1 / 1.2, *falls])
-    assert result["warmup_epochs"] == 1.2 and result["batch_size"] == 2
+    warm = 20 / 9  # which is less than 1,500 steps
+    falls = [0.1 * (1 - (step - warm) / (20 - warm)) for step in range(3, 20)]
+    assert scaled(steps) == pytest.approx([0, 0.1 / warm, 0.2 / warm, *falls])
+    assert result["warmup_epochs"] == 2.222 and result["batch_size"] == 2
     steps, result = rates(lambda: detection(monkeypatch, spots(8, 16), **options))
-    # A tenth from 0.14 + 0.9 * 19.86 = 18.01 on, a hundredth from 0.14 + 0.95 * 19.86 = 19.007 on
-    assert scaled(steps) == pytest.approx([0] + 18 * [0.1] + [0.01])
-    assert result["warmup_epochs"] == 0.14
+    # A tenth from 2.222 + 0.9 * 17.778 = 18.222 on, a hundredth from 2.222 + 0.95 * 17.778 = 19.111 on
+    assert scaled(steps) == pytest.approx([0, 0.1 / warm, 0.2 / warm] + 16 * [0.1] + [0.01])
+    assert result["warmup_epochs"] == 2.222
+    asked, fit = [], evaluation.fit
+    monkeypatch.setattr(evaluation, "fit", lambda *args, **more: asked.append(more) or fit(*args, **more))
+    segmentation(monkeypatch, val, epochs=1)
+    detection(monkeypatch, spots(8, 16), epochs=1)
+    assert [options["warmup_steps"] for options in asked] == [1500, 250]  # of ADE20K and of COCO
     factors = [evaluation.stepwise(progress) for progress in (0, 0.899, 0.9, 0.949, 0.95, 1)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 

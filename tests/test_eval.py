@@ -3,6 +3,7 @@
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -114,8 +115,7 @@ def runs(tmp_path_factory):
         if name == "beit":
             args["tokenizer"] = str(root / "dvae" / "checkpoint.pt")
         (root / name).mkdir()
-        torch.save(dict(model=method.state_dict(), args=args), root / name / "checkpoint.pt")
-        torch.save(method.encoder.state_dict(), root / name / "encoder.pt")
+        train.write_checkpoint(root / name, method, dict(model=method.state_dict(), args=args, epoch=1))
     return root
 
 
@@ -256,45 +256,114 @@ def test_a_quarter_of_the_images_has_a_part_erased():
     assert all(x.flatten(1).unique(dim=1).T.tolist() == [[0, 0, 0], mean] for x in changed)
 
 
-def recipe(task, size, image_size, relative):
-    """The settings of a task for an encoder of this size: the function's own, and what differs."""
+def recipe(task, method, size, image_size):
+    """The settings of a task for such an encoder: the function's own, and what differs."""
     with torch.device("meta"):
         sizes = dict(mim.SIZES[size], depth=1)
-        encoder = mim.ViT(image_size, 14 if size == "huge" else 16, **sizes, relative_position=relative)
+        encoder = mim.ViT(image_size, 14 if size == "huge" else 16, **sizes)
     function = evaluation.TASKS[task]
     defaults = {name: p.default for name, (p, _) in train.flags_of([function]).items()}
-    return defaults | evaluation.recipe(task, encoder)
+    return defaults | evaluation.recipe(task, encoder, method)
 
 
-@pytest.mark.parametrize("task, size, image_size, relative, expected", [
-    # MAE's code for fine-tuning: Table 9, and ViT-L and ViT-H
-    ("finetune", "base", 224, False, dict(base_lr=5e-4, epochs=100, drop_path=0.1, layer_decay=0.65)),
-    ("finetune", "large", 224, False, dict(base_lr=1e-3, epochs=50, drop_path=0.2, layer_decay=0.75)),
-    ("finetune", "huge", 224, False, dict(base_lr=1e-3, epochs=50, drop_path=0.3, layer_decay=0.75)),
-    ("finetune", "small", 224, True, dict(base_lr=1e-3, epochs=100, layer_decay=0.65, pool="mean")),  # LoMaR
-    ("finetune", "large", 224, True, dict(epochs=50, drop_path=0.2, pool="mean")),
-    ("finetune", "base", 112, False, dict(epochs=100, batch_size=1024)),
-    ("finetune", "small", 96, False, dict(epochs=30, batch_size=128, base_lr=1e-3)),
-    ("finetune", "nano", 64, False, dict(epochs=3, batch_size=128, base_lr=1e-3)),
-    ("finetune", "nano", 112, False, dict(epochs=100)),
-    ("finetune", "large", 64, False, dict(epochs=30, drop_path=0.1)),
-    ("knn", "base", 224, False, dict(pool="cls", k=20, temperature=0.07)),
-    ("knn", "base", 224, True, dict(pool="mean")),
-    ("linear", "base", 224, False, dict(batch_size=16384, base_lr=0.1, epochs=90, cache_features=None)),
-    ("linear", "base", 224, True, dict(pool="mean", base_lr=0.1)),
-    ("linear", "small", 64, True, dict(pool="mean", batch_size=256, base_lr=20.0, cache_features=True)),
-    ("linear", "nano", 64, False, dict(pool="cls", epochs=90)),
-    ("attentive", "base", 224, True, dict(batch_size=8192, base_lr=0.0125, epochs=90, cache_features=None)),
-    ("attentive", "small", 64, False, dict(batch_size=256, base_lr=0.05, epochs=90, cache_features=True)),
-    ("attentive", "nano", 64, False, dict(batch_size=256, epochs=30)),
-    ("semseg", "base", 512, False, dict(epochs=127, batch_size=16, base_lr=1e-4, width=512)),
-    ("semseg", "nano", 64, True, dict(epochs=3, batch_size=16, base_lr=1e-3, width=64)),
-    ("detect", "base", 1024, False, dict(epochs=100, batch_size=64, base_lr=2.5e-5, width=256, window=14)),
-    ("detect", "small", 64, False, dict(epochs=2, batch_size=8, base_lr=2e-3, width=32)),
+# The papers' values, as they stand there: task, method, size of the encoder; the peak learning rate at a number
+# of images a step
+TUNED = dict(weight_decay=0.05, label_smoothing=0.1, min_lr=1e-6, lookahead=0, drop_path=0.1, pool="mean")
+AT_WORK = {
+    # MAE: Table 9, and its code for ViT-L and ViT-H
+    ("finetune", "mae", "base"): TUNED | dict(
+        epochs=100, batch_size=1024, warmup=5, layer_decay=0.65, peak=(5e-4, 256)),
+    ("finetune", "mae", "large"): TUNED | dict(
+        epochs=50, batch_size=1024, warmup=5, layer_decay=0.75, drop_path=0.2, peak=(1e-3, 256)),
+    ("finetune", "mae", "huge"): TUNED | dict(
+        epochs=50, batch_size=1024, warmup=5, layer_decay=0.75, drop_path=0.3, peak=(1e-3, 256)),
+    # SimMIM: its released configuration
+    ("finetune", "simmim", "base"): TUNED | dict(epochs=100, warmup=20, layer_decay=0.65, peak=(1.25e-3, 512)),
+    # AMT: §4.1 and its released commands
+    ("finetune", "amt", "base"): TUNED | dict(
+        epochs=100, warmup=5, layer_decay=0.75, peak=(1e-3, 256), pool="cls"),
+    ("finetune", "amt-simmim", "base"): TUNED | dict(
+        epochs=100, warmup=20, layer_decay=0.65, peak=(1.25e-3, 512), pool="cls"),
+    ("linear", "amt", "base"): dict(epochs=90, batch_size=16384, warmup=10, peak=(6.4, 16384), pool="cls"),
+    ("linear", "amt-simmim", "base"): dict(pool="cls"), ("knn", "amt", "base"): dict(pool="cls"),
+    ("detect", "amt", "base"): dict(batch_size=16, epochs=90_000 * 16 // 118_287),  # §4.3, on COCO's images
+    # LoMaR: §6.1 and §6.2
+    ("finetune", "lomar", "base"): TUNED | dict(
+        epochs=100, batch_size=1024, warmup=5, layer_decay=0.75, peak=(1e-3, 256)),
+    ("linear", "lomar", "base"): dict(pool="mean", peak=(6.4, 16384)),
+    ("knn", "lomar", "base"): dict(pool="mean"),
+    ("detect", "lomar", "base"): dict(batch_size=64, epochs=25),
+    # ObjMAE: Tables 2 and 3
+    ("finetune", "objmae", "small"): TUNED | dict(
+        epochs=100, batch_size=256, warmup=5, layer_decay=0.65, peak=(1e-3, 256), min_lr=1e-5, lookahead=5),
+    # R-MAE: MAE's, and §4.1
+    ("finetune", "rmae", "base"): TUNED | dict(epochs=100, layer_decay=0.65, peak=(5e-4, 256)),
+    ("semseg", "rmae", "base"): dict(epochs=100, batch_size=16),
+    ("semseg", "rae", "base"): dict(epochs=100, batch_size=16),
+    ("detect", "rmae", "base"): dict(
+        epochs=100, batch_size=64, peak=(1e-4, 64), layer_decay=0.7, drop_path=0.1, weight_decay=0.1, width=256,
+        window=14),
+    ("detect", "rmae", "large"): dict(epochs=100, layer_decay=0.8, drop_path=0.4, peak=(1e-4, 64)),  # ViTDet
+    # CAE: Appendix A
+    ("finetune", "cae", "small"): TUNED | dict(
+        epochs=200, batch_size=4096, warmup=5, layer_decay=0.75, peak=(1.6e-2, 4096)),
+    ("finetune", "cae", "base"): TUNED | dict(
+        epochs=100, batch_size=4096, warmup=5, layer_decay=0.65, peak=(8e-3, 4096)),
+    ("finetune", "cae", "large"): dict(
+        epochs=50, batch_size=4096, warmup=5, layer_decay=0.75, peak=(2e-3, 4096)),
+    ("linear", "cae", "base"): dict(epochs=90, batch_size=16384, warmup=10, peak=(6.4, 16384)),
+    ("attentive", "cae", "base"): dict(epochs=90, batch_size=8192, warmup=10, peak=(0.4, 8192)),
+    ("semseg", "cae", "base"): dict(
+        epochs=127, batch_size=16, layer_decay=0.65, drop_path=0.1, weight_decay=0.05, peak=(1e-4, 16), width=768),
+    ("semseg", "cae", "large"): dict(
+        epochs=127, batch_size=16, layer_decay=0.95, drop_path=0.15, peak=(4e-5, 16), width=1024),
+}
+
+
+@pytest.mark.parametrize("task, method, size", AT_WORK, ids="-".join)
+def test_recipes_are_those_of_the_papers(task, method, size):
+    settings, expected = recipe(task, method, size, 224), dict(AT_WORK[task, method, size])
+    if "peak" in expected:
+        rate, images = expected.pop("peak")
+        lr_batch = settings.get("lr_batch", 16 if task in ("semseg", "detect") else 256)
+        assert settings["base_lr"] * images / lr_batch == pytest.approx(rate)
+    if "warmup" in expected:
+        usual = settings.get("usual_warmup", dict(finetune=5).get(task, 10))
+        assert expected.pop("warmup") == min(usual, settings["epochs"] * max(1 / 9, usual / 100))
+    assert {name: settings[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("method", ["mae", "beit", "rmae", "colour"])
+def test_methods_without_settings_of_their_own_have_maes(method):
+    for task in ("knn", "linear", "attentive", "finetune", "detect"):
+        assert recipe(task, method, "base", 224) == recipe(task, "mae", "base", 224)
+
+
+@pytest.mark.parametrize("task, method, size, image_size, expected", [
+    ("finetune", "mae", "base", 112, dict(epochs=100, batch_size=1024)),
+    ("finetune", "mae", "nano", 112, dict(epochs=100)),
+    ("finetune", "mae", "small", 96, dict(epochs=30, batch_size=128, base_lr=1e-3)),
+    ("finetune", "mae", "nano", 64, dict(epochs=3, batch_size=128, base_lr=1e-3)),
+    ("finetune", "mae", "large", 64, dict(epochs=30, drop_path=0.1)),
+    ("finetune", "objmae", "small", 64, dict(epochs=30, batch_size=128, base_lr=1e-3, lr_batch=256, lookahead=0)),
+    ("finetune", "cae", "nano", 112, dict(epochs=200, layer_decay=0.75)),  # as ViT-S
+    # Of the paper's settings its way of pooling is kept.
+    ("finetune", "amt", "small", 64, dict(pool="cls", layer_decay=0.65, batch_size=128)),
+    ("finetune", "amt-simmim", "nano", 64, dict(pool="cls")),
+    ("finetune", "lomar", "nano", 64, dict(pool="mean")),
+    ("linear", "mae", "base", 224, dict(cache_features=None)),
+    ("linear", "lomar", "small", 64, dict(pool="mean", batch_size=256, base_lr=20.0, cache_features=True)),
+    ("linear", "mae", "nano", 64, dict(pool="cls", epochs=90)),
+    ("knn", "mae", "base", 224, dict(pool="cls", k=20, temperature=0.07)),
+    ("knn", "lomar", "nano", 64, dict(pool="mean")),
+    ("attentive", "mae", "small", 64, dict(batch_size=256, base_lr=0.05, epochs=90, cache_features=True)),
+    ("attentive", "mae", "nano", 64, dict(batch_size=256, epochs=30)),
+    ("semseg", "rmae", "nano", 64, dict(epochs=3, batch_size=16, base_lr=1e-3, width=64)),
+    ("detect", "lomar", "small", 64, dict(epochs=2, batch_size=8, base_lr=2e-3, width=32)),
 ])
-def test_settings_follow_the_encoder(task, size, image_size, relative, expected, monkeypatch):
+def test_settings_shrink_for_small_images(task, method, size, image_size, expected, monkeypatch):
     monkeypatch.setitem(mim.SIZES, "nano", NANO)
-    settings = recipe(task, size, image_size, relative)
+    settings = recipe(task, method, size, image_size)
     assert {name: settings[name] for name in expected} == expected
 
 
@@ -324,7 +393,11 @@ def test_rates_of_every_step_and_group_by_hand(rates):
     cosine = [0.05 * (1 + math.cos(math.pi * (step - 10 / 9) / (80 / 9))) for step in range(2, 10)]
     assert [one for one, _ in steps] == pytest.approx([0, 0.09, *cosine])
     assert result == dict(batch_size=4, warmup_epochs=0.556)
-    assert rates(lambda: run(usual_warmup=0.5))[1]["warmup_epochs"] == 0.5
+    # 5 epochs of 2 steps
+    for usual, warmup in ((dict(usual_warmup=0.5), 0.5), (dict(usual_warmup=20), 1), (dict(usual_warmup=10), 0.556),
+                          (dict(warmup_steps=1), 0.5), (dict(warmup_steps=1500), 0.556),
+                          (dict(warmup_steps=1500, warmup_epochs=2), 2)):
+        assert rates(lambda: run(**usual))[1]["warmup_epochs"] == warmup
 
 
 def cross_entropy(model, inputs, labels):
@@ -685,10 +758,76 @@ def test_what_is_not_given_is_the_recipes_and_then_the_functions(handed, runs, f
     assert taken["base_lr"] == 3 and taken["cache_features"] is False and taken["seed"] == 5
     assert "pool" not in taken and (taken["device"], taken["precision"]) == (torch.device("cpu"), "fp32")
     lomar = runs / "lomar" / "encoder.pt"
-    for task in ("knn", "linear", "finetune"):
-        flags = ["--data", folder, "--image-size", 32]
-        assert handed(lomar, task, *flags)["pool"] == "mean"
-        assert handed(lomar, task, *flags, "--pool", "cls")["pool"] == "cls"
+    for task in ("knn", "linear"):
+        assert handed(lomar, task, "--data", folder)["pool"] == "mean"
+        assert handed(lomar, task, "--data", folder, "--pool", "cls")["pool"] == "cls"
+
+
+def test_a_file_says_which_method_made_its_encoder(call, runs, folder, tmp_path):
+    """A run's two files, a file of others and an untrained encoder; how they are pooled, too."""
+    def said(checkpoint, *flags):
+        code, result, err = call(checkpoint, "knn", "--data", folder, *flags)
+        assert code == 0, err
+        return result["recipe"], result["pool"]
+
+    small = ", small images"
+    for name in ("amt", "cae", "objmae", "rae"):
+        for file in ("encoder.pt", "checkpoint.pt"):
+            assert said(runs / name / file) == (name + small, "cls")
+    assert said(runs / "lomar" / "encoder.pt") == ("lomar" + small, "mean")
+    assert said(runs / "lomar" / "encoder.pt", "--method", "mae") == ("mae" + small, "cls")
+    assert said(runs / "beit" / "encoder.pt") == ("mae" + small, "cls")  # it has no settings of its own here
+    state = mim.load_file(runs / "amt" / "encoder.pt")
+    assert state._metadata[""]["method"] == "amt"
+    torch.save(dict(state), tmp_path / "foreign.pt")
+    assert said(tmp_path / "foreign.pt") == ("mae" + small, "cls")
+    assert said(tmp_path / "foreign.pt", "--method", "amt-simmim") == ("amt-simmim" + small, "cls")
+    state._metadata[""]["method"] = "colour"  # a method of the user's own
+    torch.save(state, tmp_path / "colour.pt")
+    assert said(tmp_path / "colour.pt") == ("mae" + small, "cls")
+    state._metadata[""] |= dict(method="amt", base="simmim")
+    torch.save(state, tmp_path / "simmim.pt")
+    assert said(tmp_path / "simmim.pt") == ("amt-simmim" + small, "cls")
+    assert said("random", *UNTRAINED) == ("mae" + small, "cls")
+    assert said("random", *UNTRAINED, "--relative-position") == ("lomar" + small, "mean")
+
+
+def test_large_images_get_the_papers_settings(handed, runs, folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "SMALL", 16)
+    taken = handed(runs / "objmae" / "encoder.pt", "finetune", "--data", folder)
+    assert (taken["lookahead"], taken["min_lr"], taken["batch_size"]) == (5, 1e-5, 256)
+    taken = handed(runs / "objmae" / "encoder.pt", "finetune", "--data", folder, "--method", "simmim", "--epochs", 7)
+    assert "lookahead" not in taken and taken["usual_warmup"] == 20 and taken["epochs"] == 7
+
+
+def test_an_encoder_says_its_image_size_where_its_tensors_do_not(handed, call, runs, folder, tmp_path):
+    """With relative positions; the built-in scenes have 64 pixels."""
+    for file in ("encoder.pt", "checkpoint.pt"):
+        encoder = handed(runs / "lomar" / file, "knn")["encoder"]
+        assert encoder.image_size == (32, 32) and encoder.relative_position
+        assert handed(runs / "lomar" / file, "knn", "--image-size", 48)["encoder"].grid == (6, 6)
+    torch.save(dict(mim.load_file(runs / "lomar" / "encoder.pt")), tmp_path / "foreign.pt")
+    code, _, err = call(tmp_path / "foreign.pt", "knn", "--data", folder)
+    assert code == 2 and "--image-size is needed: " in err and "does not tell it" in err
+    strict = mim.ViT(32, 8, **mim.SIZES["nano"], relative_position=True)
+    assert not any(strict.load_state_dict(mim.load_file(runs / "lomar" / "encoder.pt"), strict=True))
+
+
+def test_finetuning_with_lookahead_resumes_exactly(tmp_path):
+    labels = torch.arange(8) % 2
+    data, encoder = (tones(labels), labels), mim.ViT(8, 4, 16, 1, 2)
+    run = functools.partial(evaluation.finetune, encoder, data, data, batch_size=4, warmup_epochs=1, base_lr=1.0)
+    for name, options in (("plain", {}), ("whole", dict(lookahead=3)), ("parts", dict(lookahead=3))):
+        if name == "parts":  # interrupted in the second epoch: after the third of six steps
+            with pytest.MonkeyPatch.context() as patch:
+                epochs = evaluation.train_epochs
+                patch.setattr(evaluation, "train_epochs", lambda *a, **k: itertools.islice(epochs(*a, **k), 2))
+                run(epochs=3, output=tmp_path / name, **options)
+            assert mim.load_file(tmp_path / name)["epoch"] == 1
+        run(epochs=3, output=tmp_path / name, resume=name == "parts", **options)
+    plain, whole, parts = (mim.load_file(tmp_path / n)["model"] for n in ("plain", "whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert not torch.equal(plain["head.weight"], whole["head.weight"])
 
 
 def test_what_is_drawn_is_spread_over_the_validation_images_or_given(handed, runs, folder):
@@ -1038,11 +1177,12 @@ TRAINED = {
     "--limit": differs("5"), "--val-limit": differs("2"), "--epochs": differs("3"), "--batch-size": differs("2"),
     "--base-lr": differs("5"), "--warmup-epochs": differs("1"), "--seed": differs("1"),
 }
-PROBE = ENCODER | TRAINED | {"--data": differs("{folder}"),
+PROBE = ENCODER | TRAINED | {"--method": differs("lomar"), "--data": differs("{folder}"),
                              "--cache-features": differs("--no-cache-features")}
 TUNED = ENCODER | TRAINED | {
     "--weight-decay": differs("5"), "--layer-decay": differs("0.1"), "--drop-path": differs("0.9"),
     "--resume": "tests of resuming", "--overwrite": "test_safety.py", "--output": "every command has it",
+    "--method": same("amt"),
 }
 DENSE = TUNED | {"--data": "test_dense.py", "--batch-size": differs("4"), "--freeze": differs(""),
                  "--width": differs("4")}
@@ -1063,11 +1203,13 @@ def region_flags(beside=""):
 TASK_FLAGS = {
     "knn": ENCODER | {"--val-limit": differs("3"), "--k": differs("3"), "--temperature": differs("1"), "--pool": differs("mean"),
                       "--limit": differs("22"), "--data": differs("{wide} --k 3"),
-                      "--seed": differs("1", checkpoint="random")},
+                      "--method": differs("lomar"), "--seed": differs("1", checkpoint="random")},
     "linear": PROBE | {"--pool": differs("mean")},
-    "attentive": PICTURE | PROBE,
+    "attentive": PICTURE | PROBE | {"--method": same("lomar")},
     "finetune": TUNED | {"--data": differs("{folder}"), "--pool": differs("cls"),
-                         "--accumulate": differs("2"), "--label-smoothing": differs("0.5")},
+                         "--accumulate": differs("2"), "--label-smoothing": differs("0.5"),
+                         "--lr-batch": differs("16"), "--min-lr": differs("1e-3"), "--lookahead": differs("1"),
+                         "--method": differs("amt")},
     "semseg": DENSE | {"--head": differs("linear")},
     "detect": DENSE | {"--image-size": differs("64"),
                        "--window": differs("2", "--model tiny --patch-size 4", "random")},
@@ -1291,13 +1433,13 @@ def test_a_mistake_of_two_processes_is_said_once(fork, runs, folder):
 
 @pytest.mark.parametrize("name", ["mae", "lomar", "cae"])
 def test_the_line_of_json_says_what_was_done(call, runs, folder, name):
-    flags = ["--data", folder, "--image-size", 32]
-    flags += ["--epochs", 2, "--no-cache-features"]
+    flags = ["--data", folder, "--epochs", 2, "--no-cache-features"]
     code, result, _ = call(runs / name / "checkpoint.pt", "linear", *flags)
     expected = dict(task="linear", epochs=2, batch_size=24, base_lr=20.0, features="augmented", seed=0,
                     pool="mean" if name == "lomar" else "cls", image_size=[32, 32], device="cpu",
                     precision="fp32", workers=0, warmup_epochs=0.222, data=str(folder),
-                    checkpoint=str(runs / name / "checkpoint.pt"), cache_features=False)
+                    checkpoint=str(runs / name / "checkpoint.pt"), cache_features=False,
+                    recipe=f"{name}, small images")
     assert code == 0 and {key: result[key] for key in expected} == expected
     assert set(result) - set(expected) == {"top1", "seconds"}  # two classes have no top-5
 
@@ -1341,8 +1483,8 @@ def test_lomars_middle_is_the_query_at_any_size(call, runs, folder):
     code, result, _ = call(runs / "lomar" / "encoder.pt", "attention", *flags)
     assert code == 0 and result["query"] == 1 + 2 * 6 + 3
     image = folder / "val" / "a" / "0.png"
-    code, _, err = call(runs / "lomar" / "encoder.pt", "attention", "--images", image)
-    assert code == 2 and "--image-size is needed" in err
+    code, result, _ = call(runs / "lomar" / "encoder.pt", "attention", "--images", image)
+    assert code == 0 and result["query"] == 1 + 2 * 4 + 2
 
 
 def test_attention_draws_the_mean_and_every_head(call, runs, folder):
@@ -1401,7 +1543,7 @@ MISTAKES = [
      "--images low.png: it cannot be used as an image (a side has fewer than"),
     ("{mae}/encoder.pt --task knn --resume", "--resume belongs to --task finetune or --task semseg"),
     ("{mae}/encoder.pt --task finetune --resume --output {mae}/checkpoint.pt --data {data}",
-     "checkpoint.pt is not of --task finetune (it has no 'epoch')"),
+     "checkpoint.pt was made with task None, not finetune"),
     ("{mae}/encoder.pt --task finetune --warmup-epochs 5 --epochs 3 --data {data} --output w.pt",
      "--warmup-epochs 5 is more than --epochs 3"),
     ("{mae}/encoder.pt --task knn --data {plain}", "needs labels"),

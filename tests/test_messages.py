@@ -377,7 +377,7 @@ def test_heads_may_be_left_over(cli):
 ], ids=["DINO", "MoCo v3", "one dict", "no known names"])
 def test_whose_encoder_is_taken_is_said(content, taken, other, capsys):
     torch.save(content, "some.pt")
-    encoder = evaluation.open_encoder("some.pt")
+    encoder, _ = evaluation.open_encoder("some.pt")
     assert (encoder.patch_embed.proj.bias == 2.0).all()
     assert f"some.pt: the encoder is {taken} and not {other}\n" in capsys.readouterr().err
     assert (mim.vit_from_checkpoint("some.pt")[0].patch_embed.proj.bias == 2.0).all()

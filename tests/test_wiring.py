@@ -510,7 +510,7 @@ def test_recipes_shrink_for_small_images(flags, images, size, expected):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("--epochs 80", dict(warmup_epochs=4)),  # a shorter run warms up for the same share of it,
+    ("--epochs 80", dict(warmup_epochs=8)),  # a shorter run warms up for the share of the next longer, 400,
     ("--epochs 1600", dict(warmup_epochs=40)),  # a longer one for as long
     ("--epochs 80 --warmup-epochs 9", dict(warmup_epochs=9)),
     ("--batch-size 1024", dict(lr=6e-4, accumulate=4)),
@@ -523,6 +523,22 @@ def test_recipes_shrink_for_small_images(flags, images, size, expected):
 def test_what_the_user_gives_comes_before_the_recipe(flags, expected):
     settings = settle("--method", "mae", "--data", "imagenet", *flags.split())
     assert {name: settings[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("mae", {200: 20, 400: 40, 800: 40, 1600: 40}),  # Table 8, and AMT's baseline of 400
+    ("simmim", {50: 5, 100: 10, 200: 10, 800: 10, 1600: 10}),
+    ("amt", {400: 40, 200: 20, 800: 40}), ("amt --base simmim", {200: 10, 100: 10}),  # §4.1
+    ("lomar", {400: 10, 800: 20, 1600: 40}),  # §6.1: 2.5%
+    ("objmae", {300: 40, 800: 40}),  # Table 3
+    ("rmae", {800: 40, 1600: 40, 4000: 40}),
+    ("cae", {150: 5, 300: 10, 400: 10, 800: 20, 1600: 40, 2000: 40}),  # Appendix A
+    ("beit --tokenizer x", {300: 10, 800: 10, 400: 5}),
+    ("dvae", {10: 0, 100: 0}),
+])
+def test_warm_ups_of_other_lengths_are_the_papers(flags, expected):
+    settled = {n: settle("--method", *flags.split(), "--data", "imagenet", "--epochs", n) for n in expected}
+    assert {n: settings["warmup_epochs"] for n, settings in settled.items()} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("images, flags, batch, rate", [
