@@ -659,7 +659,11 @@ class Images(Dataset):
         raise UsageError(f"{self.source.name(index)} and the images after it are broken; the last: {reason}")
 
     def choose_crop(self, H, W):
-        """The crop (top, left, height, width) of an image of H x W pixels."""
+        """The crop (top, left, height, width) of an image of H x W pixels.
+
+        MAE's code resizes the whole image for evaluation and then cuts out its centre. Here the centre is cut
+        out first, on whole pixels of the original, so that it can lie half a pixel off.
+        """
         if self.view == "whole":
             return 0, 0, H, W
         if self.view == "crop":
@@ -848,9 +852,9 @@ def load_coco(root, split):
 def fill_polygon(points, height, width):
     """[x1, y1, x2, y2, ...] -> bool [height, width]: the pixels with their centre inside, by even-odd rule.
 
-    Not Pillow's polygon, which includes the outline, half a pixel all around. Equal to COCO's own tools where
-    the vertices lie on whole pixels. Those tools round edges to fifths of a pixel, so that with other
-    vertices some pixels on the border differ.
+    Not Pillow's polygon, which includes the outline, half a pixel all around. Equal to COCO's own tools for
+    edges along the axes. Those tools draw edges in steps of a fifth of a pixel, so that slanting ones differ
+    by some pixels on the border: [0, 0, 10, 0, 10, 7] has 35 pixels here, 34 there.
     """
     start = np.reshape(points, (-1, 2)).T
     end = np.roll(start, -1, axis=1)
@@ -1275,11 +1279,14 @@ CHUNK = 8192  # edges at a time: with fewer, numpy is called more often; with mo
 
 
 def smooth(image, sigma):
-    """uint8 [3, H, W] -> float64 in [0, 1], blurred by a Gaussian of sigma pixels; the borders mirror."""
+    """uint8 [3, H, W] -> float64 in [0, 1], blurred by a Gaussian of sigma pixels (0: not at all). The
+    borders mirror."""
+    image = np.asarray(image) * (1 / 255)  # this and the order of the sum: the same bits as scikit-image's
+    if sigma == 0:
+        return image
     radius = int(4 * sigma + 0.5)
     taps = np.exp(-0.5 / sigma ** 2 * np.arange(-radius, radius + 1) ** 2)
     taps /= taps.sum()
-    image = np.asarray(image) * (1 / 255)  # this and the order of the sum: the same bits as scikit-image's
     for _ in range(2):  # along H; then, as the axes are swapped, along W
         size = image.shape[1]
         padded = np.pad(image, ((0, 0), (radius, radius), (0, 0)), mode="symmetric")

@@ -519,8 +519,9 @@ def augmentation():
     """RandAugment and random erasing for uint8 images (MAE, Table 9): `augment` of the training Images.
 
     Each of the two operations is applied with probability 0.5, as in timm, which MAE's code uses.
-    torchvision's RandAugment has no magnitude noise (the papers' 0.5), and erased boxes are ImageNet's mean,
-    not noise.
+    torchvision's RandAugment has no magnitude noise (the papers' 0.5), and its 14 operations have the
+    identity in place of timm's inversion and addition of brightness below a threshold (SolarizeAdd). Erased
+    boxes are ImageNet's mean, not noise.
     """
     bilinear = v2.InterpolationMode.BILINEAR
     operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=bilinear, fill=MEAN_COLOUR)
@@ -1242,7 +1243,7 @@ def attention(encoder, images, regions=None, query: NonNegativeInt | None = None
     regions: maps of the images' regions, for rollout: one object (all else dark) and the rollout of its
         patches are drawn too (ObjMAE, Figures 7 and 10).
     query: whose attention: 0 the class token, 1+i patch i, which the picture marks (default: the class token;
-        for LoMaR, which does not train it, the patch in the middle)
+        for LoMaR, where no loss reaches it, the patch in the middle)
     rollout: the attention rolled out through all blocks instead (see mim.ViT.rollout)
     seed: of the choice of the object
     """

@@ -206,7 +206,8 @@ class Attention(nn.Module):
 
     relative_position: adds q_i . r[bucket(i, j)] to the logits. r is a learned table, shared by the heads:
         contextual relative position encoding on the keys (Wu et al., ICCV 2021, arXiv:2107.14222, product
-        method). r[bucket(i, j)] is LoMaR's r_ij (§3.2).
+        method). r[bucket(i, j)] is LoMaR's r_ij (§3.2). Wu et al. divide both terms by sqrt(d), LoMaR's code
+        only the first, and so here.
 
     forward takes `buckets` [L, L], the classes of relative position, where the module has such a table; and
     `keep` [B, L] bool, the tokens that may be attended to (None: all).
@@ -345,7 +346,8 @@ def learned_token(dim):
 def rescale_projections(blocks):
     """Divides the output projections of block i = 1, 2, ... by sqrt(2 i), as BEiT's code initialises them.
 
-    In CAE's released ViT-B run a later initialisation undoes this, in its ViT-L run it stays.
+    In CAE's released ViT-B run a later initialisation undoes this. In its ViT-L script it is meant to stay,
+    but a missing backslash cuts off the flag.
     """
     for i, block in enumerate(blocks, start=1):
         for layer in (block.attn.proj, block.mlp.fc2):
@@ -738,9 +740,9 @@ class SimMIM(nn.Module):
     unit_size: side of a masking unit in patches; 2 is the paper's 32 pixels at patch size 16
 
     The encoder of the released ViT-B run has drop path 0.1 and layer scale 0.1. Departs from that run in its
-    position embedding, here the sine-cosine table (there relative positions that the blocks share), and in a
-    cosine schedule (there the rate falls tenfold at epoch 700). Both initialise smaller output projections,
-    see `rescale_projections`.
+    position embedding, here the sine-cosine table (there learned relative positions that the blocks share);
+    in a cosine schedule (there the rate falls tenfold at epoch 700); and in the weight decay of the class
+    token, which that code exempts. Both initialise smaller output projections, see `rescale_projections`.
     """
 
     inputs = ()
@@ -861,7 +863,7 @@ class BEiT(nn.Module):
     min_block: smallest block of masked patches
 
     The paper's encoder has layer scale 0.1 (ViT-L: 1e-5). Departs from it in the position embedding, here the
-    sine-cosine table.
+    sine-cosine table, and in the augmentation, which has no colour jitter here, as in CAE's training of BEiT.
     """
 
     inputs = ()
@@ -954,8 +956,9 @@ class CAE(nn.Module):
     The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5). Regressor
     and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the
     latents that are aligned are those after its last norm. The authors keep a second encoder with the same
-    weights for the targets; here one encoder does both. Sections, tables and figures are numbered as in the
-    version under review.
+    weights for the targets; here one encoder does both. Their code draws the patch projection and the tokens
+    from a normal distribution of deviation 0.02 that is cut off at 0.02, which leaves 0.0108; here they are
+    MAE's. Sections, tables and figures are numbered as in the version under review.
     """
 
     inputs = ()
@@ -1136,13 +1139,14 @@ class AMT(nn.Module):
     will do that has forward(images, ids_visible, ids_masked) -> dict, `mask_ratio` and `encoder`, and
     `unit_size` if it masks units of patches.
 
-    mask_ratio: share of the patches that is masked once there are attention maps; None is 0.45 on MAE, 0.44
-        on SimMIM, and with throw_ratio=0 the base's own, for attention-driven masking alone (Table 1)
-    throw_ratio: share of the patches that is thrown; None is 0.40 on MAE, 0.26 on SimMIM
+    mask_ratio: share of the patches that is masked after the first interval; None is 0.45 on MAE, 0.44 on
+        SimMIM, and with throw_ratio=0 the base's own, for attention-driven masking alone (Table 1)
+    throw_ratio: share of the patches that is thrown after the first interval; None is 0.40 on MAE, 0.26 on
+        SimMIM
     throw: which part of the order is thrown (Table 4): middle, as in the paper; low, its end; or random
-        patches, for which no attention maps are needed
-    interval: epochs between updates of the maps (not with throw=random); None is 10% of the run's epochs on
-        MAE, 20% on SimMIM, at least 2, as an update costs up to an epoch's time, and at most the paper's 40
+        patches, for which the maps are all ones
+    interval: epochs between updates of the maps; None is 10% of the run's epochs on MAE, 20% on SimMIM, at
+        least 2, as an update costs up to an epoch's time, and at most the paper's 40
 
     Masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image for
     each training image. forward(images, index, box, flip) cuts from them what the augmentation cut from the
@@ -1150,7 +1154,9 @@ class AMT(nn.Module):
     Departs from the authors' code, and follows the paper: the code crops its maps at a wrong place (always
     near one corner, by 2x2 to 3x3 cells, whatever the image's crop), so the published figures come from other
     masks than the paper's; it renews the maps one epoch later; and on MAE it throws int(0.85 N) -
-    int(0.45 N) patches, here int(0.40 N). See also `attention_map`.
+    int(0.45 N) patches, here int(0.40 N), which agree at the paper's N = 196. See also `attention_map`.
+    The released runs differ besides: raw pixels are the targets (the paper does not say), on SimMIM the ratio
+    is 0.44 in the random phase, too, and absolute positions are learned. The README's command sets no ratio.
     """
 
     inputs = ("index", "box", "flip")
@@ -1194,7 +1200,7 @@ class AMT(nn.Module):
 
     def maps_due(self, epoch, epochs):
         """True if the maps are to be computed before this epoch (from 0 on): after every interval."""
-        return self.throw != "random" and epoch > 0 and epoch % self.interval_for(epochs) == 0
+        return epoch > 0 and epoch % self.interval_for(epochs) == 0
 
     @torch.no_grad()
     def update_maps(self, batches, num_images):
@@ -1203,6 +1209,8 @@ class AMT(nn.Module):
         Under torch.distributed each process brings a part of the images, and each gets all maps.
         """
         maps = self.encoder.cls_token.new_zeros(num_images, *self.encoder.grid, dtype=torch.float16)
+        if self.throw == "random":  # as after any other first interval, but no image is looked at
+            batches, maps = (), maps + 1
         for images, index in batches:
             maps[index] = attention_map(self.encoder, images).half()
         if dist.is_available() and dist.is_initialized():
@@ -1211,7 +1219,7 @@ class AMT(nn.Module):
 
     def patch_weights(self, images, index, box, flip):
         """P_A of Eq. 5, a weight for each unit: [B, gh, gw] of unit_grid; None while there are no maps."""
-        if self.throw == "random":
+        if index is None and self.throw == "random":
             return images.new_ones(len(images), *self.unit_grid)
         if index is None:
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images), -1)
@@ -1291,8 +1299,8 @@ class LoMaR(nn.Module):
     with Local Masked Reconstruction", 2022, arXiv:2206.00790.
 
     New: an image is reconstructed inside a few small windows. Each window is a sequence of its own, so the
-    cost does not grow with the image. One encoder sees visible and masked patches, and relative positions
-    make all places alike.
+    cost follows the number of windows, and not the image. One encoder sees visible and masked patches, and
+    relative positions make all places alike.
 
     encoder: a ViT with relative_position=True
     vocab_size: predict tokens of such a vocabulary instead of pixels: LoMaR on BEiT (§4.2; there with BEiT's
@@ -1305,8 +1313,13 @@ class LoMaR(nn.Module):
     norm_pix: see `MAE` (not with a tokenizer)
 
     Departs from the authors' code, and follows the paper: each image has windows at different places of its
-    own (there the batch shares the places, and they may repeat). "Zero out" (§3.2) is a learned mask token,
-    and the "MLP head" one linear layer, as in that code.
+    own. That code draws W places for the whole batch, and then takes images laid out window by window for
+    windows laid out image by image. Where W divides the batch, as in its README, an image so gets one of the
+    places W times, with W masks; its loss does not show it. There 49 of 196 patches are seen per step, here
+    114 on average: if that code made the published numbers, they come from one window per image.
+    "Zero out" (§3.2) is a learned mask token, and the "MLP head" one linear layer, as in that code. The class
+    token is that code's, too; the paper does not mention it. Patches attend to it, but no loss reaches its
+    output.
     """
 
     inputs = ()
@@ -1319,7 +1332,7 @@ class LoMaR(nn.Module):
         mask_ratio: float = 0.8,  # Figure 6
         window_size: int = 7,  # Table 4
         num_windows: int | None = None,
-        norm_pix: bool = True,  # the authors' code
+        norm_pix: bool = True,  # §3.2: "normalized ground-truth image"
     ):
         super().__init__()
         if not encoder.relative_position:
@@ -1540,9 +1553,13 @@ class ObjMAE(MAE):
     object_floor: smallest object, as a share of the image (not with regions=cam)
     patch_share: share of a patch's pixels that makes it the object's
 
-    Of a class activation map the patches above 0.3 (Appendix A) are the object, cut to the 2 * alpha * N of
-    strongest response (§4.3). If an image has no usable object, all of it is the object. The class token,
-    which the paper does not mention, stays as in MAE.
+    No code was released. Of a class activation map the patches above 0.3 (Appendix A) are the object, cut to
+    the 2 * alpha * N of strongest response (§4.3); the map is a ResNet-50's, as in §3.2 and the appendix
+    (§4.1 says ResNet-34 once). Readings: the class token, which the paper does not mention, stays as in MAE;
+    "filled with zero" (§3.3) is padding that takes part in nothing; the paper does not name the alignment of
+    its main runs, and "random" is the best of its Table 8; §4.1's 0.34 is source and target together, as
+    §4.4 removes 83% of the patches. Departs from the paper: it drops images without a usable object, 12.5%
+    of COCO; here all of such an image is the object.
     """
 
     inputs = ("regions",)
@@ -1848,9 +1865,10 @@ class RAE(nn.Module):
     variant after the mean, as in the authors' code) and the neck; the class token goes through neck and
     decoder, as in MAE; the last block of the length variant has no MLP but the predictor, whose layers have
     GELU between; the batch and the channel variant have no block in the neck.
-    Departs from the paper: p_E = p_D = region_dim. The authors' released configuration has 8 blocks in the
-    neck, draws regions without replacement where an image has eight, and warms up for 8% of the epochs on
-    COCO; here as in the paper.
+    Departs from the paper: p_E = p_D = region_dim. The authors' released configuration has a base learning
+    rate of 1.5e-4 and 8 blocks in the neck, draws regions without replacement where an image has eight and
+    without the rule of visible foreground, and warms up for 8% of the epochs on COCO; here as in the paper.
+    With its `num_region: 0` it trains no regions as it stands.
     """
 
     inputs = ("regions",)
@@ -2087,8 +2105,8 @@ class DVAE(nn.Module):
     The state dict of DALL-E's released encoder loads into `encoder` with strict=True at the default sizes.
     Departs from the paper: the decoder ends in RGB under mse, not in the parameters of a logit-Laplace;
     kl_weight is not raised from 0, as it is early that it keeps words in use; the temperature falls over all
-    of training, not its first 20th; and the initialisation, without which a short training collapses onto a
-    few words.
+    of training, not its first 20th; the weights are not averaged over the steps; and the initialisation,
+    without which a short training collapses onto a few words.
     """
 
     inputs = ("progress",)

@@ -218,7 +218,7 @@ METHODS = [  # method, its options, what it is given besides images
     ("cae", {}, ()), ("cae", dict(vocab_size=16), ("tokens",)),
     ("amt", {}, ("index", "box", "flip")),  # before there are maps
     *[("amt", dict(base=base, throw=throw), given) for base in ("mae", "simmim") for throw, given in (
-        ("middle", ()), ("middle", ("maps", "index", "box", "flip")), ("random", ("index", "box", "flip")),
+        ("middle", ()), ("middle", ("maps", "index", "box", "flip")), ("random", ("maps", "index", "box", "flip")),
         ("low", ("maps", "index", "box", "flip")))],
     ("objmae", {}, ()),
     *[("objmae", dict(alignment=alignment), ("regions",))

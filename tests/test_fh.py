@@ -54,6 +54,14 @@ def same_partition(a, b):
     return pairs == len(np.unique(a)) == len(np.unique(b))
 
 
+def test_sigma_0_leaves_the_image_as_it_is():
+    """As scikit-image, which takes such a sigma."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 9, 7)).astype(np.uint8)
+    assert np.array_equal(smooth(image, 0), image * (1 / 255))
+    near = felzenszwalb(torch.from_numpy(image), 50, 1e-3, 4)
+    assert np.array_equal(felzenszwalb(torch.from_numpy(image), 50, 0, 4), near)
+
+
 @pytest.mark.parametrize("sigma", [CRISP, 0.8])
 def test_two_flat_halves(sigma):
     labels = felzenszwalb(picture(np.repeat([[0, 255]], 10, 1).repeat(12, 0)), scale=20, sigma=sigma)

@@ -227,7 +227,6 @@ def test_a_full_disk_keeps_no_piece_of_a_regions_file(tmp_path, monkeypatch):
     ("train", "--method rmae --prepare --resume", "--resume", "--prepare"),
     ("train", "--method rmae --overwrite --prepare", "--overwrite", "--prepare"),
     ("train", "--method mae --workers 1 --loader device", "--loader device", "--workers"),
-    ("train", "--method amt --throw random --interval 1", "--throw random", "--interval"),
     ("train", "--method cae --no-norm-pix --tokenizer t.pt", "--tokenizer", "--norm-pix"),
     ("train", "--method lomar --norm-pix --tokenizer t.pt", "--tokenizer", "--norm-pix"),
     ("train", "--method objmae --regions cam --object-floor 0.1", "--regions cam", "--object-floor"),

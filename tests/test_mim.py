@@ -603,10 +603,15 @@ def test_maps_are_updated_at_the_papers_epochs():
     assert on_simmim.interval_for(100) == 20
 
 
-def test_random_throwing_needs_no_maps():
+def test_random_throwing_begins_with_the_second_interval_and_looks_at_no_image():
     amt = amt_mae(throw="random")
-    out = amt(images(), torch.arange(4), torch.zeros(4, 4), torch.zeros(4, dtype=torch.bool))
-    assert out["ids_thrown"].shape[1] == 25 and not any(amt.maps_due(e, 40) for e in range(40))
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(4, -1), torch.zeros(4, dtype=torch.bool)
+    out = amt(images(), torch.arange(4), *whole)
+    assert out["ids_thrown"].shape[1] == 0 and out["ids_masked"].shape[1] == 48  # the base's 0.75
+    assert [e for e in range(40) if amt.maps_due(e, 40)] == list(range(4, 40, 4))
+    amt.update_maps(iter(lambda: pytest.fail("a batch is read"), None), 4)
+    out = amt(images(), torch.arange(4), *whole)
+    assert out["ids_thrown"].shape[1] == 25 and out["ids_masked"].shape[1] == 28
     with pytest.raises(ValueError, match="index needs box and flip"):
         amt(images(), torch.arange(4))
 
