@@ -253,6 +253,7 @@ DRAWS = {
     "units": lambda n, g: mim.unit_masking(n, (12, 12), 2, 0.5, generator=g),
     "windows": lambda n, g: mim.window_masking(n, (12, 12), 5, 3, 0.5, generator=g),
     "blocks": lambda n, g: mim.block_masking(n, (12, 12), 60, generator=g),
+    "one-block": lambda n, g: [mim.random_blocks(torch.full((n,), 90.0), (80, 80), 0.3, generator=g)],
     "attention": lambda n, g: mim.attention_masking(ONES.expand(n, -1), 20, 20, generator=g),
     "attention-low": lambda n, g: mim.attention_masking(ONES.expand(n, -1), 20, 20, "low", generator=g),
     "attention-random": lambda n, g: mim.attention_masking(ONES.expand(n, -1), 20, 20, "random", generator=g),
@@ -1090,6 +1091,16 @@ def test_class_activation_maps_by_hand_and_their_strongest_patches():
     # More than 0.3: from patch 19 on, 45 of them.
     out = objmae(alpha=0.5, alignment="throwout")(images(1), response)
     assert out["ids_visible"].shape == (1, 22) and out["ids_visible"].min() >= 19
+
+
+def test_what_a_class_activation_map_denies_does_not_outweigh_what_it_claims():
+    """Three patches have a fifth of their pixels above 0.3. The first is below zero elsewhere, by far."""
+    response = torch.zeros(1, 1, 32, 32)
+    response[..., :4, :4], response[..., :4, 4:8] = -9.0, 0.5
+    response[..., 0, :4], response[..., 0, 8:12] = 1.0, 0.4  # means of what is above zero: 0.25, 0.5, 0.1
+    method = objmae(alpha=1 / 64, alignment="throwout")  # one patch each
+    first, _ = method.select(response, 1)
+    assert first[0].nonzero().flatten().tolist() == [0, 1]
 
 
 def test_attention_rollout_against_float64():
