@@ -96,7 +96,7 @@ def reason_of(error):
 
 def counted(number, things):
     """1, "classes" -> "1 class"; 2, "classes" -> "2 classes"."""
-    return f"{number} {re.sub('(?<=ss)es$|s$', '', things) if number == 1 else things}"
+    return f"{number} {re.sub('(?<=ss|ch)es$|s$', '', things) if number == 1 else things}"
 
 
 def digest(data):
@@ -466,7 +466,7 @@ def load_folder(root, split):
 
     - COCO's own: train2017/, val2017/ and annotations/; no labels;
     - train/ and val/ with a folder per class (ImageNet; Tiny ImageNet with its val_annotations.txt);
-    - a folder per class: every tenth image of a class is the val split;
+    - a folder per class, at least two: every tenth image of a class is the val split;
     - plain images at any depth: no labels, one split.
     """
     check_folder("--data", root, NAMED)
@@ -476,7 +476,7 @@ def load_folder(root, split):
     if os.path.isdir(train):
         folder, layout = train, "train/ and val/ with a folder per class"
     paths, names = find_labelled(folder)
-    if any(os.sep not in path for path in paths):
+    if any(os.sep not in path for path in paths) or folder == root and len(set(names)) < 2:
         if folder == train and split != "pretrain":
             raise UsageError(f"--data {root}: images lie directly in {train}, which must have a folder per "
                              "class")
@@ -498,6 +498,8 @@ def load_folder(root, split):
         raise UsageError(f"--data {root}: no images in {folder} for the {split} split "
                          f"(looked for {' '.join(EXTENSIONS)})")
     description = f"{root}: {layout}, {counted(len(paths), 'images')}, {counted(len(classes), 'classes')}"
+    if classes:  # an album by year has years for classes; pre-training takes no notice
+        description += f" ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
     return Files(folder, paths, labels, classes, description)
 
 

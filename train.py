@@ -167,10 +167,10 @@ def half_cosine(progress):
 
 def learning_rate(step, steps, warmup_steps, peak, minimum=0.0, fall=half_cosine):
     """Linear warm-up from 0 to `peak`, then along `fall` (progress in 0..1 -> 1..0) to `minimum` after
-    `steps`."""
-    if step < warmup_steps:
+    `steps`. A warm-up of less than a step is none: a run of one step would learn nothing."""
+    if step < warmup_steps and warmup_steps >= 1:
         return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    progress = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
     return minimum + (peak - minimum) * fall(progress)
 
 
@@ -296,7 +296,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
              weight_decay: NonNegativeFloat = 0.05, lookahead: NonNegativeInt = 0,
              clip_grad: PositiveFloat | None = None, crop_scale, flip,
              loader: Literal["workers", "device"] | None = None, compile: bool = False,
-             seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0, args=None, state=None):
+             save_every: PositiveInt | None = None, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
+             workers=0, args=None, state=None):
     """One run: trains a method of mim.py and leaves checkpoint.pt, encoder.pt, log.jsonl, reconstruction.png
     in `output`.
 
@@ -320,6 +321,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     loader: where images are cropped and flipped: workers (on the CPU) or device (only for data in memory,
         without regions); default: device on CUDA where that is possible
     compile: torch.compile the method
+    save_every: keep the encoder of every so many epochs, too, as encoder-EPOCH.pt
     seed: of everything random
     """
     device, output = torch.device(device), Path(output)
@@ -364,7 +366,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
             write_atomically(output / "log.jsonl", lambda to: to.write("\n".join([*log, ""]).encode()))
             draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed)
         # If the disk is full or read-only, the run fails here before its first epoch and not after it.
-        write_checkpoint(output, method, kept | dict(args=args, maps=getattr(method, "maps", None)))
+        kept |= dict(args=args, maps=getattr(method, "maps", None))
+        write_checkpoint(output, method, kept, save_every)
 
 
 def main(argv):
@@ -683,14 +686,18 @@ def write_atomically(path, write):
             UNFINISHED.clear()
 
 
-def write_checkpoint(output, method, state):
+def write_checkpoint(output, method, state, save_every=None):
     """Writes encoder.pt, a plain state dict with timm's names (a tokenizer's: with DALL-E's), and then
     checkpoint.pt, the state, from which the run can go on. What evaluation needs to know of the run is in the
     state dict's metadata, which loading leaves alone."""
     if state["epoch"]:
         encoder, args = method.encoder.state_dict(), state["args"] or {}
         encoder._metadata[""] |= {name: args[name] for name in ("method", "base", "image_size") if name in args}
-        write_atomically(output / "encoder.pt", lambda to: torch.save(encoder, to))
+        names = ["encoder.pt"]
+        if save_every and state["epoch"] % save_every == 0:
+            names.append(f"encoder-{state['epoch']}.pt")
+        for name in names:
+            write_atomically(output / name, lambda to: torch.save(encoder, to))
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
 
 
@@ -938,7 +945,7 @@ def parse(argv):
 
 
 MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
-              "overwrite", "region_cache", "cam_weights", "prepare", "epochs")
+              "overwrite", "region_cache", "cam_weights", "prepare", "epochs", "save_every")
 
 
 def resumed(given, state):
@@ -988,7 +995,7 @@ def settle_batch(batch_size, num_images, accumulate, lr, base_lr, lr_batch, chos
     if chosen and batch_size > num_images:
         raise UsageError(f"--batch-size {batch_size} is more than the {counted(num_images, 'images')} of "
                          "--data")
-    batch = batch_size if chosen else min(batch_size, max(8, num_images // 16))
+    batch = batch_size if chosen else min(batch_size, num_images, max(8, num_images // 16))
     lr = lr or base_lr * min(batch_size, max(batch, lr_batch)) / lr_batch
     if batch < batch_size and rank() == 0:
         print(f"{num_images} images are few for the recipe's batch of {batch_size}: taking {batch}, and "

@@ -70,9 +70,9 @@ def test_one_thing_is_not_called_several(run, mistake, tmp_path):
     message = mistake("train", "--method", "simmim", "--data", photos, "--output", output)
     assert "a run of 1 epoch:" in message
     write_images(tmp_path / "data" / "a", "1")
-    assert description().endswith(", 1 image, 1 class")
+    assert description().endswith(": plain images, no labels, 1 image, 0 classes")
     write_images(tmp_path / "data" / "b", "1", "2")
-    assert description().endswith(", 3 images, 2 classes")
+    assert description().endswith(", 3 images, 2 classes (a, b)")
     message = mistake("train", "--method", "mae", "--data", tmp_path / "data" / "a", "--batch-size", 2)
     assert message == "--batch-size 2 is more than the 1 image of --data"
 

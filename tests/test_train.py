@@ -183,6 +183,15 @@ def test_resuming_keeps_what_was_given_at_the_start(call):
     assert_same_run(whole, output)
 
 
+def test_encoders_on_the_way_are_kept_if_asked_for(call):
+    *_, output = call("mae", "--save-every", 2)
+    assert sorted(path.name for path in output.glob("encoder*")) == ["encoder-2.pt", "encoder.pt"]
+    assert call("mae", "--resume", "--epochs", 4, "--save-every", 2)[0] == 0
+    kept = [load(output / name) for name in ("encoder-2.pt", "encoder-4.pt", "encoder.pt")]
+    assert all(torch.equal(kept[1][name], value) for name, value in kept[2].items())
+    assert not all(torch.equal(kept[0][name], value) for name, value in kept[2].items())
+
+
 def test_a_finished_run_can_be_made_longer(call):
     *_, output = call("mae", "--epochs", 2, "--warmup-epochs", 1)
     code, out, err, _ = call("mae", "--resume", "--epochs", 4)

@@ -461,7 +461,7 @@ PAPERS = {
 ELSEWHERE = {  # settings without a value of a paper; the table of flags below has these
     "data", "limit", "accumulate", "loader", "compile", "seed", "device", "precision", "workers", "output",
     "resume", "overwrite", "prepare", "fh_scales", "region_cache", "cam_weights", "cam_labels", "tokenizer",
-    "method", "base", "num_images"}
+    "method", "base", "num_images", "save_every"}
 
 
 @pytest.mark.parametrize("flags", PAPERS, ids=" ".join)
@@ -555,6 +555,15 @@ def test_few_images_get_a_batch_and_a_rate_that_train(images, flags, batch, rate
     assert (f"{images} images are {told}" in said) != chosen
 
 
+@pytest.mark.parametrize("images, epochs", [(3, 1), (3, 5), (64, 1)])
+def test_a_run_of_few_steps_learns(images, epochs):
+    settings = settle("--method", "mae", "--epochs", epochs, images=images, size=64)
+    assert settings["batch_size"] == min(images, 8)
+    steps = epochs * (images // settings["batch_size"])
+    warmup = settings["warmup_epochs"] * steps / epochs
+    assert sum(train.learning_rate(step, steps, warmup, settings["lr"]) for step in range(steps)) > 0
+
+
 def test_the_smallest_rate_of_a_recipe_is_no_higher_than_the_peak():
     settings = settle("--method", "cae", "--data", "x", "--batch-size", 8)
     assert settings["min_lr"] == settings["lr"] == pytest.approx(1.5e-3 * 8 / 2048)
@@ -592,6 +601,7 @@ SHARED = {  # the flags of all methods, tried with MAE
     "clip-grad": "0.001", "seed": "1", "precision": "bf16", "output": "elsewhere", "image-size": "24",
     "model": "tiny", "patch-size": "8", "loader": ("device", "--data shapes --limit 8"),
     "compile": SAME + "it is faster; test_train.py compares the numbers",
+    "save-every": SAME + "files beside encoder.pt; see test_train.py",
     "device": SAME + "there is only the CPU",
     "workers": SAME + "they are to make the same batches",
     "resume": SAME + "there is nothing to resume; see test_train.py",
@@ -697,7 +707,7 @@ def test_every_flag_changes_the_run(method, effect, cli, capsys):
 
 
 MAY_CHANGE = {"data", "tokenizer", "device", "precision", "workers", "compile", "output", "resume",
-              "overwrite", "region-cache", "cam-weights", "prepare", "epochs"}
+              "overwrite", "region-cache", "cam-weights", "prepare", "epochs", "save-every"}
 
 
 def test_a_resumed_run_refuses_what_would_make_it_another(cli, effect, paths, tmp_path):
