@@ -2241,7 +2241,7 @@ def read_checkpoint(source):
         for name, part in list(state.items()):
             if isinstance(part, dict):
                 state = state | {f"{name}.{k}": v for k, v in part.items()}
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     if not tensors:
         raise ValueError(f"there is no state dict of tensors in {source if is_file else 'it'}; "
                          f"{listed(state)}")

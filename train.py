@@ -637,7 +637,7 @@ def load_method(state, path, **overrides):
     """
     method = build_method(**run_settings(state) | overrides)
     with explained(path, f"its weights do not fit {overrides or 'its settings'}"):
-        method.load_state_dict(state["model"])
+        copy_into(method.state_dict(), state["model"], "model")
     return method
 
 
@@ -742,9 +742,8 @@ def restore(state, model, optimizer, scaler, num_images):
     own = dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"])
     with explained("--resume", "the checkpoint does not fit the settings"):
         if state.get("maps") is not None:
-            encoder = model.encoder
-            model.maps = encoder.cls_token.new_zeros(num_images, *encoder.grid, dtype=torch.float16)
-            own["maps"] = model.maps
+            shape = num_images, *model.encoder.grid
+            own["maps"] = model.maps = model.encoder.cls_token.new_zeros(shape, dtype=torch.float16)
         copy_into(own, {name: state[name] for name in own}, "checkpoint")
         if state["scaler"]:
             loss_scale = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
