@@ -1,5 +1,7 @@
 """COCO's average precision against pycocotools' figures, and against examples worked out by hand."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,7 @@ def moved(random, box):
     return (box + random.randint(-reach, reach + 1, size=4)).clip(0, [W, H, W, H])
 
 
+@functools.cache
 def scenario():
     """40 images with truths of classes 1, 2, 3 and 5 (5: crowds alone) and detections of classes 1 to 5.
 
@@ -140,3 +143,17 @@ def test_a_class_has_100_detections_an_image():
     boxes = [(60, 60, 90, 90)] * 199 + [(0, 0, 40, 40)] * 2
     detections = rectangles(boxes, [1] * 100 + [2] * 99 + [1, 2], scores=np.linspace(1, 0, 201))
     assert average_precision([match_image(truths, detections)])["ap"] == pytest.approx((0 + 1) / 2)
+
+
+def test_classes_without_truths_do_not_count_and_classes_that_are_not_found_do():
+    # Class 1 is found, 2 is not, and nobody has a 3. Over both images the mean of 1 and 2 is half. Large truths
+    # there are of class 2 alone, so that their AP is 0, and of small ones there are none.
+    truths = rectangles([(0, 0, 40, 40), (0, 0, 100, 100)], [1, 2], crowd=[False] * 2, areas=[1600.0, 1e4])
+    one = match_image(truths, rectangles([(0, 0, 40, 40), (50, 50, 70, 70)], [1, 3], scores=[0.5, 0.9]))
+    nothing = rectangles([], [], crowd=np.zeros(0, bool), areas=np.zeros(0))
+    two = match_image(nothing, rectangles([(0, 0, 9, 9)], [2], scores=[0.9]))
+    expected = dict(ap=50, ap50=50, ap75=50, ap_small=None, ap_medium=100, ap_large=0)
+    assert average_precision([one, two]) == pytest.approx(expected)
+    missed = match_image(nothing, rectangles([(0, 0, 40, 40)], [1], scores=[0.9]))
+    # A detection of class 1 where there is none scores higher: a precision of 1/2 at all recalls.
+    assert average_precision([one, missed])["ap_medium"] == pytest.approx(50)

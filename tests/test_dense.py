@@ -467,20 +467,38 @@ def test_pixels_are_counted_over_all_images(monkeypatch):
     assert result["pixel_accuracy"] == pytest.approx(100 * 128 / 320, abs=0.01)
 
 
-def test_the_loss_of_segmentation_leaves_out_ignored_pixels(monkeypatch):
-    seen = {}
+@pytest.fixture
+def losses_of(monkeypatch):
+    """losses_of(run) -> the function of the losses that run() gives to `fit`, which trains nothing here."""
 
     def fit(model, optimizer, train, compute_losses, **options):
-        seen.update(compute_losses=compute_losses)
+        model.eval()
+        given.append(compute_losses)
         return {}
 
-    monkeypatch.setattr(evaluation, "fit", fit)
-    segmentation(monkeypatch, Truth((painting(torch.zeros(8, 8)), np.zeros((8, 8), np.uint8)), classes=NAMES))
+    def call(run):
+        monkeypatch.setattr(evaluation, "fit", fit)
+        run()
+        return given.pop()
+
+    given = []
+    return call
+
+
+def test_the_loss_of_segmentation_leaves_out_ignored_pixels(monkeypatch, losses_of):
+    val = Truth((painting(torch.zeros(8, 8)), np.zeros((8, 8), np.uint8)), classes=NAMES)
+    compute_losses = losses_of(lambda: segmentation(monkeypatch, val))
     logits, truth = torch.randn(2, 4, 6, 6), torch.randint(4, (2, 6, 6))
     truth[0, :3] = 255
-    loss = seen["compute_losses"](lambda images: logits, None, list(truth.byte()))["loss"]
+    loss = compute_losses(lambda images: logits, None, list(truth.byte()))["loss"]
     right = -logits.log_softmax(1).gather(1, truth.clamp(max=3)[:, None])[:, 0]
     assert loss.item() == pytest.approx(right[truth < 255].mean().item(), rel=1e-5)
+
+
+def test_the_loss_of_detection_is_the_sum_of_its_parts(monkeypatch, losses_of):
+    compute_losses = losses_of(lambda: detection(monkeypatch, spots(8, 16)))
+    parts = dict(box=torch.tensor(2.0), mask=torch.tensor(3.0))
+    assert compute_losses(lambda images, targets: parts, None, []) == dict(loss=5, box=2, mask=3)
 
 
 @pytest.fixture

@@ -238,7 +238,11 @@ def test_the_probes_classifier_norms_without_learning_to():
 
 
 def test_each_operation_of_randaugment_is_applied_half_the_time():
-    augment = v2.Compose(evaluation.augmentation().transforms[:-1])  # without random erasing
+    *twice, _ = evaluation.augmentation().transforms  # without random erasing
+    for once in twice:
+        operation, = once.transforms
+        assert (operation.num_ops, operation.magnitude, operation.num_magnitude_bins) == (1, 9, 11)
+    augment = v2.Compose(twice)
     torch.manual_seed(0)
     image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
     same = sum(torch.equal(augment(image), image) for _ in range(1000)) / 1000
@@ -864,9 +868,9 @@ def test_regions_are_those_of_the_run_or_given(handed, runs, folder, masks):
 
 def test_the_releases_files_say_whether_pixels_were_normalised(tmp_path):
     method = mim.MAE(mim.ViT(32, 8, 64, 1, 1), decoder_dim=32, decoder_depth=2, decoder_heads=16)
-    for args, flags, expected in ((argparse.Namespace(norm_pix_loss=False), {}, False),
-                                  (argparse.Namespace(norm_pix_loss=True), {}, True), (None, {}, True),
-                                  (argparse.Namespace(norm_pix_loss=False), dict(set=["norm_pix=true"]), True)):
+    plain, normed = (argparse.Namespace(norm_pix_loss=value) for value in (False, True))
+    for args, flags, expected in ((plain, {}, False), (normed, {}, True), (None, {}, True),
+                                  (plain, dict(set=["norm_pix=true"]), True)):
         torch.save(dict(model=method.state_dict(), args=args), tmp_path / "full.pth")
         method, settings = evaluation.open_method(tmp_path / "full.pth", **flags)
         assert type(method) is mim.MAE and settings == {} and method.norm_pix is expected
@@ -1174,7 +1178,8 @@ ENCODER = {
     "--relative-position": differs("", checkpoint="random"),
 }
 TRAINED = {
-    "--limit": differs("5"), "--val-limit": differs("2"), "--epochs": differs("3"), "--batch-size": differs("2"),
+    "--limit": differs("5"), "--val-limit": differs("2"), "--epochs": differs("3"),
+    "--batch-size": differs("2"),
     "--base-lr": differs("5"), "--warmup-epochs": differs("1"), "--seed": differs("1"),
 }
 PROBE = ENCODER | TRAINED | {"--method": differs("lomar"), "--data": differs("{folder}"),
@@ -1201,7 +1206,8 @@ def region_flags(beside=""):
 
 
 TASK_FLAGS = {
-    "knn": ENCODER | {"--val-limit": differs("3"), "--k": differs("3"), "--temperature": differs("1"), "--pool": differs("mean"),
+    "knn": ENCODER | {"--val-limit": differs("3"), "--k": differs("3"), "--temperature": differs("1"),
+                      "--pool": differs("mean"),
                       "--limit": differs("22"), "--data": differs("{wide} --k 3"),
                       "--method": differs("lomar"), "--seed": differs("1", checkpoint="random")},
     "linear": PROBE | {"--pool": differs("mean")},
@@ -1243,8 +1249,8 @@ METHOD_FLAGS = {
             "norm_pix": differs("false")},
     "beit": {"mask_ratio": differs("0.2"), "min_block": differs("2"),
              "--tokenizer": refused("{dvae}")},
-    "dvae": {"vocab_size": refused("8"), "hidden_dim": refused("16"), "groups": refused("3"), "blocks_per_group": refused("1"),
-             "kl_weight": differs("1"), "--seed": same("1")},
+    "dvae": {"vocab_size": refused("8"), "hidden_dim": refused("16"), "groups": refused("3"),
+             "blocks_per_group": refused("1"), "kl_weight": differs("1"), "--seed": same("1")},
 }
 BASE = {  # what every command of a task begins with
     "knn": "--data {folder}", "linear": "--data {wide} --epochs 2 --batch-size 4",
