@@ -386,6 +386,13 @@ def test_images_fit_inside_from_the_upper_left_corner():
     assert evaluation.fitting_size(torch.zeros(3, 1, 500), (32, 32)) == [1, 32]
 
 
+def test_each_image_keeps_its_own_label():
+    pairs = [(torch.full((3, 8, 8), k, dtype=torch.uint8), np.full((8, 8), k, np.uint8)) for k in range(3)]
+    items = DenseImages(Truth(*pairs), (8, 8), (1, 1))
+    batch = evaluation.collate_dense([items[k] for k in (2, 0, 1)])
+    assert batch["image"][:, 0, 0, 0].tolist() == [int(label[0, 0]) for label in batch["label"]] == [2, 0, 1]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Figures by hand, of models that see the classes in the colours
 

@@ -928,7 +928,7 @@ class Known(mim.ViT):
         return torch.rand(len(images), 7, 7, generator=generator).softmax(2)
 
 
-@pytest.mark.parametrize("query", [None, 0, 4])
+@pytest.mark.parametrize("query", [None, 0, 4, 6])
 @pytest.mark.parametrize("relative", [False, True])
 def test_attention_is_that_of_the_query_head_by_head(columns, query, relative):
     images = torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8)
@@ -1094,6 +1094,19 @@ def test_completed_regions_are_scored_inside_what_was_hidden(completed, iou):
         assert iou is None or result[f"iou_{ratio}"] == 100 * iou
 
 
+def test_an_object_that_is_shown_whole_has_no_score(monkeypatch):
+    """The first patches are shown. They hold all of the second object, so that the first alone counts."""
+    def first_patches(patches, count):
+        return torch.arange(count).expand(len(patches), count)
+
+    monkeypatch.setattr(evaluation, "hint_patches", first_patches)
+    items = region_items(2)
+    items[1]["regions"] *= 0
+    items[1]["regions"][0, :2, :20] = 1  # 10 of 128 patches
+    result = evaluation.segment(Oracle(lambda maps: maps), items)
+    assert [result[f"iou_{ratio}"] for ratio in (80, 85, 90)] == [100, 100, 100] and result["objects"] == 2
+
+
 def test_the_picture_shows_hints_and_what_was_completed(columns):
     Oracle.given.clear()
     items = region_items(4)
@@ -1189,8 +1202,8 @@ TUNED = ENCODER | TRAINED | {
     "--resume": "tests of resuming", "--overwrite": "test_safety.py", "--output": "every command has it",
     "--method": same("amt"),
 }
-DENSE = TUNED | {"--data": "test_dense.py", "--batch-size": differs("4"), "--freeze": differs(""),
-                 "--width": differs("4")}
+DENSE = TUNED | {"--data": "test_dense.py", "--val-limit": differs("1"), "--batch-size": differs("4"),
+                 "--freeze": differs(""), "--width": differs("4")}
 PICTURE = {
     "--data": differs("{folder}"), "--output": "every command has it", "--count": differs("2"),
     "--images": differs("{image}"), "--seed": differs("1"),
@@ -1327,7 +1340,7 @@ def test_every_flag_reaches_what_it_sets(task, name, table, outcome, runs, folde
     """
     monkeypatch.setattr(datasets, "Shapes", FewScenes)
     if task in ("semseg", "detect"):
-        monkeypatch.setitem(FewScenes.counts, "val", 1)
+        monkeypatch.setitem(FewScenes.counts, "val", 2)
         short = dict(epochs=1, batch_size=2, base_lr=1e-3, width=8)
         monkeypatch.setitem(evaluation.SMALL_RECIPES, task, short)
     path = runs / name / "checkpoint.pt"
