@@ -2,14 +2,17 @@
 base`.
 
 speed: what a training step of each method costs. data: what reading images costs. compare: what all methods
-give when they are pre-trained and evaluated alike. Each prints a table, and its numbers as one line of JSON
-last.
+give when they are pre-trained and evaluated alike. cuda: whether everything works on a GPU. Each prints a
+table, and its numbers as one line of JSON last.
 """
 
+import contextlib
+import io
 import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -18,6 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import v2
@@ -26,9 +30,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import eval as evaluation  # noqa: E402
 import mim  # noqa: E402
 import train  # noqa: E402
-from datasets import MEAN, SMALL, STD, Images, UsageError, default_regions, load_data  # noqa: E402
+from datasets import (MEAN, SMALL, STD, DeviceLoader, EpochBatches, Images, SceneInstances,  # noqa: E402
+                      UsageError, default_regions, load_data)
 from train import NonNegativeInt, Parser, PositiveInt  # noqa: E402
 from train import autocast, call, exit_with_one_line  # noqa: E402
 
@@ -170,7 +176,7 @@ def speed(methods: list[Literal[tuple(VARIANTS)]] | None = None,
         before = torch.cuda.memory_allocated() if on_cuda else 0
         variant, step, (gmac, step_gmac) = prepare(name)
         parameters = sum(p.numel() for p in variant.parameters() if p.requires_grad)
-        row = dict(name=name, parameters=parameters, gmac=round(gmac, 2))
+        row = dict(name=name, parameters=parameters, gmac=round(gmac, 4))
         calls = {"": variant}
         if compile:
             calls["compiled_"] = torch.compile(variant, dynamic=False)
@@ -325,7 +331,7 @@ def carry_out(command, log):
     if lines[0] == text and len(lines) > 2 and (lines[-2].startswith("{") or "next: python" in lines[-2]):
         return lines[-2]
     kept = log.parent / {"train.txt": "checkpoint.pt", "finetune.txt": "finetune.pt"}.get(log.name, "no file")
-    resume = kept.exists() and (command[0] == "train.py" or lines[0] == text)
+    resume = kept.exists()
     if resume and lines[0] != text:
         before = lines[0] or "without a log"
         raise UsageError(f"{log.parent} holds a run of another command, {before}: choose another --output")
@@ -435,8 +441,139 @@ def compare(methods: list[Literal[tuple(COMPARED)]] | None = None, data: str = "
 
 
 # ------------------------------------------------------------------------------------------------------
+# cuda: a check of everything on a GPU
 
-BENCHMARKS = dict(speed=speed, data=data, compare=compare)
+CHECKED = {"dvae": "--method dvae"} | COMPARED | {"lomar-token": "--method lomar --tokenizer"}
+TASKS = {task: "rmae" if task == "segment" else "mae" for task in evaluation.TASKS}  # task: of which method
+# How far a loss may be from the CPU's, relative to it. A compiled step draws other masks.
+BOUNDS = dict(fp32=0.01, bf16=0.05, fp16=0.05, compiled=0.2)
+DRAWS = ("aten.rand", "aten.multinomial", "aten.bernoulli_", "aten.exponential_")
+
+
+class DrawnOnCPU(TorchDispatchMode):
+    """Inside, random numbers are the CPU's on every device: CUDA's own give other masks for the same seed."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = str(function.overloadpacket), kwargs or {}
+        if name not in DRAWS:
+            return function(*args, **kwargs)
+        if name == "aten.rand":
+            return function(*args, **kwargs | dict(device="cpu")).to(kwargs.get("device") or "cpu")
+        drawn = function(args[0].cpu(), *args[1:], **kwargs)
+        return args[0].copy_(drawn) if name.endswith("_") else drawn.to(args[0].device)
+
+
+def short_run(name, output, device, precision, tokenizer, seed):
+    """Trains a method on the scenes for two epochs of 3 steps, the second resumed -> the two losses."""
+    compiled, words = precision == "compiled", CHECKED[name].split()
+    if words[-1] == "--tokenizer":
+        words.append(str(tokenizer))
+    inputs = mim.METHODS[words[1]].inputs
+    words += flags(data="shapes", limit=48, batch_size=16, seed=seed, device=device, output=output,
+                   precision="fp32" if compiled else precision, compile=compiled,
+                   interval=1 if "index" in inputs else None,  # AMT's maps are there in the second epoch
+                   workers=0 if "regions" in inputs else None,
+                   loader=None if "regions" in inputs else "device")  # then the CPU has the same crops
+    drawn = contextlib.nullcontext() if compiled else DrawnOnCPU()
+    with drawn, contextlib.redirect_stdout(io.StringIO()):
+        train.main([*words, "--epochs", "1"])
+        train.main([*words, "--epochs", "2", "--resume"])
+    return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def short_task(task, folder, device, precision, seed):
+    """A moment of a task of eval.py with what is trained in a folder."""
+    whole, function = task in ("reconstruct", "segment"), evaluation.TASKS[task]
+    if whole:
+        method, _ = evaluation.open_method(str(folder / "checkpoint.pt"))
+        encoder, subject = method.encoder, method
+    else:
+        encoder = subject = evaluation.open_encoder(str(folder / "encoder.pt"))
+    options = dict(seed=seed, device=device, precision=precision)
+    images = Images(load_data("shapes", "val", limit=32), encoder.image_size, "center",
+                    regions=SceneInstances() if task == "segment" else None)
+    if task == "segment":
+        options |= dict(images=images)
+    elif task in ("reconstruct", "attention"):
+        options |= train.picture_items(images)
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            options |= evaluation.open_pair("shapes", task, encoder.image_size, limit=32, val_limit=32)
+        options |= evaluation.recipe(task, encoder) | dict(epochs=1, batch_size=16)
+    return call(function, options, **{"method" if whole else "encoder": subject})
+
+
+def same_crops(device):
+    """Raises ValueError if the crops of DeviceLoader differ from the CPU's by more than a grey level."""
+    dataset = Images(load_data("shapes", limit=48), 64)
+    loaders = [DeviceLoader(dataset, EpochBatches(48, 16, 1), place) for place in ("cpu", device)]
+    for one, other in zip(*loaders):
+        if (one["image"].float() - other["image"].cpu().float()).abs().max() > 1:
+            raise ValueError("the crops differ from the CPU's")
+
+
+def cuda(methods: list[Literal[tuple(CHECKED)]] | None = None, compile: bool = False,
+         seed: NonNegativeInt = 0, device="cpu", chosen=None):
+    """Trains, resumes and evaluates on a GPU for a moment, and compares losses with the CPU's: a line each.
+
+    Every method trains in fp32, bf16 and fp16, MAE compiled too. Its two losses must be within BOUNDS of the
+    CPU's in fp32 of the same seed, step and masks. A failure ends only its own line, and the exit code is 1.
+
+    methods: some of the methods, beside dvae, the tokenizer of others, mae and rmae (default: all)
+    compile: compile every method, which takes about half a minute each
+
+    chosen: --device cpu goes through the same steps without a GPU, there without fp16.
+    """
+    on_cuda, rows = device.type == "cuda", []
+    if not on_cuda and "device" not in (chosen or {}):
+        raise UsageError("no GPU that torch can use; --device cpu goes through the same steps on the CPU")
+    names = dict.fromkeys(("dvae", *TASKS.values(), *(methods or CHECKED)))
+    print(f"{'':24s}{'CPU':>9s}{device.type:>9s}{'seconds':>9s}")
+
+    def check(what, run, known=None, bound=math.inf):
+        began, row = time.perf_counter(), dict(what=what, result="ok")
+        try:
+            found = run()
+            if isinstance(found, list):
+                row["loss"] = round(found[-1], 4)
+            if known is not None:
+                row["cpu"] = round(known[-1], 4)
+                if not all(abs(a - b) <= bound * abs(b) for a, b in zip(found, known, strict=True)):
+                    row["result"] = f"failed: losses {found}, on the CPU {known}"
+        except Exception as error:  # the next check may still pass
+            reason = " ".join(str(error).split())[:300]
+            found, row["result"] = None, f"failed: {type(error).__name__}: {reason}"
+        row["seconds"] = round(time.perf_counter() - began, 1)
+        losses = "".join(f"{row[key]:9.4f}" if key in row else f"{'':9s}" for key in ("cpu", "loss"))
+        print(f"{what:24s}{losses}{row['seconds']:9.1f}  {row['result']}", flush=True)
+        rows.append(row)
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tokenizer = folder / "dvae-cpu" / "checkpoint.pt"
+        check("device loader", lambda: same_crops(device))
+        for name in names:
+            known = check(f"{name} on the CPU",
+                          lambda: short_run(name, folder / f"{name}-cpu", "cpu", "fp32", tokenizer, seed))
+            for precision, bound in BOUNDS.items():
+                if precision == "fp16" and not on_cuda or precision == "compiled" and not (
+                        compile or name == "mae"):
+                    continue
+                output = folder / (name if precision == "fp32" else f"{name}-{precision}")
+                check(f"{name} {precision}",
+                      lambda: short_run(name, output, device, precision, tokenizer, seed),
+                      known, bound)
+        for task, of in TASKS.items():
+            check(f"eval {task}", lambda: short_task(task, folder / of, device, "bf16", seed))
+    failed = [row["what"] for row in rows if row["result"] != "ok"]
+    print(f"{len(rows)} checks, {len(failed)} failed" + ": " * bool(failed) + ", ".join(failed))
+    return dict(rows=rows, failed=failed)
+
+
+# ------------------------------------------------------------------------------------------------------
+
+BENCHMARKS = dict(speed=speed, data=data, compare=compare, cuda=cuda)
 
 
 def main(argv):
@@ -452,6 +589,8 @@ def main(argv):
     result = call(BENCHMARKS[given["benchmark"]], given | machine)
     result = dict(benchmark=given["benchmark"], **result) | dict(device=str(device), precision=precision)
     print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1)), default=str))
+    if result.get("failed"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
