@@ -483,24 +483,18 @@ def short_run(name, output, device, precision, tokenizer, seed):
 
 def short_task(task, folder, device, precision, seed):
     """A moment of a task of eval.py with what is trained in a folder."""
-    whole, function = task in ("reconstruct", "segment"), evaluation.TASKS[task]
-    if whole:
-        method, _ = evaluation.open_method(str(folder / "checkpoint.pt"))
-        encoder, subject = method.encoder, method
-    else:
-        encoder = subject = evaluation.open_encoder(str(folder / "encoder.pt"))
-    options = dict(seed=seed, device=device, precision=precision)
-    images = Images(load_data("shapes", "val", limit=32), encoder.image_size, "center",
-                    regions=SceneInstances() if task == "segment" else None)
+    method, _ = evaluation.open_method(str(folder / "checkpoint.pt"))
+    size, scenes = method.encoder.image_size, load_data("shapes", "val", limit=32)
+    options = dict(method=method, encoder=method.encoder, seed=seed, device=device, precision=precision)
     if task == "segment":
-        options |= dict(images=images)
+        options["images"] = Images(scenes, size, "center", regions=SceneInstances())
     elif task in ("reconstruct", "attention"):
-        options |= train.picture_items(images)
+        options |= train.picture_items(Images(scenes, size, "center"))
     else:
         with contextlib.redirect_stderr(io.StringIO()):
-            options |= evaluation.open_pair("shapes", task, encoder.image_size, limit=32, val_limit=32)
-        options |= evaluation.recipe(task, encoder) | dict(epochs=1, batch_size=16)
-    return call(function, options, **{"method" if whole else "encoder": subject})
+            options |= evaluation.open_pair("shapes", task, size, limit=32, val_limit=32)
+        options |= evaluation.recipe(task, method.encoder) | dict(epochs=1, batch_size=16)
+    return call(evaluation.TASKS[task], options)
 
 
 def same_crops(device):
@@ -557,13 +551,11 @@ def cuda(methods: list[Literal[tuple(CHECKED)]] | None = None, compile: bool = F
             known = check(f"{name} on the CPU",
                           lambda: short_run(name, folder / f"{name}-cpu", "cpu", "fp32", tokenizer, seed))
             for precision, bound in BOUNDS.items():
-                if precision == "fp16" and not on_cuda or precision == "compiled" and not (
-                        compile or name == "mae"):
-                    continue
+                wanted = dict(fp16=on_cuda, compiled=compile or name == "mae").get(precision, True)
                 output = folder / (name if precision == "fp32" else f"{name}-{precision}")
-                check(f"{name} {precision}",
-                      lambda: short_run(name, output, device, precision, tokenizer, seed),
-                      known, bound)
+                if wanted:
+                    check(f"{name} {precision}",
+                          lambda: short_run(name, output, device, precision, tokenizer, seed), known, bound)
         for task, of in TASKS.items():
             check(f"eval {task}", lambda: short_task(task, folder / of, device, "bf16", seed))
     failed = [row["what"] for row in rows if row["result"] != "ok"]

@@ -193,7 +193,7 @@ def test_cuda_goes_on_after_a_failure_and_ends_with_1(cli, short_check, monkeypa
     out = capsys.readouterr().out
     assert end.value.code == 1
     assert "failed: losses [2.0, 1.06], on the CPU [2.0, 1.0]" in out
-    assert "encoder.pt: it cannot be used" in out  # there is no encoder to evaluate
+    assert "checkpoint.pt: it cannot be used" in out  # there is none to evaluate
     assert json.loads(out.splitlines()[-1])["failed"] == ["dvae bf16", "amt bf16", "eval knn"]
 
 
