@@ -1344,15 +1344,15 @@ def hidden_iou(guess, patches, ids):
 
 
 @torch.no_grad()
-def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt = 8, seed: NonNegativeInt = 0,
+def segment(method, images, image_visible: Fraction = 1.0, count: PositiveInt = 8, seed: NonNegativeInt = 0,
             device="cpu", precision="fp32", workers=0) -> dict:
     """Hides 80, 85 and 90% of an object's patches and completes it. Returns the mean intersection over union
-    (IoU, in percent) inside the hidden patches, beside it that of a copy of the nearest shown patch, and a
-    `picture`.
+    (IoU, in percent) inside the hidden patches, and a `picture`. Two controls tell what the hints alone give:
+    the same hints with another image of the batch (other_image), and a copy of the nearest shown patch.
 
     method: mim.RMAE or RAE. images: datasets.Images with regions, label maps.
-    image_visible: share of the image's patches that are encoded, the hints' among them, 0 to 1; the default
-        is as many as in pre-training
+    image_visible: share of the image's patches that are encoded, the hints' among them, 0 to 1: all, as in
+        Figure 6; 0.25 are as many as in pre-training
     count: images in the picture
     seed: of hints and objects
     """
@@ -1364,20 +1364,21 @@ def segment(method, images, image_visible: Fraction = 0.25, count: PositiveInt =
     scores, columns = {}, {}
     loader = make_loader(images, workers, device, batch_size=64)
     for batch in tqdm(loader, "segment", leave=False, disable=None):
-        maps, found = mim.select_objects(batch["regions"].to(device), 1)
-        if not found.any():
+        maps, usable = mim.select_objects(batch["regions"].to(device), 1)
+        if not usable.any():
             continue
-        some, maps = prepare(batch["image"], device)[found[:, 0]], maps[found[:, 0]]
+        some, maps = prepare(batch["image"], device)[usable[:, 0]], maps[usable[:, 0]]
         tiles = dict(image=denormalize(some), region=maps.expand(-1, 3, -1, -1))
         patches = mim.patchify(maps, p)
         for ratio in (80, 85, 90):
             ids = hint_patches(patches, max(1, round(encoder.num_patches * (1 - ratio / 100))))
             with autocast(device, precision):
                 completed, hints = complete(method, some, maps, ids, image_visible)
-            guess = mim.patchify(completed[:, :1], p) > 0.5
+                control, _ = complete(method, some.roll(1, 0), maps, ids, image_visible)
+            guess, other = (mim.patchify(x[:, :1], p) > 0.5 for x in (completed, control))
             near = nearest_hint(patches, ids, encoder.grid)
-            scores.setdefault(f"iou_{ratio}", []).append(hidden_iou(guess, patches, ids))
-            scores.setdefault(f"nearest_hint_{ratio}", []).append(hidden_iou(near, patches, ids))
+            for name, found in dict(iou=guess, other_image=other, nearest_hint=near).items():
+                scores.setdefault(f"{name}_{ratio}", []).append(hidden_iou(found, patches, ids))
             tiles |= {f"{ratio}% hidden": hints, f"{ratio}% completed": completed}
         for title, tile in tiles.items():
             columns[title] = torch.cat([columns.get(title, tile[:0]), tile])[:count]
