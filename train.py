@@ -769,7 +769,7 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     """
     output = Path(output or f"runs/{method}")
     path = output / "checkpoint.pt"
-    for file in (path, output / "encoder.pt", output / "log.jsonl", output / "reconstruction.png"):
+    for file in (path, *output.glob("encoder*.pt"), output / "log.jsonl", output / "reconstruction.png"):
         check_place(file)
         if file.exists() and not path.exists():
             raise UsageError(f"{output} holds {file.name} but no checkpoint.pt of its run: move it, or write "

@@ -128,7 +128,8 @@ def evaluate(cli, images):
     return run
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "encoder.pt", "log.jsonl", "reconstruction.png"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "encoder.pt", "encoder-10.pt", "log.jsonl",
+                                  "reconstruction.png"])
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 def test_a_run_does_not_overwrite_others_files(pretrain, name, overwrite):
     os.mkdir("run")
