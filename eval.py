@@ -11,12 +11,12 @@ task.
 """
 
 # First, because it sets what a signal does while the rest is imported
-from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt, add_lookahead,
-                   all_finite, autocast, call, check_place, check_setting, cut_batch, draw_reconstruction,
-                   exit_with_one_line, first_process_first, flags_of, half_cosine, image_pair,
-                   join_processes, load_method, load_tokenizer, not_empty, open_device, parameter_groups,
-                   picture, picture_items, rank, run_settings, save_picture, sized, small_patch, train_epochs,
-                   world_size, write_atomically)
+from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt,
+                   add_lookahead, all_finite, autocast, call, check_place, check_setting, cut_batch,
+                   draw_reconstruction, exit_with_one_line, first_process_first, flags_of, half_cosine,
+                   image_pair, join_processes, load_method, load_tokenizer, not_empty, open_device,
+                   parameter_groups, picture, picture_items, rank, run_settings, save_picture, sized,
+                   small_patch, train_epochs, world_size, write_atomically)
 
 import contextlib
 import copy
@@ -56,20 +56,19 @@ from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, Files, Images
 PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
 
-# The defaults of the tasks are those of MAE's paper and code. These are the values in which other papers differ,
-# by the method that made the encoder, and those for larger encoders: of ViT-L on for "-large" (`recipe`).
+# The defaults of the tasks are those of MAE's paper and code. Here are the values in which others differ, by
+# the method that made the encoder; "-large" are those for ViT-L and above (`recipe`).
 PAPER_RECIPES = {
     "mae": {},
-    # Fine-tuning: MAE's code. UPerNet: CAE, Appendix A, which takes the best of 3e-5, 4e-5 and 5e-5. Detection:
-    # ViTDet.
+    # MAE's code; UPerNet: CAE's Appendix A, which takes the best of 3e-5, 4e-5, 5e-5; detection: ViTDet
     "mae-large": {"finetune": dict(base_lr=1e-3, epochs=50, drop_path=0.2, layer_decay=0.75),
                   "semseg": dict(base_lr=4e-5, width=1024, drop_path=0.15, layer_decay=0.95),
                   "detect": dict(drop_path=0.4, layer_decay=0.8)},
     "mae-huge": {"finetune": dict(drop_path=0.3)},  # MAE's code
     # Its released configuration
     "simmim": {"finetune": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20)},
-    # §4.1 has the class token, §4.3 the 90,000 steps of detection, which are 12.2 epochs of COCO; the rate and
-    # its decay are those of the released command, which pools by the mean.
+    # §4.1 has the class token, §4.3 detection's 90,000 steps, which are 12.2 epochs of COCO. The rate and its
+    # decay are those of the released command, which pools by the mean.
     "amt": {"finetune": dict(base_lr=1e-3, layer_decay=0.75, pool="cls"),
             "detect": dict(epochs=12, batch_size=16)},
     "amt-simmim": {"finetune": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20, pool="cls")},
@@ -80,17 +79,17 @@ PAPER_RECIPES = {
     "objmae": {"finetune": dict(batch_size=256, base_lr=1e-3, min_lr=1e-5, lookahead=5)},
     "rae": {"semseg": dict(epochs=100)},  # §4.1, following MAE
     "rmae": {"semseg": dict(epochs=100)},
-    # Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults, but in its released code Nesterov
-    # momentum and an epsilon of 1e-5 in the batch norm, and the attentive probe sees the class token, too. Its
-    # detection is another detector's (Mask R-CNN with the 1x schedule), which is not here.
+    # Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults; in its released code they have
+    # Nesterov momentum and 1e-5 in the batch norm, and the attentive one sees the class token, too. Its
+    # detector is another (Mask R-CNN with the 1x schedule), which is not here.
     "cae": {"finetune": dict(batch_size=4096, lr_batch=4096, base_lr=1.6e-2, epochs=200, layer_decay=0.75)},
     "cae-base": {"finetune": dict(base_lr=8e-3, epochs=100, layer_decay=0.65)},
     "cae-large": {"finetune": dict(base_lr=2e-3, epochs=50, layer_decay=0.75)},
 }
 
-# These two tables are ours. The first is for images of up to 96 pixels, the second for such images and a ViT as
-# small as `nano`. Of a paper's values they leave `pool`. With them, every task ends within five minutes for the
-# built-in scenes on two cores.
+# These two tables are ours. The first is for images of up to 96 pixels, the second for such images and a ViT
+# as small as `nano`. Of a paper's values they leave `pool`. With them, every task ends within five minutes
+# for the built-in scenes on two cores.
 SMALL_RECIPES = {
     "linear": dict(batch_size=256, base_lr=20.0, cache_features=True),
     "attentive": dict(batch_size=256, base_lr=0.05, cache_features=True),
@@ -581,8 +580,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
 
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
                  base_lr=base_lr, lr_batch=lr_batch, warmup_epochs=warmup_epochs, usual_warmup=usual_warmup,
-                 min_lr=min_lr, accumulate=accumulate, output=output, resume=resume, settings=settings, seed=seed,
-                 device=device, precision=precision, workers=workers, title="fine-tuning")
+                 min_lr=min_lr, accumulate=accumulate, output=output, resume=resume, settings=settings,
+                 seed=seed, device=device, precision=precision, workers=workers, title="fine-tuning")
     if rank() == 0:
         result |= accuracies(*extract(model, val, device, precision, workers, "val"))
     return result
@@ -1435,12 +1434,13 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
         taken, *others = mim.encoder_prefixes(state)
         if others:
             print(f"{checkpoint}: the encoder is {taken} and not {', '.join(others)}", file=sys.stderr)
-        # What a run says of its encoder, in encoder.pt among the metadata. Nothing else in a file tells a grid
-        # that is not square, or the image size where positions are relative.
+        # What a run says of its encoder, in encoder.pt among the metadata. Nothing else tells a grid that is
+        # not square, or the image size where positions are relative.
         run = run_settings(content) or getattr(content, "_metadata", {}).get("", {})
         size = size or run.get("image_size")
         if size is None and not any(name.endswith("pos_embed") for name in state):
-            raise UsageError(f"--image-size is needed: {checkpoint} has relative positions and does not tell it")
+            raise UsageError(f"--image-size is needed: {checkpoint} has relative positions and does not tell "
+                             "it")
         encoder, names = mim.vit_from_checkpoint(state, size)
         method = f"{run.get('method')}{'-simmim' * (run.get('base') == 'simmim')}"
     if method not in PAPER_RECIPES:

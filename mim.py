@@ -48,6 +48,7 @@ ViT offers all that the methods ask of an encoder. Any other module will do that
 import argparse
 import math
 import os
+import re
 from collections import OrderedDict
 from typing import Literal, get_args
 
@@ -945,18 +946,19 @@ class CAE(nn.Module):
     the predicted latents. So the encoder learns all of the representation, and the decoder can read the
     encoder's latents of a whole image.
 
-    vocab_size: number of the tokenizer's tokens; None predicts pixels (Table 9)
+    vocab_size: number of the tokenizer's tokens; None predicts pixels, the variant of Table 9
     mask_ratio: share of the patches that is masked
     min_block: smallest block of masked patches
     regressor_depth: blocks of the latent contextual regressor
-    decoder_depth: blocks of the decoder; 0 is a linear layer alone
+    decoder_depth: blocks of the decoder; 0 is a linear layer alone, without norm and positions (Table 2)
     alignment_weight: lambda of Eq. 1
     norm_pix: predict each patch with mean 0 and variance 1, as MAE (not with a tokenizer)
 
     The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5). Regressor
     and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the
     latents that are aligned are those after its last norm. The authors keep a second encoder with the same
-    weights for the targets; here one encoder does both. Their code draws the patch projection and the tokens
+    weights for the targets; here one encoder does both. Table 9 has the "RGB pixel value" as a target; that
+    each patch is normalised is ours. Their code draws the patch projection and the tokens
     from a normal distribution of deviation 0.02 that is cut off at 0.02, which leaves 0.0108; here they are
     MAE's. Sections, tables and figures are numbered as in the version under review.
     """
@@ -988,7 +990,7 @@ class CAE(nn.Module):
         self.regressor_blocks = nn.ModuleList(RegressorBlock(D, heads, scale) for _ in range(regressor_depth))
         self.regressor_norm = layer_norm(D)
         self.decoder_blocks = nn.ModuleList(Block(D, heads, layer_scale=scale) for _ in range(decoder_depth))
-        self.decoder_norm = layer_norm(D)
+        self.decoder_norm = layer_norm(D) if decoder_depth else nn.Identity()
         self.head = TargetHead(encoder, vocab_size, norm_pix)
         for blocks in (self.regressor_blocks, self.decoder_blocks):
             set_drop_path(blocks, encoder.drop_path)
@@ -1011,7 +1013,7 @@ class CAE(nn.Module):
 
     def decode(self, latents, ids):
         """G: latents [B, n, D] of the patches `ids`, predicted or encoded -> pred [B, n, V or p*p*C]."""
-        x = latents + self.positions(ids)
+        x = latents + self.positions(ids) if self.decoder_blocks else latents
         for block in self.decoder_blocks:
             x = block(x)
         return self.head(self.decoder_norm(x))
@@ -1644,7 +1646,8 @@ class ObjMAE(MAE):
 #
 # the paper (Appendix A)           here                                         shape
 # R, k                             region_maps, num_regions                     [B, k, H, W], binary
-# beta_I = beta_R                  mask_ratio; ids_visible is that of the image and of its regions
+# beta_I = beta_R                  mask_ratio; the image and its regions share ids_visible
+# beta_R alone (Figure 4)          region_mask_ratio; of the maps ids_shown, ids_hidden
 # N (1 - beta), visible patches    n = n_visible
 # p_E = p_D                        region_dim, dim below
 # v_R (Eq. 1, 4, 7)                x in RegionBranch.encode                     [B, k, n, p*p]
@@ -1830,8 +1833,9 @@ class LengthBranch(RegionBranch):
         return self.head(self.norm(x)), embeddings
 
 
-def region_branch(encoder, variant, num_regions, from_pixels, dim, num_heads, depth):
-    """The region branch of a variant, with initial weights; from_pixels: see `RegionBranch`."""
+def region_branch(encoder, variant, mask_ratio, num_regions, from_pixels, dim, num_heads, depth):
+    """The region branch of a variant, with initial weights; from_pixels: see `RegionBranch`. Its num_masked
+    is the number of masked patches of a map, None for as many as of the image."""
     check_choice("variant", variant, Variant)
     check_range(1, num_regions=num_regions)
     check_transformer(dim, num_heads, depth, ("region_dim", "region_heads", "region_decoder_depth"))
@@ -1840,6 +1844,8 @@ def region_branch(encoder, variant, num_regions, from_pixels, dim, num_heads, de
     else:
         channels = num_regions if variant == "channel" else 1
         branch = BatchBranch(encoder, from_pixels, dim, num_heads, depth, channels)
+    N = encoder.num_patches
+    branch.num_masked = None if mask_ratio is None else count_masked(N, mask_ratio, round_up=True)
     return branch.apply(init_weights)
 
 
@@ -1854,6 +1860,8 @@ class RAE(nn.Module):
     regions, which trains the encoder.
 
     mask_ratio: share of the patches that is masked, in the image and in the maps
+    region_mask_ratio: share that is masked in the maps alone (Figure 4), by the same order of patches as the
+        image: the smaller mask is a part of the larger; None is mask_ratio
     num_regions: binary maps drawn per image, k
     variant: length pools each region into a query; batch makes each a sequence of its own; channel makes all
         of them the channels of one image (Appendix A)
@@ -1878,6 +1886,7 @@ class RAE(nn.Module):
         self,
         encoder: ViT,
         mask_ratio: float = 0.75,  # §4.1
+        region_mask_ratio: float | None = None,
         num_regions: int = 8,  # §4.1
         variant: Variant = "length",
         region_dim: int = 128,  # §4.1
@@ -1888,39 +1897,46 @@ class RAE(nn.Module):
         count_masked(encoder.num_patches, mask_ratio, round_up=True)
         self.encoder, self.mask_ratio, self.num_regions = encoder, mask_ratio, num_regions
         self.region_branch = region_branch(
-            encoder, variant, num_regions, True, region_dim, region_heads, region_decoder_depth)
+            encoder, variant, region_mask_ratio, num_regions, True, region_dim, region_heads,
+            region_decoder_depth)
 
-    def draw(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
-        """The mask first, then regions that it shows (Appendix A), unless given; see `forward`.
+    def complete_masked(self, images, regions, ids_visible, ids_masked, region_maps):
+        """Masks, encodes and completes; the arguments are those of `forward`. The mask comes first, then
+        regions that it shows (Appendix A).
 
-        Returns ids_visible, ids_masked, region_maps.
+        Returns a dict of all that `forward` does but its loss, the latents [B, 1 + n, D] of the image, and
+        the regions' embeddings.
         """
         given = regions if region_maps is None else region_maps
         if given is None or given.shape[-2:] != images.shape[-2:]:
             raise ValueError("needs regions, label maps [B, L, H, W], or region_maps, binary [B, k, H, W], "
                              f"as large as the images, got {given if given is None else list(given.shape)}")
+        p = self.encoder.patch_size
         if ids_visible is None:
             ids_visible, ids_masked = random_masking(
                 len(images), self.encoder.num_patches, self.mask_ratio, images.device)
+        order = torch.cat([ids_visible, ids_masked], dim=1)
+        masked = self.region_branch.num_masked or ids_masked.shape[1]
+        ids_shown, ids_hidden = order[:, :-masked], order[:, -masked:]  # of the maps
         if region_maps is None:
-            region_maps = sample_regions(regions, ids_visible, self.encoder.patch_size, self.num_regions)
-        return ids_visible, ids_masked, region_maps
+            region_maps = sample_regions(regions, ids_shown, p, self.num_regions)
+        latents = self.encoder(images, ids_visible)
+        pred, embeddings = self.region_branch(region_maps, latents, ids_shown, ids_hidden, ids_visible)
+        loss = region_loss(pred, region_patches(region_maps, ids_hidden, p))
+        out = dict(loss_region=loss, pred_regions=pred, region_maps=region_maps, ids_visible=ids_visible,
+                   ids_masked=ids_masked, ids_masked_regions=ids_hidden)
+        return out, latents, embeddings
 
     def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
         """images [B, C, H, W], regions [B, L, H, W] (see `sample_regions`) -> loss and loss_region, which is
-        the same; pred_regions [B, k, n_masked, p*p] (logits), region_maps, ids_visible, ids_masked.
+        the same; pred_regions [B, k, n, p*p], logits of the patches ids_masked_regions of the maps;
+        region_maps, ids_visible, ids_masked.
 
         ids_visible, ids_masked: the mask to use.
         region_maps: the binary maps [B, k, H, W] to use; None draws them from regions.
         """
-        ids_visible, ids_masked, region_maps = self.draw(
-            images, regions, ids_visible, ids_masked, region_maps)
-        latents = self.encoder(images, ids_visible)
-        pred_regions, _ = self.region_branch(region_maps, latents, ids_visible, ids_masked, ids_visible)
-        target = region_patches(region_maps, ids_masked, self.encoder.patch_size)
-        loss = region_loss(pred_regions, target)
-        return dict(loss=loss, loss_region=loss, pred_regions=pred_regions, region_maps=region_maps,
-                    ids_visible=ids_visible, ids_masked=ids_masked)
+        out = self.complete_masked(images, regions, ids_visible, ids_masked, region_maps)[0]
+        return dict(loss=out["loss_region"], **out)
 
     @torch.no_grad()
     def complete(self, images, hints, ids_visible, ids_image=None):
@@ -1946,6 +1962,7 @@ class RMAE(MAE):
 
     New: see `RAE`. Its region branch stands here beside MAE's pixel decoder, and the two losses are added.
 
+    region_mask_ratio: share of the patches that is masked in the maps alone (Figure 4); see `RAE`
     num_regions: binary maps drawn per image, k
     variant: length pools each region into a query; batch makes each a sequence of its own; channel makes all
         of them the channels of one image (Appendix A)
@@ -1960,12 +1977,14 @@ class RMAE(MAE):
     """
 
     inputs = ("regions",)
-    draw, complete = RAE.draw, RAE.complete  # they need nothing that is not in both classes
+    # They need nothing that is not in both classes.
+    complete_masked, complete = RAE.complete_masked, RAE.complete
 
     def __init__(
         self,
         encoder: ViT,
         mask_ratio: float = 0.75,  # these as RAE
+        region_mask_ratio: float | None = None,
         num_regions: int = 8,
         variant: Variant = "length",
         cross_feed: CrossFeed = "pixel_to_region",  # §3.2
@@ -1981,29 +2000,22 @@ class RMAE(MAE):
         check_choice("cross_feed", cross_feed, CrossFeed)
         self.num_regions = num_regions
         self.region_branch = region_branch(
-            encoder, variant, num_regions, cross_feed != "region_to_pixel", region_dim, region_heads,
-            region_decoder_depth)
+            encoder, variant, region_mask_ratio, num_regions, cross_feed != "region_to_pixel", region_dim,
+            region_heads, region_decoder_depth)
         self.region_feed = None
         if cross_feed != "pixel_to_region":
             self.region_feed = nn.Linear(region_dim, encoder.embed_dim).apply(init_weights)  # h of Eq. 12
 
     def forward(self, images, regions=None, ids_visible=None, ids_masked=None, region_maps=None):
         """As RAE.forward, with pred and loss_pixel; loss is the sum of loss_pixel and loss_region."""
-        ids_visible, ids_masked, region_maps = self.draw(
-            images, regions, ids_visible, ids_masked, region_maps)
-        latents = self.encoder(images, ids_visible)
-        pred_regions, embeddings = self.region_branch(
-            region_maps, latents, ids_visible, ids_masked, ids_visible)
-        target = region_patches(region_maps, ids_masked, self.encoder.patch_size)
-        loss_region = region_loss(pred_regions, target)
+        out, latents, embeddings = self.complete_masked(images, regions, ids_visible, ids_masked, region_maps)
         if self.region_feed is not None:  # Eq. 12-14
             fed = self.region_feed(self.region_branch.block_norm(embeddings).mean(1))
-            latents = latents + F.pad(fed, (0, 0, 1, 0))  # nothing is added to the class token
-        loss_pixel, pred = self.predict(images, latents, ids_visible, ids_masked)
+            # Nothing is added to the class token, or to patches that the maps do not show.
+            latents = latents + F.pad(fed, (0, 0, 1, latents.shape[1] - 1 - fed.shape[1]))
+        loss_pixel, pred = self.predict(images, latents, out["ids_visible"], out["ids_masked"])
         # Both losses have the same weight (§3.2).
-        return dict(loss=loss_region + loss_pixel, loss_pixel=loss_pixel, pred=pred, loss_region=loss_region,
-                    pred_regions=pred_regions, region_maps=region_maps, ids_visible=ids_visible,
-                    ids_masked=ids_masked)
+        return dict(loss=out["loss_region"] + loss_pixel, loss_pixel=loss_pixel, pred=pred, **out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2272,9 +2284,14 @@ def split_encoder(state):
     """A state dict -> the ViT's part of it, with its own names, and the names of the rest. ValueError if it
     has what would change a ViT's output, and is not here."""
     prefix = encoder_prefixes(state)[0]
-    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    # BEiT's and CAE's code has names of its own (gamma_1, q_bias, v_bias), and no bias of the keys.
+    inside = {re.sub(r"gamma_(\d)$", r"ls\1.gamma", k.removeprefix(prefix)): v
+              for k, v in state.items() if k.startswith(prefix)}
+    for name in [k for k in inside if k.endswith("q_bias")]:
+        q, v = inside.pop(name), inside.pop(name.replace("q_bias", "v_bias"))
+        inside[name.replace("q_bias", "qkv.bias")] = torch.cat([q, 0 * q, v])
     for name in inside:
-        if name.startswith(("reg_token", "register_tokens", "dist_token", "norm_pre.")):
+        if name.startswith(("reg_token", "register_tokens", "dist_token", "norm_pre.", "rel_pos_bias.")):
             raise ValueError(f"another architecture: there is no {name} here")
     return inside, [k for k in state if not k.startswith(prefix)]
 

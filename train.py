@@ -98,14 +98,14 @@ RECIPES = {
                 warmup_epochs={400: 40.0, 800: 40.0}, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05,
                 crop_scale=(0.2, 1.0), flip=True),
 }
-# SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's. 100 epochs
-# are its ablations', 200 AMT's.
+# SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's. 100
+# epochs are its ablations', 200 AMT's.
 RECIPES["simmim"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1e-4, lr_batch=512,
                                           warmup_epochs={100: 10.0, 200: 10.0, 800: 10.0},
                                           betas=(0.9, 0.999), clip_grad=5.0, crop_scale=(0.67, 1.0))
 # CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. The only augmentations
-# are crop and flip. Gradient clipping, the smallest learning rate and the crop scale are from BEiT's and CAE's
-# code.
+# are crop and flip. Gradient clipping, the smallest learning rate and the crop scale are from BEiT's and
+# CAE's code.
 RECIPES["cae"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
                                        warmup_epochs={300: 10.0, 800: 20.0, 1600: 40.0}, min_lr=1e-5,
                                        betas=(0.9, 0.999), clip_grad=3.0, crop_scale=(0.08, 1.0))
@@ -117,8 +117,8 @@ RECIPES["dvae"] = RECIPES["mae"] | dict(image_size=112, epochs=50, batch_size=51
 # baselines are MAE with --epochs 400, SimMIM with --epochs 200.
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
-# LoMaR: "we follow the MAE settings", but crops alone, no flip; warm-up for 40 epochs of 1600, 20 of 800, 10 of
-# 400 (its supplement, §6.1)
+# LoMaR: "we follow the MAE settings", but crops alone, no flip; warm-up for 40 epochs of 1600, 20 of 800, 10
+# of 400 (its supplement, §6.1)
 RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, warmup_epochs=40.0, flip=False)
 # ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. The rate is that of a batch of 128 on COCO and
 # ImageNet-100; CLEVR has --epochs 300 --batch-size 256 --lr 1.5e-4.
@@ -393,6 +393,8 @@ def main(argv):
     method = build_method(**args).to(device)
     if rank() == 0:
         print(source.description)
+        if args["method"] == "cae" and tokenizer is None:
+            print("without --tokenizer CAE predicts pixels: Table 9's variant, and normalising them is ours")
         for name, value in args.items():
             value = getattr(method, name, None) if value is None else value
             if value is not None:
@@ -692,7 +694,8 @@ def write_checkpoint(output, method, state, save_every=None):
     state dict's metadata, which loading leaves alone."""
     if state["epoch"]:
         encoder, args = method.encoder.state_dict(), state["args"] or {}
-        encoder._metadata[""] |= {name: args[name] for name in ("method", "base", "image_size") if name in args}
+        known = {name: args[name] for name in ("method", "base", "image_size") if name in args}
+        encoder._metadata[""] |= known
         names = ["encoder.pt"]
         if save_every and state["epoch"] % save_every == 0:
             names.append(f"encoder-{state['epoch']}.pt")
@@ -871,6 +874,7 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None):
         tiles["from all patches"] = predicted(full, everything)
     if "pred_regions" in out:
         maps = out["region_maps"]
+        ids_masked = out.get("ids_masked_regions", ids_masked)
         completed = mim.reconstruct_regions(maps, out["pred_regions"], ids_masked, p)
         true, completed = (x[:, :1].expand_as(image).float() for x in (maps, completed))
         tiles |= {"true region": true, "masked region": show(true, ids_masked, grey), "completed": completed}

@@ -230,6 +230,19 @@ def test_the_decoder_adds_positions_once():
     assert torch.allclose(cae.decode(z, ids), expected, atol=1e-6)
 
 
+def test_without_blocks_the_decoder_is_a_linear_layer_alone():
+    """Table 2, the first row."""
+    cae, z, (_, ids) = shaken(CAE(vit(layer_scale=0.1), 8, decoder_depth=0)), torch.randn(2, 8, 32), split()
+    assert torch.equal(cae.decode(z, ids), F.linear(z, cae.head.weight, cae.head.bias))
+    own = {name.split(".")[0] for name in cae.state_dict()} - {"encoder"}
+    assert own == {"mask_token", "regressor_blocks", "regressor_norm", "head"}
+    with torch.no_grad():
+        whole, (x, tokens) = cae.predict_whole(images()), (images(), torch.randint(8, (2, 16)))
+    assert whole.shape == (2, 16, 8)
+    loss = cae(x, tokens)["loss"]
+    assert all(g.any() for g in gradients(loss, cae.regressor_blocks)[-4:])
+
+
 def test_regressor_and_decoder_take_over_the_encoders_drop_path():
     cae = CAE(ViT(32, 8, 32, 3, 2, drop_path=0.4), regressor_depth=5, decoder_depth=3)
     assert [block.drop_path.p for block in cae.regressor_blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])

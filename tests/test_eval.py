@@ -1260,7 +1260,7 @@ TASK_FLAGS = {
 }
 DECODER_FLAGS = {"decoder_dim": refused("32"), "decoder_depth": refused("2"),
                  "decoder_heads": differs("4"), "norm_pix": differs("false")}
-BRANCH = {"mask_ratio": differs("0.5"), "num_regions": differs("2"), "variant": refused("batch"),
+BRANCH = {"mask_ratio": differs("0.5"), "region_mask_ratio": differs("0.5"), "num_regions": differs("2"), "variant": refused("batch"),
           "region_dim": refused("32"), "region_heads": differs("4"),
           "region_decoder_depth": refused("2"),
           **region_flags(), "--data": differs("{folder} --regions fh")}

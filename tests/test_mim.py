@@ -932,6 +932,38 @@ def test_a_missing_last_norm_is_reported_not_refused():
     assert mim.load_encoder(vit(), state) == (["norm.weight", "norm.bias"], ["fc_norm.weight"])
 
 
+def beits_names(state):
+    """A state dict of ours as BEiT's and CAE's code names it; their keys have no bias."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        if name.endswith("qkv.bias"):
+            q, _, v = value.chunk(3)
+            renamed |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def test_encoders_of_beits_and_caes_code_load():
+    """Their code computes q, k, v as the product with qkv.weight, and adds q_bias, 0, v_bias."""
+    ours = timm_style(ViT(**SMALL, layer_scale=0.1))
+    theirs = beits_names(ours)
+    assert "blocks.0.gamma_1" in theirs and "blocks.1.attn.v_bias" in theirs
+    mine = dict(ours)
+    for i in range(SMALL["depth"]):
+        mine[f"blocks.{i}.attn.qkv.bias"][32:64] = 0
+    whole = {f"encoder.{k}": v for k, v in (theirs | {"mask_token": torch.zeros(1, 1, 32)}).items()}
+    for content, left in ((theirs, []), ({"model": whole}, ["mask_token"])):
+        encoder, (missing, left_over) = mim.vit_from_checkpoint(content, num_heads=4)
+        assert missing == [] and left_over == left
+        assert all(torch.equal(value, mine[name]) for name, value in encoder.state_dict().items())
+    for name in ("rel_pos_bias.relative_position_bias_table", "blocks.0.attn.relative_position_bias_table"):
+        state = {k: v for k, v in theirs.items() if k != "pos_embed"} | {name: torch.zeros(732, 2)}
+        with pytest.raises(ValueError, match=f"another architecture: there is no {name} here"):
+            mim.vit_from_checkpoint(state, 32)
+
+
 def test_broken_files_are_refused_in_one_line(tmp_path):
     for name, content in (("text.pt", b"hello"), ("empty.pt", b"")):
         (tmp_path / name).write_bytes(content)

@@ -270,6 +270,52 @@ def test_forward_draws_a_mask_then_regions_that_it_shows():
     assert torch.equal(region_loss(out["pred_regions"], target), out["loss_region"])
 
 
+@pytest.mark.parametrize("ratio, shown", [(None, 4), (0.5, 8), (0.75, 4), (0.875, 2)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_map_has_a_mask_of_its_own_ratio_by_the_same_order(ratio, shown, variant):
+    """Figure 4: of the visible patches of image and map, the fewer are the first of the more."""
+    method, images, maps, ids = small(variant=variant, region_mask_ratio=ratio)
+    order = torch.cat(list(ids.values()), dim=1)
+    out = method(images, region_maps=maps, **ids)
+    assert torch.equal(out["ids_visible"], order[:, :4]) and torch.equal(out["ids_masked"], order[:, 4:])
+    assert torch.equal(out["ids_masked_regions"], order[:, shown:])
+    target = take(patchify(maps, 8), order[:, shown:]).unflatten(-1, (-1, 4)).permute(0, 3, 1, 2)
+    assert torch.equal(region_loss(out["pred_regions"], target), out["loss_region"])
+
+    def changed(ids):  # by other maps there
+        other = method(images, region_maps=repaint(maps, ids), ids_visible=order[:, :4], ids_masked=order[:, 4:])
+        return not torch.allclose(other["pred_regions"], out["pred_regions"], atol=1e-6)
+
+    assert changed(order[:, :shown]) and not changed(order[:, shown:])
+    with torch.no_grad():  # the image's mask is the same as without
+        plain = small(variant=variant)[0]
+        assert torch.equal(plain(images, region_maps=maps, **ids)["loss_pixel"], out["loss_pixel"])
+
+
+@pytest.mark.parametrize("cls", [RAE, RMAE])
+def test_regions_are_those_that_their_own_mask_shows(cls):
+    method, images, _, ids = small(cls, region_mask_ratio=0.9)
+    shown = ids["ids_visible"][:, :1]  # of 16 patches; the image shows 4
+    regions = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4)
+    regions = regions.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(3, -1, -1, -1)  # one a patch
+    maps = method(images, regions, **ids)["region_maps"]
+    assert torch.equal(maps, (regions == 1 + shown[..., None, None]).expand(-1, 4, -1, -1))
+
+
+@pytest.mark.parametrize("ratio, fed", [(0.5, 4), (None, 4), (0.875, 2)])
+def test_regions_feed_the_patches_that_image_and_maps_show(ratio, fed, monkeypatch):
+    method, images, maps, ids = small(cross_feed="both", region_mask_ratio=ratio)
+    seen, branch = [], method.region_branch
+    monkeypatch.setattr(method, "predict", lambda images, latents, *mask: seen.append(latents) or (0.0, latents))
+    method(images, region_maps=maps, **ids)
+    order = torch.cat(list(ids.values()), dim=1)
+    embeddings = branch.encode(maps, order[:, : 4 if ratio is None else int(16 * (1 - ratio))])
+    added = method.region_feed(branch.block_norm(embeddings).mean(1))
+    difference = seen[0] - method.encoder(images, ids["ids_visible"])
+    assert torch.allclose(difference[:, 1 : 1 + fed], added[:, :fed], atol=1e-5)
+    assert not difference[:, 0].any() and not difference[:, 1 + fed :].any()
+
+
 def test_errors_name_the_argument():
     vit = ViT(32, 8, 32, 2, 2)
     for options, message in [
@@ -281,6 +327,7 @@ def test_errors_name_the_argument():
             (dict(region_heads=0), "region_heads must be at least 1, got 0"),
             (dict(region_heads=7), "region_dim must be divisible by 4 and by region_heads=7, got 128"),
             (dict(mask_ratio=float("nan")), "mask_ratio must be in 0..1, got nan"),
+            (dict(region_mask_ratio=0), "mask_ratio=0 masks 0 of 16;"),
             (dict(mask_ratio=1), "mask_ratio=1 masks 16 of 16;")]:
         with pytest.raises(ValueError, match=message):
             RMAE(vit, decoder_dim=32, decoder_depth=1, **options)

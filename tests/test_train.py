@@ -59,6 +59,19 @@ def weights(output):
 # Settings
 
 
+def test_a_run_says_what_made_its_encoder(call):
+    """In encoder.pt's metadata; CAE on pixels also says which of the paper's variants it is."""
+    for method, flags, kept in (("cae", [], dict(method="cae")), ("amt", ["--base", "simmim"], dict(
+            method="amt", base="simmim"))):
+        code, out, err, output = call(method, *flags, "--epochs", 1, out=method)
+        assert code == 0, err
+        state = load(output / "encoder.pt")
+        assert kept.items() <= state._metadata[""].items() and state._metadata[""]["image_size"] == [32, 32]
+        assert ("Table 9's variant" in out) == (method == "cae")
+        vit = mim.ViT(32, 4, **mim.SIZES["nano"], layer_scale=0.1)
+        assert not any(vit.load_state_dict(state, strict=True))
+
+
 def test_learning_rate_by_hand():
     steps = (0, 5, 10, 35, 60, 110)
     rates = [train.learning_rate(step, steps=110, warmup_steps=10, peak=2.0, minimum=0.5) for step in steps]

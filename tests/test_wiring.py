@@ -434,7 +434,7 @@ BEIT = TRAINING | dict(  # CAE's appendix, which trains BEiT too; clipping, min_
 AMT_ALONE = dict(mask_ratio=None, throw_ratio=None, throw="middle", interval=None)  # None: by the base
 RMAE = MAE | dict(  # its §4 and Appendix A
     base_lr=1e-4, lr=1.6e-3, num_regions=8, variant="length", cross_feed="pixel_to_region", region_dim=128,
-    region_heads=8, region_decoder_depth=1, regions="fh")
+    region_heads=8, region_decoder_depth=1, regions="fh", region_mask_ratio=None)
 PAPERS = {
     ("mae",): MAE,
     ("simmim",): SIMMIM,
@@ -612,8 +612,8 @@ REGIONS = {
     "regions": "{masks}", "fh-scales": "30", "region-cache": "elsewhere", "prepare": "yes",
     "cam-weights": SAME + "cam is for objmae",
     "cam-labels": SAME + "the labels must be ImageNet's; see test_datasets.py"}
-RAE = REGIONS | {"mask-ratio": "0.5", "num-regions": "3", "variant": "batch", "region-dim": "32",
-                 "region-heads": "4", "region-decoder-depth": "2"}
+RAE = REGIONS | {"mask-ratio": "0.5", "region-mask-ratio": "0.5", "num-regions": "3", "variant": "batch",
+                 "region-dim": "32", "region-heads": "4", "region-decoder-depth": "2"}
 BLOCKS = {"mask-ratio": "0.6", "min-block": "4", "tokenizer": "{tokenizer}"}
 AMT_OWN = {"mask-ratio": "0.3", "throw-ratio": "0.2", "throw": "low", "interval": "2"}
 OWN = {  # a method with what all of its runs have -> its other flags
