@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MeanTokenizer
-from mim import (CAE, BEiT, Block, LoMaR, TargetHead, ViT, patchify, pixel_loss, put, take, token_loss,
-                 unpatchify, vit_from_checkpoint)
+from mim import (CAE, BEiT, Block, LoMaR, TargetHead, ViT, block_masking, patchify, pixel_loss, put, take,
+                 token_loss, unpatchify, vit_from_checkpoint)
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import read_image, write_png
 
@@ -165,6 +165,16 @@ def test_the_pixel_target_is_maes():
 def test_mistakes_are_named(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+@pytest.mark.parametrize("cls, ratio, min_block", [(CAE, 0.5, 2), (CAE, 0.25, 16), (BEiT, 0.5, 3)])
+def test_masks_are_blocks_as_asked_for(cls, ratio, min_block):
+    method, x = cls(vit(), 8, mask_ratio=ratio, min_block=min_block), images(6)
+    torch.manual_seed(3)
+    out = method(x, words(x))
+    torch.manual_seed(3)
+    expected = block_masking(6, (4, 4), int(16 * ratio), min_block)
+    assert torch.equal(out["ids_visible"], expected[0]) and torch.equal(out["ids_masked"], expected[1])
 
 
 def test_defaults_are_the_papers():

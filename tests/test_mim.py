@@ -864,6 +864,8 @@ def test_vit_from_checkpoint_reads_the_sizes_off_the_tensors():
     assert (encoder.image_size, encoder.patch_size, len(encoder.blocks), heads) == ((64, 64), 8, 12, 3)
     assert not missing and not left_over
     assert torch.equal(encoder.blocks[11].mlp.fc2.weight, state["blocks.11.mlp.fc2.weight"])
+    nano, _ = mim.vit_from_checkpoint(ViT(64, 8, **mim.SIZES["nano"]).state_dict())
+    assert nano.num_heads == 4  # of 32 channels, where 64 are usual
 
 
 @pytest.mark.parametrize("options", [
@@ -1063,6 +1065,13 @@ def test_alignment_brings_source_and_target_to_one_length(alignment, selection):
                 assert out["keep_visible"] is None
 
 
+def test_source_and_target_have_the_whole_number_below_alpha_of_all_patches():
+    """Table 9's 0.17, 0.25 and 0.05 of 64 patches are 10.88, 16 and 3.2."""
+    for alpha, count in ((0.17, 10), (0.25, 16), (0.05, 3)):
+        out = objmae(alpha=alpha)(images(2))
+        assert out["ids_visible"].shape == out["ids_masked"].shape == (2, count)
+
+
 def test_padding_changes_no_other_token_and_no_loss():
     method, x, regions = objmae(), images(2), squares((8, 8, 16, 16)).expand(2, -1, -1, -1)
     out = method(x, regions)
@@ -1181,6 +1190,15 @@ def test_every_method_takes_images_of_any_number_of_channels(name, channels):
         assert torch.equal(same, torch.ones(2, 64, dtype=torch.bool).scatter(1, out["ids_masked"], False))
     again, names = mim.vit_from_checkpoint(method.state_dict(), image_size=32, num_heads=4)
     assert again.channels == channels and torch.equal(again(x), encoder(x)) and names[0] == []
+
+
+@pytest.mark.parametrize("name", [name for name in AROUND if name != "cae"])  # CAE's: see test_cae.py
+def test_every_linear_layer_starts_xavier_uniform(name):
+    method = AROUND[name](vit(relative_position=name == "lomar"))
+    for layer in method.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / sum(layer.weight.shape))
+            assert 0.95 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
 
 
 class Wrapped(torch.nn.Module):
