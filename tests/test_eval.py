@@ -270,8 +270,8 @@ def recipe(task, method, size, image_size):
     return defaults | evaluation.recipe(task, encoder, method)
 
 
-# The papers' values, as they stand there: task, method, size of the encoder; the peak learning rate at a number
-# of images a step
+# The papers' values, as they stand there: task, method, size of the encoder; the peak learning rate at a
+# number of images a step
 TUNED = dict(weight_decay=0.05, label_smoothing=0.1, min_lr=1e-6, lookahead=0, drop_path=0.1, pool="mean")
 AT_WORK = {
     # MAE: Table 9, and its code for ViT-L and ViT-H
@@ -282,7 +282,8 @@ AT_WORK = {
     ("finetune", "mae", "huge"): TUNED | dict(
         epochs=50, batch_size=1024, warmup=5, layer_decay=0.75, drop_path=0.3, peak=(1e-3, 256)),
     # SimMIM: its released configuration
-    ("finetune", "simmim", "base"): TUNED | dict(epochs=100, warmup=20, layer_decay=0.65, peak=(1.25e-3, 512)),
+    ("finetune", "simmim", "base"): TUNED | dict(
+        epochs=100, warmup=20, layer_decay=0.65, peak=(1.25e-3, 512)),
     # AMT: §4.1 and its released commands
     ("finetune", "amt", "base"): TUNED | dict(
         epochs=100, warmup=5, layer_decay=0.75, peak=(1e-3, 256), pool="cls"),
@@ -305,7 +306,8 @@ AT_WORK = {
     ("semseg", "rmae", "base"): dict(epochs=100, batch_size=16),
     ("semseg", "rae", "base"): dict(epochs=100, batch_size=16),
     ("detect", "rmae", "base"): dict(
-        epochs=100, batch_size=64, peak=(1e-4, 64), layer_decay=0.7, drop_path=0.1, weight_decay=0.1, width=256,
+        epochs=100, batch_size=64, peak=(1e-4, 64), layer_decay=0.7, drop_path=0.1, weight_decay=0.1,
+        width=256,
         window=14),
     ("detect", "rmae", "large"): dict(epochs=100, layer_decay=0.8, drop_path=0.4, peak=(1e-4, 64)),  # ViTDet
     # CAE: Appendix A
@@ -318,7 +320,8 @@ AT_WORK = {
     ("linear", "cae", "base"): dict(epochs=90, batch_size=16384, warmup=10, peak=(6.4, 16384)),
     ("attentive", "cae", "base"): dict(epochs=90, batch_size=8192, warmup=10, peak=(0.4, 8192)),
     ("semseg", "cae", "base"): dict(
-        epochs=127, batch_size=16, layer_decay=0.65, drop_path=0.1, weight_decay=0.05, peak=(1e-4, 16), width=768),
+        epochs=127, batch_size=16, layer_decay=0.65, drop_path=0.1, weight_decay=0.05, peak=(1e-4, 16),
+        width=768),
     ("semseg", "cae", "large"): dict(
         epochs=127, batch_size=16, layer_decay=0.95, drop_path=0.15, peak=(4e-5, 16), width=1024),
 }
@@ -349,7 +352,8 @@ def test_methods_without_settings_of_their_own_have_maes(method):
     ("finetune", "mae", "small", 96, dict(epochs=30, batch_size=128, base_lr=1e-3)),
     ("finetune", "mae", "nano", 64, dict(epochs=3, batch_size=128, base_lr=1e-3)),
     ("finetune", "mae", "large", 64, dict(epochs=30, drop_path=0.1)),
-    ("finetune", "objmae", "small", 64, dict(epochs=30, batch_size=128, base_lr=1e-3, lr_batch=256, lookahead=0)),
+    ("finetune", "objmae", "small", 64,
+     dict(epochs=30, batch_size=128, base_lr=1e-3, lr_batch=256, lookahead=0)),
     ("finetune", "cae", "nano", 112, dict(epochs=200, layer_decay=0.75)),  # as ViT-S
     # Of the paper's settings its way of pooling is kept.
     ("finetune", "amt", "small", 64, dict(pool="cls", layer_decay=0.65, batch_size=128)),
@@ -398,8 +402,8 @@ def test_rates_of_every_step_and_group_by_hand(rates):
     assert [one for one, _ in steps] == pytest.approx([0, 0.09, *cosine])
     assert result == dict(batch_size=4, warmup_epochs=0.556)
     # 5 epochs of 2 steps
-    for usual, warmup in ((dict(usual_warmup=0.5), 0.5), (dict(usual_warmup=20), 1), (dict(usual_warmup=10), 0.556),
-                          (dict(warmup_steps=1), 0.5), (dict(warmup_steps=1500), 0.556),
+    for usual, warmup in ((dict(usual_warmup=0.5), 0.5), (dict(usual_warmup=20), 1),
+                          (dict(usual_warmup=10), 0.556), (dict(warmup_steps=1), 0.5), (dict(warmup_steps=1500), 0.556),
                           (dict(warmup_steps=1500, warmup_epochs=2), 2)):
         assert rates(lambda: run(**usual))[1]["warmup_epochs"] == warmup
 
@@ -695,7 +699,7 @@ def wide(tmp_path_factory):
 ])
 def test_every_task_has_its_views_of_its_splits(handed, wide, task, flags, view):
     size = ["--image-size", 16, 24, "--patch-size", 8]
-    taken = handed("random", task, "--data", wide, *size, "--limit", 6, *flags)
+    taken = handed("random", task, "--data", wide, *size, "--limit", 6, "--seed", 3, *flags)
     data, val = taken["train"], taken["val"]
     assert [Path(val.source.name(i)).parts[-3:] for i in range(len(val))] == [
         ("val", "ab"[label], f"{i}.png") for label, i in ((0, 0), (0, 2), (1, 1), (1, 3))]
@@ -718,7 +722,7 @@ def test_every_task_has_its_views_of_its_splits(handed, wide, task, flags, view)
     assert 0.07 < area.min() < 0.15 and area.max() > 0.55  # MAE's code: 0.08 to 1
     assert 0.3 < sum(item["flip"] for item in items) / len(items) < 0.7
     assert len({tuple(item["box"].tolist()) for item in items}) == len(items)
-    plain = datasets.Images(data.source, (16, 24), "crop", (0.08, 1.0))
+    plain = datasets.Images(data.source, (16, 24), "crop", (0.08, 1.0), seed=3)
     same = sum(torch.equal(plain[e, i]["image"], data[e, i]["image"]) for e in range(20) for i in range(6))
     assert same == 120 if view == "crop" else 10 < same < 60  # 1/4 or so is not augmented
 
@@ -800,7 +804,8 @@ def test_large_images_get_the_papers_settings(handed, runs, folder, monkeypatch)
     monkeypatch.setattr(evaluation, "SMALL", 16)
     taken = handed(runs / "objmae" / "encoder.pt", "finetune", "--data", folder)
     assert (taken["lookahead"], taken["min_lr"], taken["batch_size"]) == (5, 1e-5, 256)
-    taken = handed(runs / "objmae" / "encoder.pt", "finetune", "--data", folder, "--method", "simmim", "--epochs", 7)
+    flags = ["--data", folder, "--method", "simmim", "--epochs", 7]
+    taken = handed(runs / "objmae" / "encoder.pt", "finetune", *flags)
     assert "lookahead" not in taken and taken["usual_warmup"] == 20 and taken["epochs"] == 7
 
 
@@ -820,12 +825,14 @@ def test_an_encoder_says_its_image_size_where_its_tensors_do_not(handed, call, r
 def test_finetuning_with_lookahead_resumes_exactly(tmp_path):
     labels = torch.arange(8) % 2
     data, encoder = (tones(labels), labels), mim.ViT(8, 4, 16, 1, 2)
-    run = functools.partial(evaluation.finetune, encoder, data, data, batch_size=4, warmup_epochs=1, base_lr=1.0)
+    run = functools.partial(evaluation.finetune, encoder, data, data, batch_size=4, warmup_epochs=1,
+                            base_lr=1.0)
     for name, options in (("plain", {}), ("whole", dict(lookahead=3)), ("parts", dict(lookahead=3))):
         if name == "parts":  # interrupted in the second epoch: after the third of six steps
             with pytest.MonkeyPatch.context() as patch:
-                epochs = evaluation.train_epochs
-                patch.setattr(evaluation, "train_epochs", lambda *a, **k: itertools.islice(epochs(*a, **k), 2))
+                train_all = evaluation.train_epochs
+                first_two = lambda *a, **k: itertools.islice(train_all(*a, **k), 2)  # noqa: E731
+                patch.setattr(evaluation, "train_epochs", first_two)
                 run(epochs=3, output=tmp_path / name, **options)
             assert mim.load_file(tmp_path / name)["epoch"] == 1
         run(epochs=3, output=tmp_path / name, resume=name == "parts", **options)
@@ -840,7 +847,7 @@ def test_what_is_drawn_is_spread_over_the_validation_images_or_given(handed, run
     for task in ("reconstruct", "attention", "attentive"):
         images = handed(path, task, "--data", folder, "--count", 3)["images"]
         assert torch.equal(images, datasets.normalize(torch.stack([val[i]["image"] for i in (0, 3, 7)])))
-        files = [folder / "train" / "b" / "3.png", folder / "val" / "a" / "2.png"]
+        files = [folder / "train" / "ab"[i % 2] / f"{i}.png" for i in range(9, 0, -1)]  # 8 is for --data
         images = handed(path, task, "--images", *files, *["--data", folder] * (task == "attentive"))["images"]
         assert torch.equal(images, datasets.normalize(torch.stack([read_image(str(f)) for f in files])))
     assert len(handed(path, "reconstruct", "--data", folder)["images"]) == 8
@@ -1248,7 +1255,8 @@ TASK_FLAGS = {
     "attentive": PICTURE | PROBE | {"--method": same("lomar")},
     "finetune": TUNED | {"--data": differs("{folder}"), "--pool": differs("cls"),
                          "--accumulate": differs("2"), "--label-smoothing": differs("0.5"),
-                         "--lr-batch": differs("16"), "--min-lr": differs("1e-3"), "--lookahead": differs("1"),
+                         "--lr-batch": differs("16"), "--min-lr": differs("1e-3"),
+                         "--lookahead": differs("1"),
                          "--method": differs("amt")},
     "semseg": DENSE | {"--head": differs("linear")},
     "detect": DENSE | {"--image-size": differs("64"),
