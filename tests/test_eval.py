@@ -403,7 +403,8 @@ def test_rates_of_every_step_and_group_by_hand(rates):
     assert result == dict(batch_size=4, warmup_epochs=0.556)
     # 5 epochs of 2 steps
     for usual, warmup in ((dict(usual_warmup=0.5), 0.5), (dict(usual_warmup=20), 1),
-                          (dict(usual_warmup=10), 0.556), (dict(warmup_steps=1), 0.5), (dict(warmup_steps=1500), 0.556),
+                          (dict(usual_warmup=10), 0.556), (dict(warmup_steps=1), 0.5),
+                          (dict(warmup_steps=1500), 0.556),
                           (dict(warmup_steps=1500, warmup_epochs=2), 2)):
         assert rates(lambda: run(**usual))[1]["warmup_epochs"] == warmup
 
@@ -721,7 +722,8 @@ def test_every_task_has_its_views_of_its_splits(handed, wide, task, flags, view)
     area = (x1 - x0) * (y1 - y0)
     assert 0.07 < area.min() < 0.15 and area.max() > 0.55  # MAE's code: 0.08 to 1
     assert 0.3 < sum(item["flip"] for item in items) / len(items) < 0.7
-    assert len({tuple(item["box"].tolist()) for item in items}) == len(items)
+    # They change with epoch and index, but for a few that are equal by chance.
+    assert len({tuple(item["box"].tolist()) for item in items}) > 110
     plain = datasets.Images(data.source, (16, 24), "crop", (0.08, 1.0), seed=3)
     same = sum(torch.equal(plain[e, i]["image"], data[e, i]["image"]) for e in range(20) for i in range(6))
     assert same == 120 if view == "crop" else 10 < same < 60  # 1/4 or so is not augmented
