@@ -11,12 +11,13 @@ task.
 """
 
 # First, because it sets what a signal does while the rest is imported
-from train import (Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat, PositiveInt,
-                   add_lookahead, all_finite, autocast, call, check_place, check_setting, cut_batch,
-                   draw_reconstruction, exit_with_one_line, first_process_first, flags_of, half_cosine,
-                   image_pair, join_processes, load_method, load_tokenizer, not_empty, open_device,
-                   parameter_groups, picture, picture_items, rank, run_settings, save_picture, sized,
-                   small_patch, train_epochs, world_size, write_atomically)
+from train import (HIDDEN, SCALE, Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat,
+                   PositiveInt, add_lookahead, all_finite, autocast, call, check_place, check_setting,
+                   class_colours, cut_batch, draw_reconstruction, exit_with_one_line, first_process_first,
+                   flags_of, half_cosine, heat, image_pair, join_processes, load_method, load_tokenizer,
+                   not_empty, open_device, paint, parameter_groups, picture, picture_items, put_patches, rank,
+                   run_settings, save_picture, sized, small_patch, train_epochs, world_size, write,
+                   write_atomically)
 
 import contextlib
 import copy
@@ -33,7 +34,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
@@ -45,7 +46,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import mim
@@ -821,39 +822,48 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
         found = resize(logits[None, :, :h, :w].float(), image.shape[1:])[0].argmax(0).cpu()
         counted = truth != IGNORED
         pairs += (truth * len(names) + found)[counted].bincount(minlength=pairs.numel()).view_as(pairs)
-        shown += [(image, found, truth)] * (len(shown) < 4)
+        shown += [(image, as_masks(found), as_masks(truth))] * (len(shown) < 4)
     hits, occurs = pairs.diag(), pairs.sum(1) > 0
     iou = hits / (pairs.sum(0) + pairs.sum(1) - hits).clamp_min(1)
     return result | dict(miou=round(100 * iou[occurs].mean().item(), 2), classes=int(occurs.sum()),
                          pixel_accuracy=round(100 * (hits.sum() / pairs.sum()).item(), 2),
-                         picture=draw_classes(shown, names))
-
-
-def class_colours(count):
-    """`count` colours that differ: silver for the first class, mostly the background, then hues at steps of
-    the golden ratio, light and dark in turn."""
-    return ["silver"] + [f"hsv({222 * k % 360},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
+                         picture=draw_masks(shown, names))
 
 
 # An image [C, H, W] uint8 -> its longer side brought to 256 pixels, on a white square
 enlarge = functools.partial(fit_inside, size=(256, 256), fill=255, interpolation=v2.InterpolationMode.NEAREST)
 
 
-def draw_classes(shown, names):
-    """(image uint8 [3, H, W], predicted, true classes [H, W]) of some images -> a picture with a legend."""
-    colours = class_colours(len(names)) + ["white"] * (256 - len(names))  # ignored pixels are white
-    table = torch.tensor([ImageColor.getrgb(colour) for colour in colours], dtype=torch.uint8)
-    columns = dict(image=[], prediction=[], truth=[], classes=[])
-    for image, found, truth in shown:
-        legend = Image.new("RGB", (256, 256), "white")
-        seen = dict.fromkeys(truth.unique().tolist() + found.unique().tolist())  # the truth first
-        seen.pop(IGNORED, None)
-        for line, k in enumerate(seen):
-            ImageDraw.Draw(legend).text((4, 4 + 14 * line), names[k], fill=colours[k])
-        maps = (table[classes].permute(2, 0, 1) for classes in (found, truth))
-        for column, tile in zip(columns.values(), (image, *maps, v2.functional.pil_to_tensor(legend))):
-            column.append(enlarge(tile) / 255)
-    return picture({title: torch.stack(tiles) for title, tiles in columns.items()})
+def as_masks(classes):
+    """The classes [H, W] of an image's pixels -> for `draw_masks`."""
+    labels = classes[classes != IGNORED].unique()
+    return dict(masks=classes == labels[:, None, None], labels=labels)
+
+
+def draw_masks(shown, names):
+    """Of some images: (uint8 [3, H, W], what was predicted, truth) -> a picture with a legend of the classes.
+
+    The last two are dicts of masks [n, H, W] and labels [n], the classes' numbers; and of boxes [n, 4], which
+    are drawn with their names.
+    """
+    colours, rows, legend = class_colours(len(names)), [], {}
+    for image, *parts in shown:
+        row = [enlarge(image) / 255]
+        for part in parts:
+            masks, labels = (torch.as_tensor(part[name]) for name in ("masks", "labels"))
+            tile, of = row[0], colours[labels]
+            if len(labels) > 0:
+                tile = paint(tile, 0.6 * enlarge(masks.byte(), fill=0), of)
+                legend |= {names[k]: colours[k].view(3, 1, 1) for k in labels}
+            if len(labels) > 0 and "boxes" in part:
+                boxes = torch.as_tensor(part["boxes"]) * 256 / max(image.shape[1:])
+                of = [tuple(colour) for colour in (255 * of).int().tolist()]
+                tile = draw_bounding_boxes(tile, boxes, colors=of, width=2)
+                corners = (boxes[:, :2] + 3).tolist()
+                tile = write(tile, {tuple(corner): names[k] for corner, k in zip(corners, labels)})
+            row.append(tile)
+        rows.append(row)
+    return picture(dict(zip(("image", "prediction", "truth"), map(torch.stack, zip(*rows)))), legend)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1024,11 +1034,12 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
         found = to_original(found, image, val.size)
         records["box"].append(match_image(truth, found, "boxes"))
         records["mask"].append(match_image(truth, found, "masks"))
-        shown += [(image, found)] * (len(shown) < 6)
+        sure = {name: values[found["scores"] > 0.5] for name, values in found.items()}
+        shown += [(image, sure, truth)] * (len(shown) < 6)
     for name, record in records.items():
         for figure, value in average_precision(record).items():
             result[f"{name}_{figure}"] = None if value is None else round(value, 2)
-    return result | dict(picture=draw_objects(shown, names))
+    return result | dict(picture=draw_masks(shown, ["", *names]))
 
 
 def to_original(found, image, size):
@@ -1040,25 +1051,6 @@ def to_original(found, image, size):
     boxes = found["boxes"].cpu() * torch.tensor(2 * [W / w, H / h])
     found = found | dict(boxes=boxes, masks=masks, scores=found["scores"].float())
     return {name: value.cpu().numpy() for name, value in found.items()}
-
-
-def draw_objects(shown, names):
-    """(image uint8 [3, H, W], detections) of some images -> a picture: boxes, masks, names, scores above
-    0.5."""
-    colours, columns = class_colours(len(names) + 1), dict(image=[], detections=[])
-    for image, found in shown:
-        tile = enlarge(image)
-        columns["image"].append(tile / 255)
-        found = {name: values[found["scores"] > 0.5] for name, values in found.items()}
-        if len(found["labels"]) > 0:
-            of = [colours[k] for k in found["labels"]]
-            masks = enlarge(torch.from_numpy(found["masks"]).byte()) == 1
-            boxes = torch.from_numpy(found["boxes"] * 256 / max(image.shape[1:]))
-            texts = [f"{names[k - 1]} {score:.2f}" for k, score in zip(found["labels"], found["scores"])]
-            tile = draw_segmentation_masks(tile, masks, 0.5, of)
-            tile = draw_bounding_boxes(tile, boxes, texts, of)
-        columns["detections"].append(tile / 255)
-    return picture({title: torch.stack(tiles) for title, tiles in columns.items()}, per_row=2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1192,23 +1184,6 @@ def average_precision(records):
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 
-COLOURS = [[0.20, 0.05, 0.35], [0.20, 0.30, 0.60], [0.10, 0.58, 0.58], [0.45, 0.80, 0.35], [1.00, 0.92, 0.20]]
-
-
-def heat(images, attention):
-    """Images [n, 3, H, W] in [0, 1] and maps [n, gh, gw] -> grey images under the maps in colour, from violet
-    to yellow.
-
-    The colours get brighter evenly, and the image below has none, so that the map can be read on any
-    photograph.
-    """
-    attention = resize(attention[:, None], images.shape[-2:])
-    attention = attention / attention.amax((2, 3), keepdim=True).clamp_min(1e-12)
-    colours = torch.tensor(COLOURS, device=images.device).T[None]
-    colours = F.interpolate(colours, size=256, mode="linear", align_corners=True)[0]  # [3, 256]
-    coloured = colours[:, (255 * attention[:, 0]).long()].transpose(0, 1)
-    return 0.4 * images.mean(1, keepdim=True) + 0.6 * coloured
-
 
 def attention_picture(images, maps, more=()):
     """Images [n, 3, H, W] in [0, 1] and their attention maps [n, heads, gh, gw] -> a picture [3, h, w].
@@ -1218,7 +1193,7 @@ def attention_picture(images, maps, more=()):
     columns = dict(image=images, attention=heat(images, maps.mean(1)))
     if maps.shape[1] > 1:
         columns |= {f"head {i + 1}": heat(images, maps[:, i]) for i in range(maps.shape[1])}
-    return picture(columns | dict(more))
+    return picture(columns | dict(more), SCALE)
 
 
 def object_flow(flow, regions, patch_size):
@@ -1229,18 +1204,41 @@ def object_flow(flow, regions, patch_size):
     maps, found = mim.select_objects(regions, 1)
     member = mim.object_patches(maps[:, 0], patch_size) & found
     flow = (member[:, None].float() @ flow[:, 1:, 1:])[:, 0] / member.sum(1, keepdim=True).clamp_min(1)
-    return flow - flow.amin(1, keepdim=True), member
+    return flow, member
+
+
+def attention_shares(encoder, dataset, query=0, device="cpu", workers=0):
+    """The share of the last block's attention that falls on the largest object, and on all objects, beside
+    the objects' shares of the area: means over the images with an object, in percent.
+
+    dataset: datasets.Images with regions, label maps.
+    """
+    shares, p = [], encoder.patch_size
+    for batch in tqdm(make_loader(dataset, workers, device, batch_size=PIECE), leave=False, disable=None):
+        regions = batch["regions"].to(device)
+        main = mim.binary_maps(regions, mim.region_areas(regions).argmax(1, keepdim=True))
+        objects = torch.cat([main, regions.amax(1, keepdim=True) > 0], dim=1)
+        inside = F.avg_pool2d(objects.float(), p).flatten(2)  # [B, 2, N], of each patch
+        maps = encoder.last_attention(prepare(batch["image"], device), query).float().mean(1, keepdim=True)
+        share = (inside * maps).sum(2) / maps.sum(2)
+        shares.append(torch.cat([share, inside.mean(2)], dim=1)[objects[:, 1].any((1, 2))])
+    names = ("attention_main", "attention_objects", "area_main", "area_objects")
+    return {name: round(100 * share, 2) for name, share in zip(names, torch.cat(shares).mean(0).tolist())}
 
 
 @torch.no_grad()
-def attention(encoder, images, regions=None, query: NonNegativeInt | None = None, rollout: bool = False,
-              seed: NonNegativeInt = 0, device="cpu", precision="fp32") -> dict:
+def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt | None = None,
+              rollout: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
+              workers=0) -> dict:
     """A `picture` [3, h, w] of the last block's attention: a row has the image, the mean of the heads, and
     each head.
 
     encoder: a mim.ViT. images: [n, 3, H, W], uint8, or floats that are normalised.
-    regions: maps of the images' regions, for rollout: one object (all else dark) and the rollout of its
+    regions: maps of the images' regions, for rollout: one object (the rest is dark) and the rollout of its
         patches are drawn too (ObjMAE, Figures 7 and 10).
+    dataset: datasets.Images with regions, label maps. Then the mean shares of the attention that fall on the
+        largest object and on all objects, attention_main and attention_objects, are returned, too, and the
+        objects' shares of the area, all in percent. Attention that knows nothing of objects has the area's.
     query: whose attention: 0 the class token, 1+i patch i, which the picture marks (default: the class token;
         for LoMaR, where no loss reaches it, the patch in the middle)
     rollout: the attention rolled out through all blocks instead (see mim.ViT.rollout)
@@ -1252,28 +1250,25 @@ def attention(encoder, images, regions=None, query: NonNegativeInt | None = None
         query = 1 + gh // 2 * gw + gw // 2 if encoder.relative_position else 0
     if query > gh * gw:
         raise UsageError(f"--query {query}: it may be 0 (class token) to {gh * gw} (the last patch)")
-    if regions is not None and not rollout:
-        raise UsageError("--regions of --task attention is for --rollout")
     torch.manual_seed(seed)
-    shown = denormalize(images)
+    shown, result = denormalize(images), dict(query=query)
     with autocast(device, precision):
         if rollout:
             flow = encoder.rollout(images)
             maps = flow[:, query, None, 1:]
-            maps = maps - maps.amin(2, keepdim=True)
         else:
             maps = encoder.last_attention(images, query)
+            result |= {} if dataset is None else attention_shares(encoder, dataset, query, device, workers)
     maps = maps.float().unflatten(2, (gh, gw))
-    if regions is not None:
+    if rollout and regions is not None:
         flow, member = object_flow(flow, regions.to(device), p)
         inside = F.interpolate(member.unflatten(1, (gh, gw))[:, None].float(), images.shape[-2:])
         more["object"] = shown * (0.3 + 0.7 * inside)
         more["of the object"] = heat(shown, flow.unflatten(1, (gh, gw)))
     if query > 0:
-        top, left = (query - 1) // gw * p, (query - 1) % gw * p
-        red = torch.tensor([1.0, 0.0, 0.0], device=device).view(3, 1, 1)
-        shown[:, :, top : top + p, left : left + p].lerp_(red, 0.5)
-    return dict(query=query, picture=attention_picture(shown, maps, more))
+        red = paint(shown, torch.full_like(shown[:, :1], 0.5), torch.tensor([[1.0, 0.0, 0.0]]))
+        shown = put_patches(shown, red, torch.full((len(shown), 1), query - 1, device=device), p)
+    return result | dict(picture=attention_picture(shown, maps, more))
 
 
 @torch.no_grad()
@@ -1281,7 +1276,9 @@ def reconstruct(method, images, regions=None, tokenizer=None, seed: NonNegativeI
                 precision="fp32") -> dict:
     """A `picture` [3, h, w] of images, masked images and reconstructions, and the losses of these images.
 
-    loss_full is CAE's of the whole image, encoded and decoded without the regressor.
+    loss_full is CAE's of the whole image, encoded and decoded without the regressor. error is the mean
+    squared error of the hidden pixels as drawn, in 0..1; error_hint, for methods on normalised patches, that
+    of each patch's true mean, which the picture is given.
 
     method: one of mim.METHODS. images: [n, 3, H, W], uint8, or floats that are normalised.
     regions, tokenizer: for methods that take them.
@@ -1293,7 +1290,7 @@ def reconstruct(method, images, regions=None, tokenizer=None, seed: NonNegativeI
     torch.manual_seed(seed)
     with autocast(device, precision):
         drawn, out = draw_reconstruction(method, images, regions, tokenizer)
-    losses = {k: round(v.item(), 4) for k, v in out.items() if k.startswith("loss") or k == "accuracy"}
+    losses = {k: round(v.item(), 5) for k, v in out.items() if k.startswith(("loss", "error", "accuracy"))}
     return losses | dict(picture=drawn)
 
 
@@ -1385,7 +1382,7 @@ def segment(method, images, image_visible: Fraction = 1.0, count: PositiveInt = 
         raise UsageError("--task segment: no image has a region of at least 5% of it")
     scores = {name: torch.cat(values) for name, values in scores.items()}
     means = {name: round(100 * values.nanmean().item(), 2) for name, values in scores.items()}
-    return means | dict(objects=len(scores["iou_80"]), picture=picture(columns))
+    return means | dict(objects=len(scores["iou_80"]), picture=picture(columns, HIDDEN))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1460,7 +1457,8 @@ def open_method(checkpoint, set: list[str] | None = None):
         args = run_settings(content)
         changes = read_changes(set, args.get("method", "mae"), args.get("base", "mae"))
         if args:
-            return loaded(load_method(content, checkpoint, **changes), checkpoint), args
+            method = load_method(content, checkpoint, **changes)
+            return loaded(method, checkpoint), args | dict(epoch=content.get("epoch"))
         state = mim.read_checkpoint(content)
         depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
         if not depth:
@@ -1659,7 +1657,7 @@ def main(argv):
         for flag, argument in dict(regions="regions", tokenizer="tokens").items():
             if flag in given and argument not in inspect.signature(method.forward).parameters:
                 raise UsageError(f"--{flag}: the method of {given['checkpoint']} takes none")
-        kept = ("tokenizer", "tokenizer_digest", *flags_of([open_regions]))  # those of the run
+        kept = ("method", "epoch", "tokenizer", "tokenizer_digest", *flags_of([open_regions]))
         settings = {name: args[name] for name in kept if name in args}
         if "images" in given and "regions" in args:
             settings["regions"] = "fh"
@@ -1676,12 +1674,17 @@ def main(argv):
     if "images" in takes:
         images = call(open_images, settings, settings=settings, size=size)
         fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
+        if "dataset" in takes and "regions" in fixed:
+            fixed["dataset"] = images
     result = call(run, settings, **fixed)
     if "picture" in result:
         path = settings["output"]
         if "output" in takes:  # it is the model's
             path = path.with_suffix(".png")
-        save_picture(path, result["picture"], task)
+        names = ("checkpoint", "method", "epoch", "task")
+        words = [f"{name} {settings[name]}" for name in names if settings.get(name)]
+        words += given.get("images", [settings["data"]])
+        save_picture(path, result["picture"], task, ", ".join(words))
         result["picture"] = str(path)
     if rank() == 0:
         shown = {name: p.default for name, (p, _) in flags_of([run]).items()} | settings | result

@@ -69,6 +69,7 @@ import json
 import math
 import re
 import shlex
+import textwrap
 import time
 import typing
 from pathlib import Path
@@ -77,7 +78,7 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ImageDraw, PngImagePlugin
+from PIL import ImageColor, ImageDraw, ImageFont, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
@@ -364,7 +365,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
             log.append(json.dumps(line))
             tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
             write_atomically(output / "log.jsonl", lambda to: to.write("\n".join([*log, ""]).encode()))
-            draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed)
+            heading = f"{type(method).__name__}, epoch {line['epoch']} of {epochs}, {source.description}"
+            draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed, heading)
         # If the disk is full or read-only, the run fails here before its first epoch and not after it.
         kept |= dict(args=args, maps=getattr(method, "maps", None))
         write_checkpoint(output, method, kept, save_every)
@@ -798,23 +800,46 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
 # Pictures
 
 
-def picture(columns, per_row=1):
-    """Tiles by title, {title: [n, 3, h, w] in 0..1} -> one picture [3, H, W], a sample a row, or per_row of
-    them.
-
-    Titles stand over the columns; tiles of fewer than 128 pixels are enlarged.
-    """
-    tiles = torch.stack([tile.float().cpu() for tile in columns.values()], dim=1)  # [n, columns, 3, h, w]
-    tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=max(1, 128 // tiles.shape[-1]))
-    grid = make_grid(tiles, nrow=per_row * len(columns), padding=4, pad_value=1.0)
-    image = TF.to_pil_image(F.pad(grid, (0, 0, 12, 0), value=1.0))
-    for place, title in enumerate(per_row * list(columns)):
-        ImageDraw.Draw(image).text((4 + place * (tiles.shape[-1] + 4), 1), title, (60, 60, 60))
+def write(image, texts):
+    """Writes {(x, y): text} into a picture [3, H, W] in 0..1: black with a white rim, for any ground."""
+    image, font = TF.to_pil_image(image), ImageFont.load_default()
+    with contextlib.suppress(TypeError, ImportError):  # Pillow before 10.1 has small letters alone
+        font = ImageFont.load_default(13)
+    for place, text in texts.items():
+        text = text.encode("latin-1", "replace").decode("latin-1")  # the fonts have few others
+        ImageDraw.Draw(image).text(place, text, "black", font, spacing=0, stroke_width=2, stroke_fill="white")
     return TF.pil_to_tensor(image).float() / 255
 
 
-def save_picture(path, image, task):
-    """A picture [3, H, W] in 0..1 -> a PNG file, in which eval.py finds later of which task it is."""
+def picture(columns, legend={}):
+    """Tiles by title, {title: [n, 3, h, w] in 0..1} -> one picture [3, H, W], a sample a row, or several if
+    they are narrow.
+
+    Titles stand over the columns, above them the legend, {words: a tensor that expands to [3, 12, 24]}. Tiles
+    are enlarged to at least 128 pixels.
+    """
+    tiles = torch.stack([tile.float().cpu() for tile in columns.values()], dim=1)  # [n, columns, 3, h, w]
+    tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=math.ceil(128 / min(tiles.shape[-2:])))
+    width = tiles.shape[-1] + 4
+    per_row = max(1, 1100 // (width * len(columns)))
+    grid, texts = make_grid(tiles, nrow=per_row * len(columns), padding=4, pad_value=1.0), {}
+    titles = [textwrap.wrap(title, width // 8) for title in columns]
+    per_line = max(1, grid.shape[2] // 220)
+    above = 17 * (math.ceil(len(legend) / per_line) + max(map(len, titles)))
+    image = F.pad(grid, (0, 0, above, 0), value=1.0)
+    for k, lines in enumerate(per_row * titles):
+        texts[4 + k * width, above - 17 * len(lines)] = "\n".join(lines)
+    for k, (words, swatch) in enumerate(legend.items()):
+        x, y = 4 + k % per_line * 220, k // per_line * 17
+        image[:, y + 3:y + 15, x:x + 24] = swatch
+        texts[x + 30, y] = words
+    return write(image, texts)
+
+
+def save_picture(path, image, task, heading=""):
+    """A picture [3, H, W] in 0..1 below a heading -> a PNG file, in which eval.py finds later of which task
+    it is."""
+    image = write(F.pad(image, (0, 0, 17 * bool(heading), 0), value=1.0), {(4, 0): heading})
     text = PngImagePlugin.PngInfo()
     text.add_text("task", task)
     picture = TF.to_pil_image((255 * image).round().byte())
@@ -829,65 +854,127 @@ def picture_items(dataset, count=8):
     return dict(images=normalize(batch["image"])) | {k: batch[k] for k in ("regions",) if k in batch}
 
 
+def class_colours(count):
+    """`count` colours that differ, [count, 3] in 0..1: silver for the first class, mostly the background,
+    then hues at steps of the golden ratio, light and dark in turn."""
+    names = ["silver"] + [f"hsv({222 * k % 360},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
+    return torch.tensor([ImageColor.getrgb(name) for name in names]) / 255
+
+
+def paint(images, maps, colours):
+    """Images [..., 3, H, W] under maps [..., k, H, W] in 0..1, one after another in their colours [k, 3]."""
+    for map, colour in zip(maps.split(1, dim=-3), colours.to(images)):
+        images = images.lerp(colour.view(3, 1, 1), map.to(images))
+    return images
+
+
+def heat(images, attention):
+    """Images [n, 3, H, W] in 0..1 and maps [n, gh, gw] -> grey images, where a map is large in orange. Each
+    map has the whole scale, from its least to its most."""
+    attention = attention.float() - attention.amin((1, 2), keepdim=True)
+    attention = attention / attention.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    attention = F.interpolate(0.8 * attention[:, None], images.shape[-2:], mode="bilinear")
+    return paint(images.mean(1, keepdim=True).expand_as(images), attention, torch.tensor([[1.0, 0.4, 0.0]]))
+
+
+def hatch(height, width, period):
+    """Grey stripes on white, [height, width]: what is left out."""
+    diagonal = torch.arange(height)[:, None] + torch.arange(width)
+    return 1 - 0.5 * (diagonal % period < period / 4)
+
+
+# Legends for `picture`
+SCALE = {"least to most attention": heat(torch.full((1, 3, 12, 24), 0.5), torch.arange(24).view(1, 1, 24))[0]}
+HIDDEN = {"hidden, to be predicted": torch.tensor(0.5)}
+LEFT_OUT = {"left out, enters nothing": hatch(12, 24, 8)}
+
+
+def put_patches(under, image, ids, patch_size):
+    """`under` with the patches `ids` [B, n] of `image`, both [B, C, H, W]."""
+    return mim.reconstruct(under, mim.take(mim.patchify(image, patch_size), ids), ids, patch_size)
+
+
+def show_mask(image, ids_visible, ids_masked, patch_size):
+    """Images [B, 3, H, W] in 0..1 as a method gets them: visible patches as they are, masked ones grey, all
+    others hatched."""
+    under = hatch(*image.shape[-2:], max(2, patch_size // 2)).to(image).expand_as(image)
+    visible = put_patches(under, image, ids_visible, patch_size)
+    return put_patches(visible, torch.full_like(image, 0.5), ids_masked, patch_size)
+
+
 def draw_reconstruction(method, images, regions=None, tokenizer=None):
     """Normalised images [B, 3, H, W] -> a picture [3, h, w]: of each image tiles, as far as the method has
-    them.
+    them; and what the method returned, with `error`, the mean squared error of hidden pixels in 0..1.
 
-    Masked patches are grey; patches that the method left out (AMT's thrown ones, all outside of LoMaR's
-    window or of ObjMAE's objects) are black. Of LoMaR's windows and of R-MAE's regions the first is shown.
+    Methods on normalised patches do not predict a patch's mean and contrast, so the picture takes the true
+    ones. Beside it stands what the true mean alone shows, with `error_hint`. Of LoMaR's windows the first is
+    masked and reconstructed.
     """
     image = denormalize(images)
     if isinstance(method, mim.DVAE):
         out = method(images)
-        return picture(dict(image=image, reconstruction=denormalize(out["pred"])), per_row=4), out
+        return picture(dict(image=image, reconstruction=denormalize(out["pred"]))), out
     p, grid = method.encoder.patch_size, method.encoder.grid
     inputs = {} if regions is None else dict(regions=regions)
     if tokenizer is not None:
         inputs["tokens"] = tokenizer.tokenize(images, grid)
-    out = method(images, **inputs)
-    windows = getattr(method, "num_windows", 1)
+    out, windows = method(images, **inputs), getattr(method, "num_windows", 1)
     ids_visible, ids_masked = (out[name].chunk(windows, dim=1)[0] for name in ("ids_visible", "ids_masked"))
-    black, grey = torch.zeros_like(image), torch.full_like(image, 0.5)
-
-    def show(under, ids, image):
-        """`under` with the patches `ids` of an image."""
-        return mim.reconstruct(under, mim.take(mim.patchify(image, p), ids), ids, p)
+    ids_used = torch.cat([out["ids_visible"], out["ids_masked"]], dim=1)
+    white, masked = torch.ones_like(image), show_mask(image, ids_visible, ids_masked, p)
 
     def predicted(pred, ids):
         """The images with the patches `ids` as predicted; predicted tokens are drawn by their tokenizer."""
         if tokenizer is None:
             return denormalize(mim.reconstruct(images, pred.float(), ids, p, method.norm_pix))
         if tokenizer.decoder is None:
-            return black  # DALL-E's encoder alone cannot draw tokens
+            return 0 * white  # DALL-E's encoder alone cannot draw tokens
         drawn = tokenizer.decode(inputs["tokens"].scatter(1, ids, pred.argmax(-1)), grid)
         return denormalize(F.interpolate(drawn.float(), image.shape[-2:], mode="bicubic", antialias=True))
 
-    visible = show(black, ids_visible, image)
-    tiles = dict(image=image, masked=show(visible, ids_masked, grey))
+    def add(title, pred, error):
+        shown = predicted(pred, ids_masked)
+        tiles[title] = put_patches(masked, shown, ids_masked, p)
+        out[error] = mim.take(mim.patchify(shown - image, p), ids_masked).square().mean()
+
+    tiles, legend, given = dict(image=image), HIDDEN, ""
+    if "ids_thrown" in out and method.throw != "random":
+        tiles["attention"], legend = heat(image, mim.attention_map(method.encoder, images)), SCALE | HIDDEN
+    elif ids_used.shape[1] != math.prod(grid):
+        title = "object: source and target" if windows == 1 else "all windows"
+        tiles[title] = show_mask(image, ids_used, ids_used[:, :0], p)
+    tiles["masked" if windows == 1 else "masked: one window"] = masked
     if "pred" in out:
-        pred = out["pred"].chunk(windows, dim=1)[0]
-        tiles["reconstruction"] = show(visible, ids_masked, predicted(pred, ids_masked))
+        pred = out["pred"][:, :ids_masked.shape[1]]
+        if tokenizer is None and method.norm_pix:
+            given = ", true mean and contrast given"
+            add("hint alone: true mean", 0 * pred, "error_hint")
+        add("reconstruction" + given, pred, "error")
     if hasattr(method, "predict_whole"):
         everything = torch.arange(math.prod(grid), device=image.device).expand(len(image), -1)
         full = method.predict_whole(images)
         out["loss_full"] = method.head.loss(full, images, inputs.get("tokens"), everything)[0]
-        tiles["from all patches"] = predicted(full, everything)
+        tiles["from all patches" + given] = predicted(full, everything)
     if "pred_regions" in out:
-        maps = out["region_maps"]
-        ids_masked = out.get("ids_masked_regions", ids_masked)
-        completed = mim.reconstruct_regions(maps, out["pred_regions"], ids_masked, p)
-        true, completed = (x[:, :1].expand_as(image).float() for x in (maps, completed))
-        tiles |= {"true region": true, "masked region": show(true, ids_masked, grey), "completed": completed}
-    return picture(tiles, per_row=2), out
+        maps, colours = out["region_maps"], class_colours(1 + out["region_maps"].shape[1])[1:]
+        ids = out.get("ids_masked_regions", ids_masked)
+        tiles["regions"] = paint(white, maps, colours)
+        tiles["masked regions"] = put_patches(tiles["regions"], white / 2, ids, p)
+        completed = mim.reconstruct_regions(maps, out["pred_regions"], ids, p)
+        tiles["completed regions"] = paint(white, completed, colours)
+    if len(ids_visible[0]) + len(ids_masked[0]) < math.prod(grid):
+        legend = legend | LEFT_OUT
+    return picture(tiles, legend), out
 
 
-def draw_examples(path, method, items, tokenizer, device, seed=0):
+def draw_examples(path, method, items, tokenizer, device, seed, heading):
     """Draws and writes reconstruction.png with the same masks each time."""
     torch.manual_seed(seed)
     method.eval()
     items = {name: value.to(device) for name, value in items.items()}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it was compiled for batches of one size
-        save_picture(path, draw_reconstruction(method, **items, tokenizer=tokenizer)[0], "pretrain")
+        drawn = draw_reconstruction(method, **items, tokenizer=tokenizer)[0]
+    save_picture(path, drawn, "pretrain", heading)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor
+from PIL import Image
 
 import datasets
 import eval as evaluation
@@ -510,12 +510,12 @@ def test_the_loss_of_detection_is_the_sum_of_its_parts(monkeypatch, losses_of):
 
 @pytest.fixture
 def columns(monkeypatch):
-    """The columns of each picture that eval.py draws from now on, a list of {title: tiles}."""
+    """What each picture that eval.py draws from now on is made of, a list of ({title: tiles}, legend)."""
     drawn, draw = [], evaluation.picture
 
-    def picture(columns, **options):
-        drawn.append(columns)
-        return draw(columns, **options)
+    def picture(columns, legend):
+        drawn.append((columns, legend))
+        return draw(columns, legend)
 
     monkeypatch.setattr(evaluation, "picture", picture)
     return drawn
@@ -527,25 +527,28 @@ def test_the_picture_of_classes_shows_prediction_and_truth(monkeypatch, columns)
     truth[:8, :16] = datasets.IGNORED
     pairs = [(painting(np.full((16, 32), k % 4)), truth) for k in range(4)]
     segmentation(monkeypatch, Truth((painting(found), truth), *pairs, classes=NAMES), size=(32, 32))
-    drawn, = columns
-    assert list(drawn) == ["image", "prediction", "truth", "classes"]
+    (drawn, legend), = columns
+    assert list(drawn) == ["image", "prediction", "truth"]
     assert all(tiles.shape == (4, 3, 256, 256) for tiles in drawn.values())
-    colours = [torch.tensor(ImageColor.getrgb(colour)) / 255 for colour in evaluation.class_colours(4)]
-    assert len({tuple(colour.tolist()) for colour in colours}) == 4
+    colours = evaluation.class_colours(4)
+    assert len(colours.unique(dim=0)) == 4
     white = torch.ones(3)
-    expected = dict(prediction={(60, 60): colours[1], (60, 200): colours[2]},
-                    truth={(30, 60): white, (100, 60): colours[0], (60, 200): colours[3]},
-                    image={(60, 60): white * 60 / 255, (60, 200): white * 120 / 255})
+    one, other = white * 60 / 255, white * 120 / 255  # classes 1 and 2 of the image
+    expected = dict(prediction={(60, 60): (one, 1), (60, 200): (other, 2)},
+                    truth={(100, 60): (one, 0), (60, 200): (other, 3)})
     for title, places in expected.items():
-        for (y, x), colour in (places | {(200, 60): white}).items():
-            assert torch.allclose(drawn[title][0, :, y, x], colour.expand(3), atol=0.01), (title, y, x)
-    assert torch.allclose(drawn["prediction"][3, :, 60, 60], colours[2], atol=0.01)  # the fourth of the five
-    # The names: first those of the truth, then others that were found
-    lines = [drawn["classes"][0][:, 4 + 14 * k:18 + 14 * k] for k in range(5)]
-    for k, line in zip((0, 3, 1, 2), lines):
-        ink = line.flatten(1).T
-        assert (ink - colours[k]).abs().sum(1).min() < 0.1, NAMES[k]
-    assert (lines[4] == 1).all()
+        for (y, x), (below, k) in places.items():
+            mixed = 0.4 * below + 0.6 * colours[k]
+            assert torch.allclose(drawn[title][0, :, y, x], mixed, atol=0.01), (title, y, x)
+    for title, tiles in drawn.items():
+        assert torch.equal(tiles[0, :, 200, 60], white), title
+    for y, x, title in ((60, 60, "image"), (60, 200, "image"), (30, 60, "truth")):  # there truth is ignored
+        below = other if x == 200 else one
+        assert torch.allclose(drawn[title][0, :, y, x], below, atol=0.01), (title, y, x)
+    fourth = drawn["prediction"][3, :, 60, 60]  # of five
+    assert torch.allclose(fourth, 0.4 * drawn["image"][3, :, 60, 60] + 0.6 * colours[2], atol=0.01)
+    assert set(legend) == set(NAMES)
+    assert all(torch.equal(legend[name].flatten(), colours[k]) for k, name in enumerate(NAMES))
 
 
 class Spotter(torch.nn.Module):
@@ -639,29 +642,50 @@ def test_detections_are_scaled_back_by_hand():
     assert back["labels"].tolist() == [2, 1] and back["scores"].tolist() == [0.5, 0.25]
 
 
-def test_the_picture_of_detections_shows_those_that_are_sure(monkeypatch, columns):
+def test_the_picture_of_detections_shows_those_that_are_sure_beside_the_truth(monkeypatch, columns):
     """The red object has a score of 0.9, the green one of 0.4. 7 images, of which the first 6 are shown."""
-    drawn, draw = [], evaluation.draw_bounding_boxes
+    drawn, written = [], []
+    draw, write = evaluation.draw_bounding_boxes, evaluation.write
 
-    def draw_boxes(tile, boxes, labels, colours):
-        drawn.append((boxes.tolist(), labels, colours))
-        return draw(tile, boxes, labels, colours)
+    def draw_boxes(tile, boxes, colors, width):
+        drawn.append(boxes.tolist())
+        return draw(tile, boxes, colors=colors, width=width)
+
+    def write_texts(tile, texts):
+        written.append(list(texts.values()))
+        return write(tile, texts)
 
     monkeypatch.setattr(evaluation, "draw_bounding_boxes", draw_boxes)
+    monkeypatch.setattr(evaluation, "write", write_texts)
     tall = spots(32, 16)
     detection(monkeypatch, tall, *6 * [spots(16, 32)])
-    tiles, = columns
-    assert list(tiles) == ["image", "detections"]
+    (tiles, legend), = columns
+    assert list(tiles) == ["image", "prediction", "truth"] and list(legend) == ["red", "green"]
     assert all(some.shape == (6, 3, 256, 256) for some in tiles.values())
-    assert len(drawn) == 6 and drawn[0][0] == [[0, 0, 32, 128]] and drawn[1][0] == [[0, 0, 64, 64]]
-    colour = evaluation.class_colours(3)[1]
-    assert drawn[0][1:] == (["red 0.90"], [colour])
-    expected = (torch.tensor([1.0, 0, 0]) + torch.tensor(ImageColor.getrgb(colour)) / 255) / 2
-    assert torch.allclose(tiles["detections"][1][:, 40, 40], expected, atol=0.01)  # its half transparent mask
-    for y, x in ((100, 200), (200, 100)):  # the green object, and the white below
-        assert torch.equal(tiles["detections"][1][:, y, x], tiles["image"][1][:, y, x])
-    assert tiles["image"][1][:, 40, 40].tolist() == [1, 0, 0]
-    assert tiles["image"][1][:, 200, 100].tolist() == [1, 1, 1]
+    assert len(drawn) == 12 and drawn[0] == [[0, 0, 32, 128]] and drawn[2] == [[0, 0, 64, 64]]
+    assert written[:2] == [["red"], ["red", "green"]]
+    red, green = evaluation.class_colours(3)[1:]
+    assert torch.equal(legend["green"].flatten(), green)
+    image, found, truth = (some[1] for some in tiles.values())
+    for tile in (found, truth):  # the masks let 40% through
+        assert torch.allclose(tile[:, 40, 40], 0.4 * torch.tensor([1.0, 0, 0]) + 0.6 * red, atol=0.01)
+    assert torch.equal(found[:, 100, 200], image[:, 100, 200])
+    assert torch.allclose(truth[:, 100, 200], 0.4 * torch.tensor([0, 1.0, 0]) + 0.6 * green, atol=0.01)
+    assert all((tile[:, 200, 100] == 1).all() for tile in (image, found, truth))  # the white below
+
+
+def test_a_picture_of_nothing_is_the_image():
+    image = torch.randint(256, (3, 256, 256), dtype=torch.uint8)
+    nothing = dict(masks=np.zeros((0, 256, 256), bool), labels=np.zeros(0, int), boxes=np.zeros((0, 4)))
+    drawn = evaluation.draw_masks([(image, nothing, nothing)], ["", "red"])
+    assert all(torch.equal(drawn[:, -260:-4, k:k + 256], image / 255) for k in (4, 264, 524))
+
+
+def test_masks_over_one_another_are_painted_one_after_another():
+    masks = torch.zeros(2, 1, 3)
+    masks[0, 0, :2], masks[1, 0, 1:] = 1, 0.5
+    painted = evaluation.paint(torch.zeros(3, 1, 3), masks, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]))
+    assert painted[:, 0].T.tolist() == [[1, 0, 0], [0.5, 0, 0.5], [0, 0, 0.5]]
 
 
 def test_rates_of_the_dense_tasks_by_hand(monkeypatch, rates):

@@ -71,9 +71,9 @@ def columns(monkeypatch):
     """The columns of each picture that eval.py draws from now on, a list of {title: tiles}."""
     drawn, draw = [], evaluation.picture
 
-    def picture(columns, **options):
+    def picture(columns, legend={}):
         drawn.append(columns)
-        return draw(columns, **options)
+        return draw(columns, legend)
 
     monkeypatch.setattr(evaluation, "picture", picture)
     return drawn
@@ -898,27 +898,28 @@ def test_a_foreign_checkpoint_is_used_and_what_is_left_over_is_said(call, runs, 
 # Pictures
 
 
-def test_heat_is_brightest_where_attention_is():
-    attention = torch.zeros(1, 8, 8)
+ORANGE = torch.tensor([1.0, 0.4, 0.0]).view(3, 1, 1)
+
+
+def test_heat_is_orange_where_attention_is_and_grey_where_it_is_least():
+    attention = torch.full((1, 8, 8), 0.2)
     attention[0, 2, 5] = 0.3
     shown = evaluation.heat(torch.full((1, 3, 64, 64), 0.5), attention)[0]
-    row, column = divmod(shown.sum(0).argmax().item(), 64)
+    row, column = divmod((shown - 0.5).abs().sum(0).argmax().item(), 64)
     assert row // 8 == 2 and column // 8 == 5
-    bottom, top = (torch.tensor(evaluation.COLOURS[i]) for i in (0, -1))
-    assert torch.allclose(shown[:, 60, 5], 0.4 * 0.5 + 0.6 * bottom, atol=1e-5)  # no attention: the lowest
-    assert torch.allclose(shown[:, row, column], 0.4 * 0.5 + 0.6 * top, atol=0.05)
+    assert torch.allclose(shown[:, 60, 5], torch.full((3,), 0.5), atol=1e-5)
+    assert torch.allclose(shown[:, row, column], 0.2 * 0.5 + 0.8 * ORANGE.flatten(), atol=0.05)
+    assert torch.allclose(evaluation.heat(torch.full((1, 3, 8, 8), 0.7), torch.ones(1, 2, 2)), torch.tensor(0.7))
     more = evaluation.heat(torch.full((1, 3, 1, 9), 0.5), torch.linspace(0, 1, 9).view(1, 1, 9))[0, :, 0]
-    assert (torch.tensor([0.3, 0.6, 0.1]) @ more).diff().min() > 0.03  # more attention is brighter
+    assert torch.allclose(more, torch.lerp(torch.full((3, 1), 0.5), ORANGE[..., 0], torch.linspace(0, 0.8, 9)))
 
 
 def test_each_image_is_under_its_own_map():
     images = torch.rand(2, 3, 8, 16)
     maps = torch.tensor([[[1.0, 0]], [[0, 100.0]]])  # the first looks left, the second right
-    first, second = evaluation.heat(images, maps)
-    grey = 0.4 * images.mean(1)
-    top = 0.6 * torch.tensor(evaluation.COLOURS[-1])
-    assert torch.allclose(first[:, :, 0], grey[0, None, :, 0] + top[:, None], atol=0.01)
-    assert torch.allclose(second[:, :, -1], grey[1, None, :, -1] + top[:, None], atol=0.01)
+    for tile, image, most, least in zip(evaluation.heat(images, maps), images.mean(1), (0, 15), (15, 0)):
+        assert torch.allclose(tile[:, :, most], 0.2 * image[:, most] + 0.8 * ORANGE[..., 0], atol=1e-5)
+        assert torch.allclose(tile[:, :, least], image[:, least].expand(3, -1), atol=1e-5)
 
 
 class Known(mim.ViT):
@@ -960,14 +961,28 @@ def test_attention_is_that_of_the_query_head_by_head(columns, query, relative):
         assert torch.allclose(drawn[title], expected, atol=1e-5), title
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_share_of_the_attention_that_falls_on_objects_by_hand(relative):
+    """Head h of the class token looks at patch h alone; of LoMaR's patch in the middle, 5, at 5, 0, 1, 2."""
+    regions = torch.zeros(3, 2, 16, 24, dtype=torch.uint8)
+    regions[0, 0, :8, 8:16] = 7  # patch 1, the largest
+    regions[0, 1, :8, 16:20] = 7  # half of patch 2
+    regions[1, 1, 8:] = 3  # patches 3, 4, 5; the third image has no object
+    items = [dict(image=torch.zeros(3, 16, 24, dtype=torch.uint8), regions=some) for some in regions]
+    result = evaluation.attention(Known(relative_position=relative), regions.new_zeros(1, 3, 16, 24), dataset=items)
+    shares = {name: result[name] for name in ("attention_main", "attention_objects", "area_main", "area_objects")}
+    sums = (0.25 + 0.25, 0.375 + 0.25, 1 / 6 + 1 / 2, 1.5 / 6 + 1 / 2)  # of the two images with objects
+    assert list(shares.values()) == [pytest.approx(50 * value, abs=0.006) for value in sums]
+
+
 def test_rollout_shows_what_reaches_the_query(columns):
-    """Its row of the table, from which the smallest is taken off."""
+    """Its row of the table."""
     images = torch.randint(256, (1, 3, 16, 24), dtype=torch.uint8)
     encoder = Known()
     flow = encoder.rollout(images)
     evaluation.attention(encoder, images, query=3, rollout=True)
     row = flow[0, 3, 1:]
-    expected = evaluation.heat(columns[0]["image"], (row - row.min()).view(1, 2, 3))
+    expected = evaluation.heat(columns[0]["image"], row.view(1, 2, 3))
     assert list(columns[0]) == ["image", "attention"]
     assert torch.allclose(columns[0]["attention"], expected, atol=1e-5)
 
@@ -982,7 +997,7 @@ def test_rollout_of_an_object_is_the_mean_of_its_patches_rows(columns):
     drawn, = columns
     assert list(drawn) == ["image", "attention", "object", "of the object"]
     row = (flow[0, 2, 1:] + flow[0, 3, 1:]) / 2
-    expected = evaluation.heat(images / 255, (row - row.min()).view(1, 2, 3))
+    expected = evaluation.heat(images / 255, row.view(1, 2, 3))
     assert torch.allclose(drawn["of the object"], expected, atol=1e-5)
     assert torch.allclose(drawn["object"], images / 255 * torch.where(regions > 0, 1.0, 0.3), atol=1e-5)
 
@@ -994,19 +1009,19 @@ def test_an_activation_maps_object_is_where_it_responds():
     mean, member = evaluation.object_flow(flow, responses, 8)
     assert member.nonzero().tolist() == [[0, 3], [1, 2]]
     for got, row in zip(mean, (flow[0, 4, 1:], flow[1, 3, 1:])):
-        assert torch.allclose(got, row - row.min())
+        assert torch.allclose(got, row)
     mean, member = evaluation.object_flow(flow, torch.zeros(2, 1, 16, 24), 8)  # nothing responds
     assert not member.any() and not mean.any()
 
 
-def test_the_query_is_marked_in_the_picture():
+def test_the_query_is_marked_in_the_picture(columns):
     encoder, images = mim.ViT(32, 8, 16, 1, 2), torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
-    pictures = [evaluation.attention(encoder, images, query=query)["picture"] for query in (0, 7)]
-    first = [picture[:, 16:144, 4:132] for picture in pictures]  # the first tile, below its title
-    differs = (first[0] - first[1]).abs().sum(0) > 0.1
-    rows, columns = differs.any(1).nonzero()[:, 0], differs.any(0).nonzero()[:, 0]
-    assert rows.min() // 32 == rows.max() // 32 == 1
-    assert columns.min() // 32 == columns.max() // 32 == 2  # query 7 is patch 6 = 1 * 4 + 2
+    for query in (0, 7):
+        evaluation.attention(encoder, images, query=query)
+    first, marked = (drawn["image"][0] for drawn in columns)
+    rows, places = ((first - marked).abs().sum(0) > 0.1).nonzero().T
+    assert rows.unique().tolist() == list(range(8, 16))
+    assert places.unique().tolist() == list(range(16, 24))  # query 7 is patch 6 = 1 * 4 + 2
 
 
 def test_the_attentive_picture_is_the_probes_attention_to_these_images(columns, monkeypatch):
@@ -1044,9 +1059,10 @@ def test_losses_are_those_of_the_drawn_images(name, runs, monkeypatch):
     torch.manual_seed(3)
     with torch.no_grad():
         drawn, out = train.draw_reconstruction(method, **items)
-    losses = {key: value for key, value in out.items() if key.startswith("loss")}
+    losses = {key: value for key, value in out.items() if key.startswith(("loss", "error"))}
+    assert ("error_hint" in losses) == method.norm_pix and losses["error"] > 0
     assert ("loss_full" in losses) == (name == "cae") and ("loss_region" in losses) == (name == "rmae")
-    assert {key: result[key] for key in losses} == {key: round(v.item(), 4) for key, v in losses.items()}
+    assert {key: result[key] for key in losses} == {key: round(v.item(), 5) for key, v in losses.items()}
     assert torch.equal(result["picture"], drawn)
 
 
@@ -1087,7 +1103,7 @@ def test_completed_regions_are_scored_inside_what_was_hidden(completed, iou):
     items = region_items(66)  # more than a batch
     items[5]["regions"] *= 0  # without an object
     result = evaluation.segment(Oracle(completed), items, count=3, image_visible=0.5)
-    assert result["objects"] == 65 and result["picture"].shape == (3, 16 + 3 * 68, 4 + 8 * 132)
+    assert result["objects"] == 65 and result["picture"].shape == (3, 34 + 4 + 3 * 132, 4 + 8 * 260)
     assert all(0 < result[f"nearest_hint_{ratio}"] < 100 for ratio in (80, 85, 90))
     for number, (ratio, count) in enumerate(((80, 26), (85, 19), (90, 13))):  # of 128 patches are shown
         scores = []
@@ -1321,7 +1337,7 @@ def outcome(cli, monkeypatch, tmp_path):
         if code:
             return err.splitlines()[-1]
         result = json.loads(out.splitlines()[-1])
-        figures = r"top|loss|accuracy|iou|nearest|objects|miou|pixel|box_|mask_ap|classes"
+        figures = r"top|loss|error|attention_|area|accuracy|iou|nearest|objects|miou|pixel|box_|mask_ap|classes"
         found.update(repr([item for item in result.items() if re.match(figures, item[0])]).encode())
         if "picture" in result:
             found.update(Path(result["picture"]).read_bytes())
@@ -1410,9 +1426,16 @@ def test_every_flag_reaches_what_it_sets(task, name, table, outcome, runs, folde
 # The command line
 
 
-def picture_shape(rows, columns, per_row=1):
-    """Of a picture of tiles enlarged to 128 pixels: see train.picture."""
-    return 3, 16 + rows * 132, 4 + per_row * columns * 132
+def tiles_in(picture):
+    """(rows, columns) of a picture's tiles of 128 pixels; the words above are lower than a tile."""
+    assert picture.shape[2] % 132 == 4
+    return (picture.shape[1] - 4) // 132, picture.shape[2] // 132
+
+
+def first_tiles(picture):
+    """The first row of a picture of tiles of 128 pixels, [3, columns, 128, 128]."""
+    rows, _ = tiles_in(picture)
+    return picture[:, -132 * rows:][:, :128, 4:].unfold(2, 128, 132).transpose(1, 2)
 
 
 def test_finetuning_resumes_exactly(call, runs, folder, tmp_path, monkeypatch):
@@ -1503,20 +1526,20 @@ def test_reconstruct_draws_the_release_with_another_ratio(call, runs, folder, tm
     code, result, _ = call(tmp_path / "full.pth", "reconstruct", *flags)
     assert code == 0 and result["picture"] == str(tmp_path / "one.png")
     picture = read_image(str(tmp_path / "one.png"))
-    assert picture.shape == picture_shape(1, 3)
-    masked = picture[:, 16:144, 136:264].reshape(3, 8, 16, 8, 16).float()
+    assert tiles_in(picture) == (1, 4)
+    masked = first_tiles(picture)[:, 1].reshape(3, 8, 16, 8, 16).float()
     grey = (masked.std((0, 2, 4)) < 1) & ((masked.mean((0, 2, 4)) - 127.5).abs() < 1)
     assert grey.sum() == 32  # half of 64 patches
 
 
 @pytest.mark.parametrize("name, tiles", [
-    ("mae", 3), ("amt", 3), ("simmim", 3), ("lomar", 3), ("objmae", 3), ("rae", 5), ("rmae", 6), ("cae", 4),
-    ("beit", 3),
+    ("mae", 8), ("amt", 5), ("simmim", 6), ("lomar", 5), ("objmae", 8), ("rae", 5), ("rmae", 7), ("cae", 5),
+    ("beit", 6),
 ])
 def test_every_method_has_its_picture(call, runs, name, tiles):
     code, result, err = call(runs / name / "checkpoint.pt", "reconstruct", "--count", 2)
     assert code == 0, err
-    assert read_image(result["picture"]).shape == picture_shape(1, tiles, per_row=2)
+    assert tiles_in(read_image(result["picture"])) == (1 if tiles in (6, 8) else 2, tiles)  # two images
     assert result["picture"] == str(runs / name / "reconstruct.png")  # beside the checkpoint
     assert result["loss"] > 0 and ("loss_full" in result) == (name == "cae")
 
@@ -1539,7 +1562,7 @@ def test_lomars_middle_is_the_query_at_any_size(call, runs, folder):
 
 def test_attention_draws_the_mean_and_every_head(call, runs, folder):
     code, result, _ = call(runs / "amt" / "encoder.pt", "attention", "--data", folder, "--count", 3)
-    assert code == 0 and read_image(result["picture"]).shape == picture_shape(3, 4)  # image, mean, 2 heads
+    assert code == 0 and tiles_in(read_image(result["picture"])) == (2, 8)  # image, mean, 2 heads
 
 
 def test_help_shows_the_flags_of_the_task_alone(cli, runs, capsys):
@@ -1582,8 +1605,6 @@ MISTAKES = [
     ("{mae}/encoder.pt --task knn --k 25 --data {data}", "--k 25 is more than the 24 training images"),
     ("{mae}/encoder.pt --task knn --pool max", "--pool"),
     ("{mae}/encoder.pt --task attention --query 17", "--query 17: it may be 0 (class token) to 16"),
-    ("{mae}/encoder.pt --task attention --regions instances",
-     "--regions of --task attention is for --rollout"),
     ("{mae}/encoder.pt --task attention --images nowhere.png", "--images nowhere.png: "),
     ("{mae}/encoder.pt --task attention --images text", "--images text: it cannot be used as an image"),
     ("{mae}/encoder.pt --task attention --output text/folder/a.png",
