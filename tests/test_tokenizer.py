@@ -255,6 +255,25 @@ def test_tokens_follow_moved_patches():
     assert (tokens == moved).float().mean() < 0.5
 
 
+def test_large_patches_are_averaged_not_sampled():
+    """Lines of two pixels have the token of their mean."""
+    torch.manual_seed(0)
+    dvae, lines = tiny(), torch.tensor([1.5, -1.5, -1.5, 1.5]).repeat(16).expand(1, 3, 64, 64)
+    tokens = dvae.tokenize(torch.stack([lines[0], torch.zeros(3, 64, 64)]), (4, 4)).view(2, 4, 4)
+    assert torch.equal(tokens[0, :, 1:3], tokens[1, :, 1:3])
+
+
+@pytest.mark.parametrize("groups, blocks", [(3, 1), (2, 3)])
+def test_an_encoder_alone_is_a_tokenizer_of_its_size(groups, blocks):
+    torch.manual_seed(0)
+    dvae = tiny(groups=groups, blocks_per_group=blocks, hidden_dim=8, vocab_size=16)
+    alone, images = DVAE.from_encoder(dvae.encoder.state_dict()), torch.randn(2, 3, 32, 32)
+    assert (alone.factor, alone.vocab_size, alone.decoder) == (dvae.factor, 16, None)
+    assert torch.equal(alone.tokens(images), dvae.tokens(images))
+    with pytest.raises(ValueError, match="no parameter is named blocks.input.w"):
+        DVAE.from_encoder({"cls_token": torch.zeros(1)})
+
+
 def test_tokens_take_no_noise_and_no_autocast():
     torch.manual_seed(0)
     dvae, images = tiny(), torch.randn(2, 3, 32, 32)
