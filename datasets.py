@@ -1347,7 +1347,7 @@ def crossings(forest, weights, ends, alive):
                 yield min(u, v), max(u, v), weight
 
 
-def segment(weights, ends, pixels, scale, min_size):
+def join_pixels(weights, ends, pixels, scale, min_size):
     """Sorted edges of a graph of pixels -> int32 labels [pixels], numbered by the segments' first pixels.
 
     An edge joins two segments if it weighs less than the limit of both: the heaviest edge inside + scale /
@@ -1390,6 +1390,6 @@ def felzenszwalb(image, scale=1000, sigma=0.8, min_size=None):
     """
     weights, ends = grid_edges(smooth(image, sigma))
     height, width = image.shape[1:]
-    labels = [segment(weights, ends, height * width, s, s if min_size is None else min_size)
+    labels = [join_pixels(weights, ends, height * width, s, s if min_size is None else min_size)
               for s in np.ravel(scale)]
     return np.reshape(labels, (*np.shape(scale), height, width))

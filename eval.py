@@ -1311,7 +1311,7 @@ def hint_patches(patches, count):
     return draw_patches(first, patches.shape[1], count)
 
 
-def complete(method, images, maps, ids, image_visible):
+def completed_and_hints(method, images, maps, ids, image_visible):
     """method.complete of the hints `ids` [B, n] of maps, for images of which a share of the patches is
     encoded -> completed maps, and the hints on grey, both as pictures [B, 3, H, W]."""
     N, p = method.encoder.num_patches, method.encoder.patch_size
@@ -1369,8 +1369,8 @@ def segment(method, images, image_visible: Fraction = 1.0, count: PositiveInt = 
         for ratio in (80, 85, 90):
             ids = hint_patches(patches, max(1, round(encoder.num_patches * (1 - ratio / 100))))
             with autocast(device, precision):
-                completed, hints = complete(method, some, maps, ids, image_visible)
-                control, _ = complete(method, some.roll(1, 0), maps, ids, image_visible)
+                completed, hints = completed_and_hints(method, some, maps, ids, image_visible)
+                control, _ = completed_and_hints(method, some.roll(1, 0), maps, ids, image_visible)
             guess, other = (mim.patchify(x[:, :1], p) > 0.5 for x in (completed, control))
             near = nearest_hint(patches, ids, encoder.grid)
             for name, found in dict(iou=guess, other_image=other, nearest_hint=near).items():

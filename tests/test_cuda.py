@@ -218,7 +218,8 @@ METHODS = [  # method, its options, what it is given besides images
     ("cae", {}, ()), ("cae", dict(vocab_size=16), ("tokens",)),
     ("amt", {}, ("index", "box", "flip")),  # before there are maps
     *[("amt", dict(base=base, throw=throw), given) for base in ("mae", "simmim") for throw, given in (
-        ("middle", ()), ("middle", ("maps", "index", "box", "flip")), ("random", ("maps", "index", "box", "flip")),
+        ("middle", ()), ("middle", ("maps", "index", "box", "flip")),
+        ("random", ("maps", "index", "box", "flip")),
         ("low", ("maps", "index", "box", "flip")))],
     ("objmae", {}, ()),
     *[("objmae", dict(alignment=alignment), ("regions",))
@@ -340,7 +341,7 @@ def completed_regions():
         patches = mim.patchify(maps, 4)
         ids = evaluation.hint_patches(patches, 5)
         with torch.no_grad(), train.autocast(**MACHINE):
-            completed, _ = evaluation.complete(method, images(), maps, ids, 0.25)
+            completed, _ = evaluation.completed_and_hints(method, images(), maps, ids, 0.25)
         guess = mim.patchify(completed[:, :1], 4) > 0.5
         for some in (guess, evaluation.nearest_hint(patches, ids, GRID)):
             assert evaluation.hidden_iou(some, patches, ids).device == CUDA
