@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, Files, Images, UsageError,
-                      boxes_of, collate, counted, decode, denormalize, digest, explained, load_data,
-                      load_dense, make_loader, normalize, open_regions, seed_of)
+                      boxes_of, collate, counted, decode, default_regions, denormalize, digest, explained,
+                      load_data, load_dense, make_loader, normalize, open_regions, seed_of)
 
 PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
@@ -1196,13 +1196,18 @@ def attention_picture(images, maps, more=()):
     return picture(columns | dict(more), SCALE)
 
 
-def object_flow(flow, regions, patch_size):
-    """Rollout [B, 1+N, 1+N] -> its mean over the patches of one object of each image, and these: [B, N], [B,
-    N] bool."""
+def one_object(regions, patch_size):
+    """Maps of regions -> the patches of one object of each image, bool [B, N]; none if it has no object."""
     if regions.is_floating_point():
         regions = (regions > 0.3).long()  # a class activation map, as in ObjMAE
     maps, found = mim.select_objects(regions, 1)
-    member = mim.object_patches(maps[:, 0], patch_size) & found
+    return mim.object_patches(maps[:, 0], patch_size) & found
+
+
+def object_flow(flow, regions, patch_size):
+    """Rollout [B, 1+N, 1+N] -> its mean over the patches of one object of each image, and these: [B, N], [B,
+    N] bool."""
+    member = one_object(regions, patch_size)
     flow = (member[:, None].float() @ flow[:, 1:, 1:])[:, 0] / member.sum(1, keepdim=True).clamp_min(1)
     return flow, member
 
@@ -1272,8 +1277,8 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
 
 
 @torch.no_grad()
-def reconstruct(method, images, regions=None, tokenizer=None, seed: NonNegativeInt = 0, device="cpu",
-                precision="fp32") -> dict:
+def reconstruct(method, images, regions=None, tokenizer=None, hide: Literal["object"] | None = None,
+                seed: NonNegativeInt = 0, device="cpu", precision="fp32") -> dict:
     """A `picture` [3, h, w] of images, masked images and reconstructions, and the losses of these images.
 
     loss_full is CAE's of the whole image, encoded and decoded without the regressor. error is the mean
@@ -1281,17 +1286,34 @@ def reconstruct(method, images, regions=None, tokenizer=None, seed: NonNegativeI
     of each patch's true mean, which the picture is given.
 
     method: one of mim.METHODS. images: [n, 3, H, W], uint8, or floats that are normalised.
-    regions, tokenizer: for methods that take them.
+    regions, tokenizer: for methods that take them; regions also for hide.
+
+    hide: object hides an object of each image and shows all the rest (ObjMAE, Figure 7); objects are from
+        --regions, which has objmae's default; not for lomar and dvae
     seed: of the masks
     """
     method, images = frozen(method, device), prepare(images, device)
     regions = None if regions is None else regions.to(device)
     tokenizer = None if tokenizer is None else frozen(tokenizer, device)
     torch.manual_seed(seed)
+    if hide and isinstance(method, (mim.LoMaR, mim.DVAE)):
+        raise UsageError("--hide object: lomar masks inside of windows, and dvae nothing")
     with autocast(device, precision):
-        drawn, out = draw_reconstruction(method, images, regions, tokenizer)
-    losses = {k: round(v.item(), 5) for k, v in out.items() if k.startswith(("loss", "error", "accuracy"))}
-    return losses | dict(picture=drawn)
+        if hide is None:
+            parts = [draw_reconstruction(method, images, regions, tokenizer)]
+        else:
+            parts = []
+            for i, hidden in enumerate(one_object(regions, method.encoder.patch_size)):
+                if 0 < hidden.sum() < len(hidden):
+                    ids_visible, ids_masked = (member.nonzero().T for member in (~hidden, hidden))
+                    parts.append(draw_reconstruction(method, images[i, None], regions[i, None], tokenizer,
+                                                     ids_visible=ids_visible, ids_masked=ids_masked))
+    if not parts:
+        raise UsageError("--hide object: no image has an object of at least 5% of it")
+    pictures, outs = zip(*parts)
+    losses = {name: round(sum(out[name].item() for out in outs) / len(outs), 5) for name in outs[0]
+              if name.startswith(("loss", "error", "accuracy"))}
+    return losses | dict(picture=torch.cat(pictures, dim=1))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1654,8 +1676,11 @@ def main(argv):
     else:
         method, args = call(open_method, given)
         fixed, size = dict(method=method), sized(method).image_size
+        accepted = [*inspect.signature(method.forward).parameters, *["regions"] * ("hide" in given)]
+        if "hide" in given:  # objects, for methods that are trained without, too
+            args = dict(regions=default_regions("objmae", given.get("data", "shapes"))) | args
         for flag, argument in dict(regions="regions", tokenizer="tokens").items():
-            if flag in given and argument not in inspect.signature(method.forward).parameters:
+            if flag in given and argument not in accepted:
                 raise UsageError(f"--{flag}: the method of {given['checkpoint']} takes none")
         kept = ("method", "epoch", "tokenizer", "tokenizer_digest", *flags_of([open_regions]))
         settings = {name: args[name] for name in kept if name in args}

@@ -902,20 +902,20 @@ def show_mask(image, ids_visible, ids_masked, patch_size):
     return put_patches(visible, torch.full_like(image, 0.5), ids_masked, patch_size)
 
 
-def draw_reconstruction(method, images, regions=None, tokenizer=None):
+def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
     """Normalised images [B, 3, H, W] -> a picture [3, h, w]: of each image tiles, as far as the method has
     them; and what the method returned, with `error`, the mean squared error of hidden pixels in 0..1.
 
     Methods on normalised patches do not predict a patch's mean and contrast, so the picture takes the true
     ones. Beside it stands what the true mean alone shows, with `error_hint`. Of LoMaR's windows the first is
-    masked and reconstructed.
+    masked and reconstructed. mask: ids_visible, ids_masked to use.
     """
     image = denormalize(images)
     if isinstance(method, mim.DVAE):
         out = method(images)
         return picture(dict(image=image, reconstruction=denormalize(out["pred"]))), out
     p, grid = method.encoder.patch_size, method.encoder.grid
-    inputs = {} if regions is None else dict(regions=regions)
+    inputs = dict(mask, regions=regions) if "regions" in method.inputs else mask
     if tokenizer is not None:
         inputs["tokens"] = tokenizer.tokenize(images, grid)
     out, windows = method(images, **inputs), getattr(method, "num_windows", 1)

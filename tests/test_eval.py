@@ -1361,7 +1361,9 @@ def all_cases():
     for task, table in TASK_FLAGS.items():
         yield pytest.param(task, "mae", EVERYWHERE | table, id=task)
     for name, table in METHOD_FLAGS.items():
-        common = EVERYWHERE | PICTURE | METHOD_TASK
+        common = EVERYWHERE | PICTURE | METHOD_TASK | {"--hide": differs("object")}
+        if name in ("lomar", "dvae"):  # its masks are windows, or none
+            common["--hide"] = refused("object")
         if name != "mae":
             common |= dict.fromkeys(PICTURE, "as for mae")
         yield pytest.param("reconstruct", name, common | table, id=f"reconstruct-{name}")
@@ -1515,6 +1517,60 @@ def test_the_line_of_json_says_what_was_done(call, runs, folder, name):
                     recipe=f"{name}, small images")
     assert code == 0 and {key: result[key] for key in expected} == expected
     assert set(result) - set(expected) == {"top1", "seconds"}  # two classes have no top-5
+
+
+@pytest.mark.parametrize("name, regions", [
+    ("mae", True), ("objmae", True), ("rmae", True), ("cae", True), ("mae", False)])
+def test_an_object_is_hidden_and_all_the_rest_is_shown(name, regions, runs, monkeypatch):
+    """ObjMAE's Figure 7, image by image: objects of 6 and of 1 patches, no object, an object without a rest."""
+    seen, draw = [], evaluation.draw_reconstruction
+
+    def note(method, images, regions, tokenizer, **mask):
+        seen.append((images, regions, mask))
+        return draw(method, images, regions, tokenizer, **mask)
+
+    monkeypatch.setattr(evaluation, "draw_reconstruction", note)
+    method = evaluation.open_method(runs / name / "checkpoint.pt")[0]
+    maps = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+    maps[0, 0, 8:24, 8:32], maps[1, 0, 24:, :8], maps[3] = 3, 9, 1
+    if not regions:  # class activation maps
+        maps = maps.float()
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 32)
+    result = evaluation.reconstruct(method, images, maps, hide="object")
+    hidden = [[5, 6, 7, 9, 10, 11], [12]]
+    assert len(seen) == 2
+    losses = []
+    for i, (image, region, mask) in enumerate(seen):
+        assert torch.equal(image[0], images[i]) and torch.equal(region[0], maps[i])
+        assert mask["ids_masked"].tolist() == [hidden[i]]
+        assert mask["ids_visible"].tolist() == [[n for n in range(16) if n not in hidden[i]]]
+        torch.manual_seed(0)
+        if name != "rmae":  # which draws regions
+            losses.append(method.eval()(image, **mask)["loss"].item())
+    if losses:
+        assert result["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+    one = draw(method, images[:1], maps[:1], None, **seen[0][2])[0]
+    assert result["picture"].shape == (3, 2 * one.shape[1], one.shape[2])
+
+
+def test_objects_are_hidden_on_the_command_line(handed, call, runs, folder, masks):
+    """Of an MAE, which takes no regions."""
+    path = runs / "mae" / "checkpoint.pt"
+    taken = handed(path, "reconstruct", "--hide", "object", "--count", 2)
+    assert taken["hide"] == "object" and taken["regions"].shape == (2, 1, 32, 32)
+    taken = handed(path, "reconstruct", "--hide", "object", "--data", folder, "--regions", masks)
+    assert taken["regions"][:, 0, 20, 20].tolist() == 8 * [2]
+    image = folder / "val" / "a" / "0.png"
+    taken = handed(path, "reconstruct", "--hide", "object", "--images", image, "--fh-scales", 20)
+    assert taken["regions"].any()
+    code, _, err = call(path, "reconstruct", "--data", folder, "--regions", masks)
+    assert code == 2 and "--regions: the method of" in err
+    code, _, err = call(runs / "lomar" / "checkpoint.pt", "reconstruct", "--hide", "object")
+    assert code == 2 and "--hide object: lomar masks inside of windows" in err
+    empty = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    with pytest.raises(datasets.UsageError, match="no image has an object of at least 5%"):
+        evaluation.reconstruct(evaluation.open_method(path)[0], torch.randn(2, 3, 32, 32), empty, hide="object")
 
 
 def test_reconstruct_draws_the_release_with_another_ratio(call, runs, folder, tmp_path):

@@ -18,13 +18,15 @@ class Painter(torch.nn.Module):
     """A method whose masks and predictions are given: of each image's patches some are visible, some masked,
     and the rest is left out."""
 
+    inputs = ("regions",)
+
     def __init__(self, ids_visible, ids_masked, norm_pix=False, **out):
         super().__init__()
         self.encoder, self.norm_pix = types.SimpleNamespace(patch_size=P, grid=(GRID, GRID)), norm_pix
         self.out = dict(ids_visible=ids_visible, ids_masked=ids_masked, **out)
 
     def forward(self, images, **inputs):
-        self.inputs = inputs
+        self.given = inputs
         return dict(self.out)
 
 
@@ -177,7 +179,7 @@ def test_predicted_tokens_are_drawn_by_their_tokenizer(tiles, images):
     method = Painter(IDS_VISIBLE, IDS_MASKED, pred=torch.nn.functional.one_hot(tokens, 10).float())
     tokenizer = Palette()
     shown = tiles(method, normalised, tokenizer=tokenizer)["reconstruction"]
-    assert tokenizer.got is normalised and method.inputs["tokens"][0, :3].tolist() == [9, 8, 7]
+    assert tokenizer.got is normalised and method.given["tokens"][0, :3].tolist() == [9, 8, 7]
     assert_patches(shown, visible(pixels, lambda s, i: tokens[s, i] / 10))
     tokenizer.decoder = None  # DALL-E's encoder alone
     shown = tiles(method, normalised, tokenizer=tokenizer)["reconstruction"]
@@ -210,7 +212,7 @@ def test_regions_are_shown_in_their_colours_true_masked_and_completed(tiles, ima
     regions = torch.rand(2, 3, SIDE, SIDE)
     shown = tiles(method, images[1], regions=regions)
     assert list(shown)[-4:] == ["masked", "regions", "masked regions", "completed regions"]
-    assert method.inputs["regions"] is regions
+    assert method.given["regions"] is regions
     first, second = train.class_colours(3)[1:, :, None, None]
 
     def inside(sample, number):
