@@ -87,7 +87,8 @@ def cli(capsys):
         from train import exit_with_one_line
 
         try:
-            code = exit_with_one_line(f"{module.__name__}.py", lambda: module.main([str(a) for a in arguments]))
+            given = [str(argument) for argument in arguments]
+            code = exit_with_one_line(f"{module.__name__}.py", lambda: module.main(given))
         except KeyboardInterrupt:  # as Ctrl-C's signal ends a program
             code = 130
         out, err = capsys.readouterr()

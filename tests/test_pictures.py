@@ -107,7 +107,8 @@ def test_visible_patches_stay_masked_ones_are_grey_and_the_prediction_is_in_its_
     shown = tiles(Painter(IDS_VISIBLE, IDS_MASKED, pred=pred), normalised)
     assert list(shown) == ["image", "object: source and target", "masked", "reconstruction"]
     assert tiles.legend == ["hidden, to be predicted", "left out, enters nothing"]
-    assert_patches(shown["object: source and target"], visible(pixels, lambda s, i: patch(pixels, s, int(IDS_MASKED[s, i]))))
+    both = visible(pixels, lambda s, i: patch(pixels, s, int(IDS_MASKED[s, i])))
+    assert_patches(shown["object: source and target"], both)
     assert_patches(shown["image"], lambda sample, number: patch(pixels, sample, number))
     assert_patches(shown["masked"], visible(pixels, grey))
     assert_patches(shown["reconstruction"], visible(pixels, lambda s, i: pred[s, i, 0] * STD[0] + MEAN[0]))
@@ -124,7 +125,8 @@ def test_normalised_patches_get_their_mean_and_deviation_back(tiles, images):
     assert tiles.out["error"] < 1e-10
     mean = (true.mean(-1)[..., None, None, None] * STD[0] + MEAN[0]).clamp(0, 1)  # one for the three channels
     assert_patches(shown[hint], visible(pixels, lambda s, i: mean[s, i]))
-    squares = [(patch(pixels, s, int(IDS_MASKED[s, i])) - mean[s, i]).square().mean() for s in range(2) for i in range(2)]
+    squares = [(patch(pixels, s, int(IDS_MASKED[s, i])) - mean[s, i]).square().mean()
+               for s in range(2) for i in range(2)]
     assert tiles.out["error_hint"] == pytest.approx(sum(squares).item() / 4, rel=1e-4)
 
 
@@ -246,7 +248,8 @@ def test_thrown_patches_are_hatched_and_the_attention_is_what_drew_them(tiles):
     assert masked.shape == (2, 7) and thrown.shape == (2, 6)  # int(0.45 N) and int(0.40 N) of 16
     for title in ("masked", list(shown)[-1]):
         for sample in range(2):
-            assert all(torch.equal(patch(shown[title], sample, k)[0], hatched()) for k in thrown[sample].tolist())
+            for number in thrown[sample].tolist():
+                assert torch.equal(patch(shown[title], sample, number)[0], hatched())
     assert all((patch(shown["masked"], s, k) == 0.5).all() for s in range(2) for k in masked[s].tolist())
     amt = mim.AMT(mim.MAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2), throw="random").eval()
     assert "attention" not in tiles(amt, images)  # it draws nothing
@@ -286,7 +289,8 @@ def test_words_can_be_read_on_any_ground():
     """Dark letters with a white rim."""
     for ground in (0.0, 0.5, 1.0):
         written = train.write(torch.full((3, 30, 60), ground), {(5, 5): "star"})
-        assert (written > 0.95).any() and (written < 0.05).any() and (written[:, 25:] - ground).abs().max() < 0.01
+        assert (written > 0.95).any() and (written < 0.05).any()
+        assert (written[:, 25:] - ground).abs().max() < 0.01
 
 
 def test_an_old_pillow_writes_small_letters(monkeypatch):

@@ -271,7 +271,8 @@ def test_the_peak_rate_follows_the_batch(run, updates, flags, recipe, peak, monk
 def test_from_a_notebook_the_rate_follows_the_batch_too(run, photos, tmp_path, updates):
     train.pretrain(
         Probe(mim.ViT(16, 8, 16, 1, 2)), datasets.load_data(str(photos)), base_lr=0.64, lr_batch=32,
-        batch_size=4, epochs=1, warmup_epochs=0, betas=(0.9, 0.95), crop_scale=(0.2, 1.0), flip=True, output=tmp_path)
+        batch_size=4, epochs=1, warmup_epochs=0, betas=(0.9, 0.95), crop_scale=(0.2, 1.0), flip=True,
+        output=tmp_path)
     assert [step["groups"][0]["lr"] for step in updates] == pytest.approx([0.08, 0.06, 0.02])
 
 
