@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -252,7 +253,9 @@ def data(data: str = "shapes", image_size: PositiveInt = 224, limit: PositiveInt
 # ------------------------------------------------------------------------------------------------------
 # compare: a table of what each method gives for the same epochs
 
-COMPARED = {  # name: what train.py is told
+# Rows: what train.py is told. Options may follow a name, so that an ablation is a row of its own:
+# amt:throw=low, cae:decoder_depth=0,alignment_weight=0.
+COMPARED = {
     "mae": "--method mae", "simmim": "--method simmim", "beit": "--method beit --tokenizer",
     "amt": "--method amt", "amt-simmim": "--method amt --base simmim", "lomar": "--method lomar",
     "objmae": "--method objmae", "objmae-inter": "--method objmae --selection inter", "rae": "--method rae",
@@ -271,27 +274,50 @@ def flags(**values):
     return words
 
 
+def split_row(row):
+    """The row "amt:throw=low,norm_pix=false" -> its name, "amt", and the words of its options, ["--throw",
+    "low", "--no-norm-pix"]."""
+    name, _, options = row.partition(":")
+    if name not in COMPARED:
+        raise UsageError(f"--methods {row}: there is no row {name} (choose from {', '.join(COMPARED)}); "
+                         "options come after a colon, as in amt:throw=low,interval=2")
+    words = []
+    for option in options.split(",") if options else []:
+        argument, _, value = option.partition("=")
+        if not argument or not value:
+            raise UsageError(f"--methods {row}: an option is NAME=VALUE, got {option!r}")
+        flag = argument.replace("_", "-")
+        words += dict(true=[f"--{flag}"], false=[f"--no-{flag}"]).get(value, [f"--{flag}", value])
+    return name, words
+
+
+def folder_of(output, row, epochs):
+    """The folder of a row's run, whose name has no character that some file system refuses."""
+    return output / f"{re.sub(r'[^A-Za-z0-9_.,=-]+', '_', row)}-{epochs}"
+
+
 def train_command(name, epochs, output, small=False, compile=False, **common):
     """train.py's arguments for a row of the table, or for the tokenizer, `dvae`, but for --output."""
     if name == "dvae":
         common |= dict(model=None, patch_size=None)
         return ["train.py", "--method", "dvae", *flags(**common, compile=compile)]
+    name, options = split_row(name)
     words = [*COMPARED[name].split(), "--epochs", str(epochs)]
     if "--tokenizer" in words:
         words.insert(words.index("--tokenizer") + 1, str(output / "dvae" / "checkpoint.pt"))
     if words[1] == "objmae" and small and default_regions("objmae", common["data"]) == "cam":
         words += ["--regions", "fh"]  # ImageNet's ResNet-50 has no maps of small images
-    return ["train.py", *words, *flags(**common, compile=compile)]
+    return ["train.py", *words, *options, *flags(**common, compile=compile)]
 
 
 def eval_commands(checkpoint, output, finetune_epochs, probe_epochs, **common):
-    """eval.py's arguments for the measures of one encoder. All pool by the mean: some methods train no class
-    token."""
+    """eval.py's arguments for the measures of one encoder. All have MAE's settings, whatever made them, and
+    pool by the mean: some methods train no class token."""
     probe = flags(cache_features=True, epochs=probe_epochs)
     own = dict(knn=flags(pool="mean"), linear=[*flags(pool="mean"), *probe],
                attentive=[*probe, *flags(output=output / "attentive.png")],
                finetune=flags(pool="mean", epochs=finetune_epochs, output=output / "finetune.pt"))
-    words = flags(**common)
+    words = flags(method="mae", **common)
     return {task: ["eval.py", str(checkpoint), "--task", task, *own[task], *words] for task in MEASURES}
 
 
@@ -349,7 +375,7 @@ def carry_out(command, log):
 
 def compare_row(name, epochs, output, finetune_epochs, probe_epochs, compile, small, **common):
     """Pre-trains and measures one encoder -> dict(name, epochs, seconds, an accuracy for each measure)."""
-    folder = output / (name if name in ("random", "supervised") else f"{name}-{epochs}")
+    folder = output / name if name in ("random", "supervised") else folder_of(output, name, epochs)
     row = dict(name=name, epochs=epochs, seconds=0.0)
     if name == "random":
         commands = eval_commands("random", folder, finetune_epochs, probe_epochs, **common)
@@ -380,8 +406,7 @@ def compare_table(share, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def compare(methods: list[Literal[tuple(COMPARED)]] | None = None, data: str = "shapes",
-            limit: PositiveInt | None = None,
+def compare(methods: list[str] | None = None, data: str = "shapes", limit: PositiveInt | None = None,
             model: Literal[tuple(mim.SIZES)] | None = None, epochs: PositiveInt | None = None,
             finetune_epochs: PositiveInt | None = None, probe_epochs: PositiveInt | None = None,
             compile: bool = False, output: str | None = None, seed: NonNegativeInt = 0, device="cpu",
@@ -394,7 +419,7 @@ def compare(methods: list[Literal[tuple(COMPARED)]] | None = None, data: str = "
     the untrained encoder, its fine-tuning supervised training from scratch; `supervised` is that for the
     compute of MAE's pre-training and fine-tuning together.
 
-    methods: some of the rows (default: all)
+    methods: some of the rows, also with options of train.py, as amt:throw=low (default: all)
     data: as in train.py, with labels
     limit: so many of the training images, evenly spread
     model: size of the encoders
@@ -425,7 +450,7 @@ def compare(methods: list[Literal[tuple(COMPARED)]] | None = None, data: str = "
         gmac[name] = training_gmac(methods[name], epochs)
     share = {name: some / gmac["mae"] for name, some in gmac.items()}
     scratch = epochs * gmac["mae"] * len(source) / (plain_gmac(methods["mae"].encoder)[1] * len(labelled))
-    if any("--tokenizer" in COMPARED[name] for name in names):
+    if any("--tokenizer" in COMPARED[split_row(name)[0]] for name in names):
         command = train_command("dvae", None, output, small, compile, **common)
         carry_out([*command, *flags(output=output / "dvae")], output / "dvae" / "train.txt")
     rows = [("random", 0), ("supervised", finetune_epochs + round(scratch))]

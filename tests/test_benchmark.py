@@ -120,6 +120,51 @@ def test_compare_gives_every_method_equal_epochs(cli, folder, tmp_path, in_proce
     assert cli(benchmark, "compare", *flags)[0] == 0 and len(in_process) == count + 1
 
 
+def test_a_row_may_have_options(cli, folder, tmp_path, in_process):
+    """Each is a run of its own, evaluated as all others."""
+    command = benchmark.train_command("objmae:alignment=random,norm_pix=true", 3, tmp_path, data="shapes")
+    assert command == ["train.py", "--method", "objmae", "--epochs", "3", "--alignment", "random",
+                       "--norm-pix", "--data", "shapes"]
+    assert benchmark.train_command("mae:norm_pix=false", 3, tmp_path)[-1] == "--no-norm-pix"
+    row = "amt:throw=random,mask_ratio=0.5"
+    code, out, err = cli(benchmark, "compare", "--data", folder, "--model", "nano", "--limit", 20, "--epochs", 1,
+                         "--finetune-epochs", 1, "--probe-epochs", 1, "--output", tmp_path / "table",
+                         "--methods", row)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert [r["name"] for r in result["rows"]] == ["random", "supervised", row] and row in result["gmac"]
+    run = tmp_path / "table" / "amt_throw=random,mask_ratio=0.5-1"
+    args = mim.load_file(run / "checkpoint.pt")["args"]
+    assert args["throw"] == "random" and args["mask_ratio"] == 0.5
+    assert all("--method mae" in " ".join(words) for words in in_process if words[0].endswith("eval.py"))
+
+
+def test_readmes_ablations_can_be_run(tmp_path):
+    """Every row is a command that train.py takes, and builds, on images of 224 pixels."""
+    class Source:
+        image_size = 224
+
+        def __len__(self):
+            return 100_000
+
+    lines, built = (benchmark.ROOT / "README.md").read_text().split("\n"), {}
+    for line in lines:
+        for row in line.split("#")[0].split()[1:] if line.startswith("compare ") else []:
+            words = benchmark.train_command(row, 200, tmp_path, data="/coco")[1:]
+            args = train.settle(train.parse(words + ["--model", "nano"]), Source())
+            with torch.device("meta"):
+                vocabulary = dict(vocab_size=8192 if args.get("tokenizer") else None)
+                built[row] = train.build_method(**args | vocabulary)
+    assert len(built) > 30
+    assert built["amt:throw_ratio=0"].mask_ratio == 0.75 and built["amt:throw_ratio=0"].num_thrown == 0  # Table 4
+    assert [built[f"lomar{k}"].num_windows for k in (":window_size=5", "", ":window_size=9", ":window_size=11",
+                                                     ":window_size=14")] == [8, 4, 3, 2, 1]
+    mae = built["objmae:object_floor=1,alpha=0.25"]
+    assert mae.object_floor == 1 and mae.count == 49
+    first = built["cae-token:decoder_depth=0,alignment_weight=0"]
+    assert len(first.decoder_blocks) == 0 and first.alignment_weight == 0
+
+
 def test_compare_counts_what_training_costs():
     source, command = load_data("shapes"), dict(epochs=8, output=Path("none"), data="shapes", seed=0)
     methods = {name: benchmark.build_compared(name, source, **command)[0]
@@ -219,7 +264,12 @@ def test_masks_for_cuda_are_drawn_on_the_cpu():
     (["cuda"], "no GPU that torch can use; --device cpu goes through the same steps on the CPU"),
     (["speed", "--methods", "mea"], "--methods invalid choice: 'mea' (choose from"),
     (["speed", "some.pt"], "unknown argument some.pt"),
-    (["compare", "--methods", "rma"], "--methods invalid choice: 'rma' (choose from"),
+    (["compare", "--methods", "rma"], "--methods rma: there is no row rma (choose from mae, "),
+    (["compare", "--methods", "amt:throw"], "--methods amt:throw: an option is NAME=VALUE, got 'throw'"),
+    (["compare", "--methods", "amt:trow=low"], "unknown argument --trow: did you mean --throw?"),
+    (["compare", "--methods", "mae:throw=low"], "--throw belongs to --method amt"),
+    (["compare", "--methods", "amt:throw=high"], "--throw invalid choice: 'high'"),
+    (["compare", "--methods", "amt:throw_ratio=2"], "throw_ratio must be in 0..1, got 2.0"),
     (["compare", "--relative-position"], "unknown argument --relative-position"),
     (["data", "--image-size", "0", "--data", "{data}"],
      "--image-size must be a positive whole number, got '0'"),
