@@ -3,7 +3,8 @@ base`.
 
 speed: what a training step of each method costs. data: what reading images costs. compare: what all methods
 give when they are pre-trained and evaluated alike. cuda: whether everything works on a GPU. Each prints a
-table, and its numbers as one line of JSON last.
+table, and its numbers as one line of JSON last. Two draw pictures: masks, one image under the mask of each
+method; attention, where several encoders look.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +38,7 @@ import eval as evaluation  # noqa: E402
 import mim  # noqa: E402
 import train  # noqa: E402
 from datasets import (MEAN, SMALL, STD, DeviceLoader, EpochBatches, Images, SceneInstances,  # noqa: E402
-                      UsageError, default_regions, load_data)
+                      UsageError, collate, default_regions, denormalize, load_data, normalize)
 from train import NonNegativeInt, Parser, PositiveInt  # noqa: E402
 from train import autocast, call, exit_with_one_line  # noqa: E402
 
@@ -589,8 +592,150 @@ def cuda(methods: list[Literal[tuple(CHECKED)]] | None = None, compile: bool = F
 
 
 # ------------------------------------------------------------------------------------------------------
+# masks and attention: pictures
 
-BENCHMARKS = dict(speed=speed, data=data, compare=compare, cuda=cuda)
+
+def open_picture(output):
+    """The path of a picture; UsageError if something else is there."""
+    path = Path(output)
+    if path.exists() and evaluation.task_of(path) not in BENCHMARKS:
+        raise UsageError(f"--output {output}: it is no picture of benchmark.py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def frame_windows(image, ids, grid, patch_size):
+    """Images [B, 3, H, W] in 0..1 with frames around their windows of patches [B, W, n], the first's in red.
+    """
+    places = torch.stack([ids % grid[1], ids // grid[1]], dim=-1)  # x, y
+    boxes = torch.cat([places.amin(2), places.amax(2) + 1], dim=-1) * patch_size
+    boxes[..., 2:] -= 1
+    colours = ["red"] + ["yellow"] * (ids.shape[1] - 1)
+    return torch.stack([draw_bounding_boxes(tile, frames.flip(0), colors=colours[::-1], width=4)  # red last
+                        for tile, frames in zip(image, boxes)])
+
+
+def attention_of(checkpoint, image, regions, grid):
+    """What draws AMT's mask: the attention map [1, gh, gw] of a checkpoint's encoder, which sees the image at
+    its own size. Without a checkpoint it is the region in the middle of the image, blurred."""
+    if checkpoint is None:
+        label = regions[:, :1, regions.shape[2] // 2, regions.shape[3] // 2, None, None]
+        middle = F.adaptive_avg_pool2d((regions[:, :1] == label).float(), grid)
+        return 0.1 + F.avg_pool2d(middle, 3, 1, 1)[:, 0]
+    encoder = evaluation.open_encoder(checkpoint)[0].eval()
+    small = v2.functional.resize(image, list(encoder.image_size), antialias=True)
+    return mim.attention_map(encoder, small)
+
+
+@torch.no_grad()
+def mask_tiles(image, regions, patch_size, checkpoint=None, seed=0):
+    """A normalised image [1, 3, H, W] and its label maps [1, L, H, W] -> {title: tile [1, 3, H, W]}: what
+    each method with its paper's settings hides of it and leaves out."""
+    size, p, shown = list(image.shape[-2:]), patch_size, denormalize(image)
+    map = attention_of(checkpoint, image, regions, [side // p for side in size])
+    inputs = dict.fromkeys(("objmae", "rmae"), dict(regions=regions))
+    whole = torch.tensor([[0.0, 0, 1, 1]])
+    inputs["amt"] = dict(index=torch.tensor([0]), box=whole, flip=torch.tensor([False]))
+
+    def mask(name):
+        method = train.build_method(name, size, patch_size=p, model="nano").eval()
+        if name == "amt":
+            method.maps = map.half()
+        torch.manual_seed(seed)
+        out, windows = method(image, **inputs.get(name, {})), getattr(method, "num_windows", 1)
+        parts = [out[key].unflatten(1, (windows, -1)) for key in ("ids_visible", "ids_masked")]
+        return out, train.show_mask(shown, *(ids[:, 0] for ids in parts), p), torch.cat(parts, dim=2)
+
+    window, windows = mask("lomar")[1:]
+    out, _, _ = mask("rmae")
+    colours = train.class_colours(1 + out["region_maps"].shape[1])[1:]
+    covered = train.paint(torch.ones_like(shown), out["region_maps"], colours)
+    return {
+        "image": shown,
+        "MAE: random patches": mask("mae")[1],
+        "SimMIM: larger units": mask("simmim")[1],
+        "BEiT, CAE: blocks": mask("cae")[1],
+        "R-MAE: regions, hidden as MAE's patches": train.put_patches(
+            covered, torch.full_like(shown, 0.5), out["ids_masked"], p),
+        "AMT: the attention" + " (here drawn by hand)" * (checkpoint is None): train.heat(shown, map),
+        "AMT: attended patches hidden, others thrown": mask("amt")[1],
+        "LoMaR: small windows": frame_windows(shown, windows, [side // p for side in size], p),
+        "LoMaR: a window, as the network sees it": window,
+        "ObjMAE: half of an object": mask("objmae")[1],
+    }
+
+
+def masks(images: list[str] | None = None, scene: NonNegativeInt = 0, image_size: PositiveInt = 224,
+          checkpoint: str | None = None, seed: NonNegativeInt = 0, output: str = "masks.png"):
+    """A picture of one image under the mask of each method, with the settings of the papers.
+
+    images: image files, instead of a built-in scene; their regions are Felzenszwalb-Huttenlocher segments
+    scene: number of the built-in scene among those for validation
+    image_size: pixels; a patch is a fourteenth
+    checkpoint: whose encoder's attention draws AMT's mask (default: an attention that is drawn by hand)
+    seed: of the masks
+    output: file of the picture, PNG
+    """
+    path, p = open_picture(output), image_size // 14
+    if image_size % 14:
+        raise UsageError(f"--image-size {image_size}: it must be a multiple of 14")
+    regions = dict(regions="fh", fh_scales=[300]) if images else dict(regions="instances")
+    dataset = evaluation.open_images("shapes", [image_size, image_size], regions, images)
+    if not images and scene >= len(dataset):
+        raise UsageError(f"--scene {scene}: there are {len(dataset)}")
+    drawn, legend = [], train.SCALE | train.HIDDEN | train.LEFT_OUT
+    for index in range(len(images)) if images else [scene]:
+        batch = collate([dataset[index]])
+        tiles = mask_tiles(normalize(batch["image"]), batch["regions"], p, checkpoint, seed)
+        for half in (list(tiles.items())[:5], list(tiles.items())[5:]):
+            drawn.append(train.picture(dict(half), {} if drawn else legend))
+    train.save_picture(path, torch.cat(drawn, dim=1), "masks")
+    return dict(output=output, images=images or f"scene {scene}", checkpoint=checkpoint, seed=seed)
+
+
+def attention(checkpoints: list[str] | None = None, data: str = "shapes", regions: str = "instances",
+              count: PositiveInt = 4, limit: PositiveInt | None = None, seed: NonNegativeInt = 0,
+              output: str = "attention.png", device="cpu", workers=0):
+    """A picture of where several encoders look, a column each, and the share of their attention that falls on
+    the main object and on all objects of the validation images (AMT, Figure 4).
+
+    checkpoints: as eval.py takes them; `random`, the default, is an untrained encoder
+    data: as in train.py
+    regions: the objects' maps: instances (of the built-in scenes and COCO), panoptic, or a folder of masks
+    count: images in the picture
+    limit: so many of the validation images, evenly spread
+    seed: of an untrained encoder
+    output: file of the picture, PNG
+    """
+    path, size, rows, dataset = open_picture(output), None, [], None
+    for checkpoint in checkpoints or ["random"]:
+        encoder, _ = evaluation.open_encoder(checkpoint, data, image_size=size, seed=seed)
+        encoder = encoder.to(device).eval()
+        if dataset is None:  # the first sets the size
+            size = list(encoder.image_size)
+            settings = dict(data=data, regions=regions, limit=limit, workers=workers)
+            dataset = evaluation.open_images(data, size, settings)
+            images = train.picture_items(dataset, count)["images"].to(device)
+            columns = dict(image=denormalize(images))
+        with torch.no_grad():
+            shares = evaluation.attention_shares(encoder, dataset, 0, device, workers)
+            map = encoder.last_attention(images).mean(1).unflatten(1, encoder.grid)
+        name = str(checkpoint).removesuffix("/encoder.pt").removesuffix("/checkpoint.pt")
+        main, both = shares["attention_main"], shares["attention_objects"]
+        title = f"{name}: {main:.1f}% on the main object, {both:.1f}% on all"
+        columns[title] = train.heat(columns["image"], map)
+        print(f"{name:30s} {main:6.2f}% on the main object, {both:6.2f}% on all")
+        rows.append(dict(checkpoint=checkpoint, **shares))
+    main, both = shares["area_main"], shares["area_objects"]
+    print(f"{'their share of the area':30s} {main:6.2f}% {'':18s} {both:6.2f}%")
+    heading = f"attention: the main object has {main:.1f}% of the area, all have {both:.1f}%; data {data}"
+    train.save_picture(path, train.picture(columns, train.SCALE), "attention", heading)
+    return dict(rows=rows, data=data, limit=limit, output=output)
+
+
+# ------------------------------------------------------------------------------------------------------
+
+BENCHMARKS = dict(speed=speed, data=data, compare=compare, cuda=cuda, masks=masks, attention=attention)
 
 
 def main(argv):

@@ -260,6 +260,54 @@ def test_masks_for_cuda_are_drawn_on_the_cpu():
     assert {value.device.type for value in drawn} == {"cuda"} and drawn_on == 4 * ["cpu"]
 
 
+def test_one_image_under_the_mask_of_every_method(cli, folder, tmp_path):
+    """14 x 14 patches of 4 pixels: what is hidden is grey, what is left out neither grey nor the image."""
+    regions = torch.zeros(1, 1, 56, 56, dtype=torch.uint8)
+    regions[..., 14:42, 14:42] = 3
+    image = torch.full((1, 3, 56, 56), 3.0)  # drawn as white
+    tiles = benchmark.mask_tiles(image, regions, 4)
+    assert len(tiles) == 10 and all(tile.shape == (1, 3, 56, 56) for tile in tiles.values())
+
+    def patches(title):
+        tile, = (tile for name, tile in tiles.items() if name.startswith(title))
+        return mim.patchify(tile, 4)[0]
+
+    def hidden(title):
+        return int((patches(title) == 0.5).all(1).sum())
+
+    seen = {title: int((patches(title) == 1).all(1).sum()) for title in tiles if "attention" not in title}
+    assert hidden("MAE") == 147 and seen["MAE: random patches"] == 49  # 75% of 196
+    assert hidden("SimMIM") == 120 and hidden("BEiT") == 98
+    assert hidden("AMT: attended") == 88 and seen["AMT: attended patches hidden, others thrown"] == 30  # 45, 40%
+    assert hidden("LoMaR: a window") == 39  # 80% of 49
+    assert 24 <= hidden("ObjMAE") <= 32  # half of the 49 to 64 patches of the object
+    attention = patches("AMT: the attention").view(14, 14, -1)
+    assert (attention[5:9, 5:9, 2] < 0.5).all() and (attention[:2, :, 2] == 1).all()  # in the middle, orange
+    frames = (patches("LoMaR: small")[:, :3] != 1).any(1)
+    assert 0 < frames.sum() < 4 * 4 * 7
+    for flags in (["--scene", 3], ["--images", folder / "val" / "a" / "0.png"]):
+        flags = ["masks", "--image-size", 56, "--output", tmp_path / "masks.png", *flags]
+        code, out, err = cli(benchmark, *flags)
+        assert code == 0, err
+    assert Image.open(tmp_path / "masks.png").width == 4 + 5 * 172
+    code, _, err = cli(benchmark, "masks", "--output", folder / "val" / "a" / "0.png")
+    assert code == 2 and "it is no picture of benchmark.py" in err
+
+
+def test_encoders_look_side_by_side(cli, tmp_path):
+    encoder = mim.ViT(64, 8, 16, 1, 2)
+    (tmp_path / "run").mkdir()
+    torch.save(encoder.state_dict(), tmp_path / "run" / "encoder.pt")
+    flags = ["--checkpoints", tmp_path / "run" / "encoder.pt", "random", "--limit", 5, "--count", 2]
+    code, out, err = cli(benchmark, "attention", *flags, "--output", tmp_path / "a.png")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["checkpoint"] for row in rows] == [str(tmp_path / "run" / "encoder.pt"), "random"]
+    assert rows[0]["area_main"] == rows[1]["area_main"] < rows[0]["area_objects"] < 100
+    assert rows[0]["attention_main"] != rows[1]["attention_main"]
+    assert Image.open(tmp_path / "a.png").width == 4 + 2 * 3 * 132  # image and two encoders, two images
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["cuda"], "no GPU that torch can use; --device cpu goes through the same steps on the CPU"),
     (["speed", "--methods", "mea"], "--methods invalid choice: 'mea' (choose from"),
