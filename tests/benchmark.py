@@ -659,7 +659,7 @@ def mask_tiles(image, regions, patch_size, checkpoint=None, seed=0):
             covered, torch.full_like(shown, 0.5), out["ids_masked"], p),
         "AMT: the attention" + " (here drawn by hand)" * (checkpoint is None): train.heat(shown, map),
         "AMT: attended patches hidden, others thrown": mask("amt")[1],
-        "LoMaR: small windows": frame_windows(shown, windows, [side // p for side in size], p),
+        "LoMaR: windows, each on its own": frame_windows(shown, windows, [side // p for side in size], p),
         "LoMaR: a window, as the network sees it": window,
         "ObjMAE: half of an object": mask("objmae")[1],
     }

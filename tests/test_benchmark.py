@@ -283,7 +283,7 @@ def test_one_image_under_the_mask_of_every_method(cli, folder, tmp_path):
     assert 24 <= hidden("ObjMAE") <= 32  # half of the 49 to 64 patches of the object
     attention = patches("AMT: the attention").view(14, 14, -1)
     assert (attention[5:9, 5:9, 2] < 0.5).all() and (attention[:2, :, 2] == 1).all()  # in the middle, orange
-    frames = (patches("LoMaR: small")[:, :3] != 1).any(1)
+    frames = (patches("LoMaR: windows")[:, :3] != 1).any(1)
     assert 0 < frames.sum() < 4 * 4 * 7
     for flags in (["--scene", 3], ["--images", folder / "val" / "a" / "0.png"]):
         flags = ["masks", "--image-size", 56, "--output", tmp_path / "masks.png", *flags]
