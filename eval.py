@@ -855,12 +855,12 @@ def draw_masks(shown, names):
             if len(labels) > 0:
                 tile = paint(tile, 0.6 * enlarge(masks.byte(), fill=0), of)
                 legend |= {names[k]: colours[k].view(3, 1, 1) for k in labels}
-            if len(labels) > 0 and "boxes" in part:
-                boxes = torch.as_tensor(part["boxes"]) * 256 / max(image.shape[1:])
-                of = [tuple(colour) for colour in (255 * of).int().tolist()]
-                tile = draw_bounding_boxes(tile, boxes, colors=of, width=2)
-                corners = (boxes[:, :2] + 3).tolist()
-                tile = write(tile, {tuple(corner): names[k] for corner, k in zip(corners, labels)})
+                if "boxes" in part:
+                    boxes = torch.as_tensor(part["boxes"]) * 256 / max(image.shape[1:])
+                    of = [tuple(colour) for colour in (255 * of).int().tolist()]
+                    tile = draw_bounding_boxes(tile, boxes, colors=of, width=2)
+                    corners = (boxes[:, :2] + 3).tolist()
+                    tile = write(tile, {tuple(corner): names[k] for corner, k in zip(corners, labels)})
             row.append(tile)
         rows.append(row)
     return picture(dict(zip(("image", "prediction", "truth"), map(torch.stack, zip(*rows)))), legend)
@@ -1227,8 +1227,10 @@ def attention_shares(encoder, dataset, query=0, device="cpu", workers=0):
         maps = encoder.last_attention(prepare(batch["image"], device), query).float().mean(1, keepdim=True)
         share = (inside * maps).sum(2) / maps.sum(2)
         shares.append(torch.cat([share, inside.mean(2)], dim=1)[objects[:, 1].any((1, 2))])
-    names = ("attention_main", "attention_objects", "area_main", "area_objects")
-    return {name: round(100 * share, 2) for name, share in zip(names, torch.cat(shares).mean(0).tolist())}
+    shares, names = torch.cat(shares), ("attention_main", "attention_objects", "area_main", "area_objects")
+    if len(shares) == 0:
+        raise UsageError("--regions: no image has an object")
+    return {name: round(100 * share, 2) for name, share in zip(names, shares.mean(0).tolist())}
 
 
 @torch.no_grad()
@@ -1263,7 +1265,8 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
             maps = flow[:, query, None, 1:]
         else:
             maps = encoder.last_attention(images, query)
-            result |= {} if dataset is None else attention_shares(encoder, dataset, query, device, workers)
+            if dataset is not None and not regions.is_floating_point():  # activation maps are no objects
+                result |= attention_shares(encoder, dataset, query, device, workers)
     maps = maps.float().unflatten(2, (gh, gw))
     if rollout and regions is not None:
         flow, member = object_flow(flow, regions.to(device), p)
@@ -1339,9 +1342,7 @@ def completed_and_hints(method, images, maps, ids, image_visible):
     N, p = method.encoder.num_patches, method.encoder.patch_size
     ids_image = draw_patches(ids, N, max(ids.shape[1], int(image_visible * N)))
     completed = method.complete(images, maps, ids, ids_image).float()
-    patches = mim.patchify(maps.float(), p)
-    hints = mim.put(torch.full_like(patches, 0.5), ids, mim.take(patches, ids))
-    hints = mim.unpatchify(hints, p, method.encoder.grid)
+    hints = put_patches(torch.full_like(completed, 0.5), maps.float(), ids, p)
     return completed.expand(-1, 3, -1, -1), hints.expand(-1, 3, -1, -1)
 
 

@@ -938,7 +938,7 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         out[error] = mim.take(mim.patchify(shown - image, p), ids_masked).square().mean()
 
     tiles, legend, given = dict(image=image), HIDDEN, ""
-    if "ids_thrown" in out and method.throw != "random":
+    if "ids_thrown" in out and method.throw != "random" and not mask:
         tiles["attention"], legend = heat(image, mim.attention_map(method.encoder, images)), SCALE | HIDDEN
     elif ids_used.shape[1] != math.prod(grid):
         title = "object: source and target" if windows == 1 else "all windows"

@@ -969,10 +969,14 @@ def test_the_share_of_the_attention_that_falls_on_objects_by_hand(relative):
     regions[0, 1, :8, 16:20] = 7  # half of patch 2
     regions[1, 1, 8:] = 3  # patches 3, 4, 5; the third image has no object
     items = [dict(image=torch.zeros(3, 16, 24, dtype=torch.uint8), regions=some) for some in regions]
-    result = evaluation.attention(Known(relative_position=relative), regions.new_zeros(1, 3, 16, 24), dataset=items)
+    result = evaluation.attention(Known(relative_position=relative), regions.new_zeros(1, 3, 16, 24), regions, items)
     shares = {name: result[name] for name in ("attention_main", "attention_objects", "area_main", "area_objects")}
     sums = (0.25 + 0.25, 0.375 + 0.25, 1 / 6 + 1 / 2, 1.5 / 6 + 1 / 2)  # of the two images with objects
     assert list(shares.values()) == [pytest.approx(50 * value, abs=0.006) for value in sums]
+    with pytest.raises(datasets.UsageError, match="no image has an object"):
+        evaluation.attention(Known(), regions.new_zeros(1, 3, 16, 24), regions, items[2:])
+    responses = torch.rand(1, 1, 16, 24)  # of a class activation map
+    assert "area_main" not in evaluation.attention(Known(), regions.new_zeros(1, 3, 16, 24), responses, items)
 
 
 def test_rollout_shows_what_reaches_the_query(columns):
