@@ -58,34 +58,36 @@ PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
 
 # The defaults of the tasks are those of MAE's paper and code. Here are the values in which others differ, by
-# the method that made the encoder; "-large" are those for ViT-L and above (`recipe`).
+# task and by the method that made the encoder; "-large" are those for ViT-L and above (`recipe`).
 PAPER_RECIPES = {
-    "mae": {},
-    # MAE's code; UPerNet: CAE's Appendix A, which takes the best of 3e-5, 4e-5, 5e-5; detection: ViTDet
-    "mae-large": {"finetune": dict(base_lr=1e-3, epochs=50, drop_path=0.2, layer_decay=0.75),
-                  "semseg": dict(base_lr=4e-5, width=1024, drop_path=0.15, layer_decay=0.95),
-                  "detect": dict(drop_path=0.4, layer_decay=0.8)},
-    "mae-huge": {"finetune": dict(drop_path=0.3)},  # MAE's code
-    # Its released configuration
-    "simmim": {"finetune": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20)},
-    # §4.1 has the class token, §4.3 detection's 90,000 steps, which are 12.2 epochs of COCO. The rate and its
-    # decay are those of the released command, which pools by the mean.
-    "amt": {"finetune": dict(base_lr=1e-3, layer_decay=0.75, pool="cls"),
-            "detect": dict(epochs=12, batch_size=16)},
-    "amt-simmim": {"finetune": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20, pool="cls")},
-    # §6.1 and §6.2; the decay is MAE's for this rate. No loss reaches the class token's output.
-    "lomar": {"knn": dict(pool="mean"), "linear": dict(pool="mean"),
-              "finetune": dict(base_lr=1e-3, layer_decay=0.75), "detect": dict(epochs=25)},
-    # Tables 2 and 3; for CIFAR-100 it has --epochs 90.
-    "objmae": {"finetune": dict(batch_size=256, base_lr=1e-3, min_lr=1e-5, lookahead=5)},
-    "rae": {"semseg": dict(epochs=100)},  # §4.1, following MAE
-    "rmae": {"semseg": dict(epochs=100)},
-    # Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults; in its released code they have
+    "finetune mae-large": dict(base_lr=1e-3, epochs=50, drop_path=0.2, layer_decay=0.75),  # MAE's code
+    "finetune mae-huge": dict(drop_path=0.3),  # MAE's code
+    # CAE, Appendix A, which takes the best rate of 3e-5, 4e-5 and 5e-5
+    "semseg mae-large": dict(base_lr=4e-5, width=1024, drop_path=0.15, layer_decay=0.95),
+    "detect mae-large": dict(drop_path=0.4, layer_decay=0.8),  # ViTDet
+    # SimMIM's released configuration
+    "finetune simmim": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20),
+    # AMT: §4.1 has the class token, §4.3 detection's 90,000 steps, which are 12.2 epochs of COCO. The rate and
+    # its decay are those of the released command, which pools by the mean.
+    "finetune amt": dict(base_lr=1e-3, layer_decay=0.75, pool="cls"),
+    "finetune amt-simmim": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20, pool="cls"),
+    "detect amt": dict(epochs=12, batch_size=16),
+    # LoMaR: §6.1 and §6.2; the decay is MAE's for this rate. No loss reaches the class token's output.
+    "knn lomar": dict(pool="mean"),
+    "linear lomar": dict(pool="mean"),
+    "finetune lomar": dict(base_lr=1e-3, layer_decay=0.75),
+    "detect lomar": dict(epochs=25),
+    # ObjMAE: Tables 2 and 3; for CIFAR-100 it has --epochs 90.
+    "finetune objmae": dict(batch_size=256, base_lr=1e-3, min_lr=1e-5, lookahead=5),
+    # R-MAE: §4.1, following MAE
+    "semseg rae": dict(epochs=100),
+    "semseg rmae": dict(epochs=100),
+    # CAE: Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults; in its released code they have
     # Nesterov momentum and 1e-5 in the batch norm, and the attentive one sees the class token, too. Its
     # detector is another (Mask R-CNN with the 1x schedule), which is not here.
-    "cae": {"finetune": dict(batch_size=4096, lr_batch=4096, base_lr=1.6e-2, epochs=200, layer_decay=0.75)},
-    "cae-base": {"finetune": dict(base_lr=8e-3, epochs=100, layer_decay=0.65)},
-    "cae-large": {"finetune": dict(base_lr=2e-3, epochs=50, layer_decay=0.75)},
+    "finetune cae": dict(batch_size=4096, lr_batch=4096, base_lr=1.6e-2, epochs=200, layer_decay=0.75),
+    "finetune cae-base": dict(base_lr=8e-3, epochs=100, layer_decay=0.65),
+    "finetune cae-large": dict(base_lr=2e-3, epochs=50, layer_decay=0.75),
 }
 
 # These two tables are ours. The first is for images of up to 96 pixels, the second for such images and a ViT
@@ -101,7 +103,7 @@ SMALL_RECIPES = {
 NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=3)}
 
 
-def recipe(task, encoder, method: Literal[tuple(PAPER_RECIPES)] = "mae"):
+def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae"):
     """The keywords of a task that differ from its defaults for this mim.ViT: `linear(..., **recipe("linear",
     vit, "lomar"))`.
 
@@ -112,7 +114,7 @@ def recipe(task, encoder, method: Literal[tuple(PAPER_RECIPES)] = "mae"):
     paper = {}
     for name in ("mae", method):
         for key in (name, *(f"{name}-{size}" for size in sizes)):
-            paper |= PAPER_RECIPES.get(key, {}).get(task, {})
+            paper |= PAPER_RECIPES.get(f"{task} {key}", {})
     if max(encoder.image_size) > SMALL:
         return paper
     nano = encoder.embed_dim <= mim.SIZES["nano"]["embed_dim"]
@@ -1462,10 +1464,10 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
             raise UsageError(f"--image-size is needed: {checkpoint} has relative positions and does not tell "
                              "it")
         encoder, names = mim.vit_from_checkpoint(state, size)
-        method = f"{run.get('method')}{'-simmim' * (run.get('base') == 'simmim')}"
-    if method not in PAPER_RECIPES:
-        method = "lomar" if encoder.relative_position else "mae"
-    return loaded(encoder, checkpoint, *names), method
+        method = run.get("method")
+        if method not in mim.METHODS:
+            method = "lomar" if encoder.relative_position else "mae"
+    return loaded(encoder, checkpoint, *names), method + "-simmim" * (run.get("base") == "simmim")
 
 
 def open_method(checkpoint, set: list[str] | None = None):

@@ -1834,8 +1834,8 @@ class LengthBranch(RegionBranch):
 
 
 def region_branch(encoder, variant, mask_ratio, num_regions, from_pixels, dim, num_heads, depth):
-    """The region branch of a variant, with initial weights; from_pixels: see `RegionBranch`. Its num_masked
-    is the number of masked patches of a map, None for as many as of the image."""
+    """The region branch of a variant, with initial weights; from_pixels: see `RegionBranch`. Its
+    num_visible is the number of a map's patches that it sees, None for as many as of the image."""
     check_choice("variant", variant, Variant)
     check_range(1, num_regions=num_regions)
     check_transformer(dim, num_heads, depth, ("region_dim", "region_heads", "region_decoder_depth"))
@@ -1845,7 +1845,7 @@ def region_branch(encoder, variant, mask_ratio, num_regions, from_pixels, dim, n
         channels = num_regions if variant == "channel" else 1
         branch = BatchBranch(encoder, from_pixels, dim, num_heads, depth, channels)
     N = encoder.num_patches
-    branch.num_masked = None if mask_ratio is None else count_masked(N, mask_ratio, round_up=True)
+    branch.num_visible = None if mask_ratio is None else N - count_masked(N, mask_ratio, round_up=True)
     return branch.apply(init_weights)
 
 
@@ -1915,9 +1915,8 @@ class RAE(nn.Module):
         if ids_visible is None:
             ids_visible, ids_masked = random_masking(
                 len(images), self.encoder.num_patches, self.mask_ratio, images.device)
-        order = torch.cat([ids_visible, ids_masked], dim=1)
-        masked = self.region_branch.num_masked or ids_masked.shape[1]
-        ids_shown, ids_hidden = order[:, :-masked], order[:, -masked:]  # of the maps
+        shown = self.region_branch.num_visible or ids_visible.shape[1]
+        ids_shown, ids_hidden = torch.cat([ids_visible, ids_masked], dim=1).tensor_split([shown], dim=1)
         if region_maps is None:
             region_maps = sample_regions(regions, ids_shown, p, self.num_regions)
         latents = self.encoder(images, ids_visible)

@@ -786,7 +786,7 @@ def test_a_file_says_which_method_made_its_encoder(call, runs, folder, tmp_path)
             assert said(runs / name / file) == (name + small, "cls")
     assert said(runs / "lomar" / "encoder.pt") == ("lomar" + small, "mean")
     assert said(runs / "lomar" / "encoder.pt", "--method", "mae") == ("mae" + small, "cls")
-    assert said(runs / "beit" / "encoder.pt") == ("mae" + small, "cls")  # it has no settings of its own here
+    assert said(runs / "beit" / "encoder.pt") == ("beit" + small, "cls")
     state = mim.load_file(runs / "amt" / "encoder.pt")
     assert state._metadata[""]["method"] == "amt"
     torch.save(dict(state), tmp_path / "foreign.pt")
