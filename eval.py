@@ -14,7 +14,7 @@ task.
 from train import (HIDDEN, SCALE, Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat,
                    PositiveInt, add_lookahead, all_finite, autocast, call, check_place, check_setting,
                    class_colours, cut_batch, draw_reconstruction, exit_with_one_line, first_process_first,
-                   flags_of, half_cosine, heat, image_pair, join_processes, load_method, load_tokenizer,
+                   flags_of, heat, image_pair, join_processes, load_method, load_tokenizer,
                    not_empty, open_device, paint, parameter_groups, picture, picture_items, put_patches, rank,
                    run_settings, save_picture, sized, small_patch, train_epochs, world_size, write,
                    write_atomically)
@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, Files, Images, UsageError,
-                      boxes_of, collate, counted, decode, default_regions, denormalize, digest, explained,
+                      boxes_of, counted, decode, default_regions, denormalize, digest, explained,
                       load_data, load_dense, make_loader, normalize, open_regions, seed_of)
 
 PIECE = 256  # images that `extract` encodes at a time
@@ -262,21 +262,20 @@ def settings_of(task, arguments):
 
 
 def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr, lr_batch=256,
-        warmup_epochs=None, usual_warmup=10, warmup_steps=None, min_lr=0.0, fall=half_cosine,
-        accumulate=None, collate_fn=collate, output=None, resume=False, settings=None, seed=0, device="cpu",
-        precision="fp32", workers=0, title="training"):
+        warmup_epochs=None, usual_warmup=10, warmup_steps=None, accumulate=None, output=None, resume=False,
+        settings=None, device="cpu", **options):
     """Trains `model`: probes, fine-tuning and dense tasks share this loop. Returns a dict: the batch size and
     the warm-up that it used.
 
     train: a dataset whose items are dicts with image and label.
     compute_losses(model, images, labels) -> dict of scalars: "loss" and, if there are, its parts. The model
         is an argument because it is wrapped where several processes train it. Labels are as collated.
-    base_lr: learning rate per `lr_batch` images of the batch. After the warm-up it falls to min_lr along
-        `fall`.
+    base_lr: learning rate per `lr_batch` images of the batch
     warmup_epochs: default: `usual_warmup`, or `warmup_steps` in epochs; at most a ninth of the epochs, or as
         much of them as usual_warmup is of 100 (SimMIM: 20).
     output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
         what a resumed run must have been started with (`settings_of`).
+    options: others of `train_epochs`, such as min_lr, fall, collate_fn.
     """
     batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
     if warmup_epochs is None:
@@ -294,9 +293,8 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
 
     for _, state in train_epochs(
             model, optimizer, train, losses, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
-            peak_lr=base_lr * batch_size / lr_batch, warmup_epochs=warmup_epochs, min_lr=min_lr, fall=fall,
-            collate_fn=collate_fn, state=open_kept(output, settings) if begun else None, seed=seed,
-            device=device, precision=precision, workers=workers, title=title):
+            peak_lr=base_lr * batch_size / lr_batch, warmup_epochs=warmup_epochs,
+            state=open_kept(output, settings) if begun else None, device=device, **options):
         if output is not None and rank() == 0:
             write_atomically(output, functools.partial(torch.save, state | dict(args=settings)))
     model.eval()
@@ -1082,18 +1080,8 @@ def mask_areas(masks):
 
 
 def mask_overlaps(masks, others):
-    """The pixels that two masks share: bool [m, H, W], [n, H, W] -> [m, n].
-
-    For speed, only the rows and columns that the other mask spans are looked at.
-    """
-    overlaps = np.zeros((len(masks), len(others)))
-    for j, other in enumerate(others):
-        rows, columns = np.flatnonzero(other.any(1)), np.flatnonzero(other.any(0))
-        if len(rows) > 0:
-            window = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-            inside = other[window].copy()  # in one piece, for speed
-            overlaps[:, j] = mask_areas(mask[window] & inside for mask in masks)
-    return overlaps
+    """The pixels that two masks share: bool [m, H, W], [n, H, W] -> [m, n]."""
+    return np.array([mask_areas(others & mask) for mask in masks]).reshape(len(masks), len(others))
 
 
 def outside(areas):
