@@ -1567,19 +1567,20 @@ def task_of(path):
 
 
 def check_output(path, checkpoint):
-    """Tries to write beside `path` now, and not after an hour of training. UsageError if that fails, or if
-    eval.py has not written what is there."""
+    """Returns the path of a result, after trying now, and not after an hour of training, to write beside it.
+    UsageError if that fails, or if eval.py has not written what is there."""
     check_place(path)
     if path.exists() and (task_of(path) not in TASKS or str(path) == checkpoint):
         raise UsageError(f"--output {path}: it is no result of eval.py, or the checkpoint itself")
     with explained(f"--output {path}", "it cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+    return path
 
 
 def beside(checkpoint, name):
     """The path of a result, which lies beside its checkpoint where --output is not given."""
-    return (Path("runs/random") if checkpoint == "random" else Path(checkpoint).parent) / name
+    return ("runs/random" if checkpoint == "random" else Path(checkpoint).parent) / Path(name)
 
 
 def open_picture(checkpoint, task, output: str | None = None):
@@ -1587,9 +1588,7 @@ def open_picture(checkpoint, task, output: str | None = None):
 
     output: file of the picture, PNG; default: TASK.png beside the checkpoint
     """
-    path = Path(output or beside(checkpoint, f"{task}.png"))
-    check_output(path, checkpoint)
-    return path
+    return check_output(Path(output or beside(checkpoint, f"{task}.png")), checkpoint)
 
 
 def open_result(checkpoint, task, output: str | None = None, resume=False, overwrite: bool = False):
@@ -1598,14 +1597,12 @@ def open_result(checkpoint, task, output: str | None = None, resume=False, overw
     output: file of the trained model; default: TASK.pt beside the checkpoint
     overwrite: start anew where --output already holds a trained model (not with --resume)
     """
-    path = Path(output or beside(checkpoint, f"{task}.pt"))
+    path = check_output(Path(output or beside(checkpoint, f"{task}.pt")), checkpoint)
     if path.suffix == ".png":
         raise UsageError(f"--output {output}: it is for the model; a picture beside it ends in .png")
-    if path.is_symlink() or not (resume and path.is_file()):
-        check_output(path, checkpoint)
-        if path.exists() and not overwrite:
-            raise UsageError(f"--output {path}: it holds a result: --resume goes on from it, --overwrite "
-                             "starts anew")
+    if path.exists() and not (resume or overwrite):
+        raise UsageError(f"--output {path}: it holds a result: --resume goes on from it, --overwrite starts "
+                         "anew")
     if task != "finetune":
         check_output(path.with_suffix(".png"), checkpoint)
     return path

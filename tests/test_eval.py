@@ -1674,7 +1674,7 @@ MISTAKES = [
      "--images low.png: it cannot be used as an image (a side has fewer than"),
     ("{mae}/encoder.pt --task knn --resume", "--resume belongs to --task finetune or --task semseg"),
     ("{mae}/encoder.pt --task finetune --resume --output {mae}/checkpoint.pt --data {data}",
-     "checkpoint.pt was made with task None, not finetune"),
+     "checkpoint.pt: it is no result of eval.py"),
     ("{mae}/encoder.pt --task finetune --warmup-epochs 5 --epochs 3 --data {data} --output w.pt",
      "--warmup-epochs 5 is more than --epochs 3"),
     ("{mae}/encoder.pt --task knn --data {plain}", "needs labels"),
