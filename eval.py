@@ -1694,7 +1694,7 @@ def main(argv):
         path = settings["output"]
         if "output" in takes:  # it is the model's
             path = path.with_suffix(".png")
-        names = ("checkpoint", "method", "epoch", "task")
+        names = ("checkpoint", *["method", "epoch"] * ("method" in takes), "task")
         words = [f"{name} {settings[name]}" for name in names if settings.get(name)]
         words += given.get("images", [settings["data"]])
         save_picture(path, result["picture"], task, ", ".join(words))
