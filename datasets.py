@@ -367,7 +367,7 @@ class Files(Source):
 
     def file(self, index):
         root = os.path.abspath(self.root)
-        key = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]  # two folders of one name are two data sets
+        key = digest(os.fsencode(root))  # two folders of one name are two data sets
         return os.path.join(f"{os.path.basename(root)}-{key}", self.path(index))
 
 
@@ -692,9 +692,6 @@ class EpochBatches:
     world_size: int = 1
     epoch: int = 0
 
-    def __len__(self):
-        return self.num_images // self.batch_size * self.accumulate // self.world_size
-
     def __iter__(self):
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
@@ -734,9 +731,6 @@ class DeviceLoader:
         self.dataset, self.batches, self.device = dataset, batches, device
         self.images = torch.stack([item["image"] for item in dataset.source]).to(device)
 
-    def __len__(self):
-        return len(self.batches)
-
     def __iter__(self):
         dataset = self.dataset
         generator = torch.Generator().manual_seed(seed_of(dataset.seed, self.batches.epoch, 0))
@@ -749,17 +743,13 @@ class DeviceLoader:
             yield dict(image=image.byte(), index=index, box=box, flip=flip, broken=torch.empty(0))
 
 
-class BrokenFiles:
-    """Collects the broken files of a source in `found`, and names each of them once."""
-
-    def __init__(self, source, echo=print):
-        self.source, self.echo, self.found = source, echo, set()
-
-    def watch(self, broken):
-        """broken: [B], the items' `broken` entries of one batch, on the CPU."""
-        for index in set(broken[broken >= 0].tolist()) - self.found:
-            self.found.add(index)
-            self.echo(f"broken image, another takes its place: {self.source.name(index)}")
+def name_broken(loader, source, known):
+    """Yields the batches of a loader. A broken file that is not in the set `known` is named, and added."""
+    for batch in loader:
+        for index in set(batch["broken"].tolist()) - known - {-1}:
+            known.add(index)
+            tqdm.write(f"broken image, another takes its place: {source.name(index)}")
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1185,7 +1175,7 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
         name = "cam-labels" if cam_labels else "cam-predicted"
         if cam_weights:
             with explained("--cam-weights", f"{cam_weights} cannot be read"):
-                name += "-" + hashlib.sha256(Path(cam_weights).read_bytes()).hexdigest()[:8]
+                name += "-" + digest(Path(cam_weights).read_bytes())
         open_classifier = partial(open_cam, cam_weights, cam_labels, device)
         return ComputedRegions(source, os.path.join(region_cache, name), open_classifier=open_classifier)
     return None if regions is None else MaskFolder(source, regions)

@@ -50,9 +50,9 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import mim
-from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, BrokenFiles, Files, Images, UsageError,
-                      boxes_of, counted, decode, default_regions, denormalize, digest, explained,
-                      load_data, load_dense, make_loader, normalize, open_regions, seed_of)
+from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, Files, Images, UsageError, boxes_of, counted, decode,
+                      default_regions, denormalize, digest, explained, load_data, load_dense, make_loader,
+                      name_broken, normalize, open_regions, seed_of)
 
 PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
@@ -166,10 +166,9 @@ def prepare(images, device):
 @torch.no_grad()
 def extract(function, dataset, device="cpu", precision="fp32", workers=0, title="features"):
     """All images through function(images [b, 3, H, W]) -> outputs [n, ...] and labels [n], on the device."""
-    outputs, labels, broken = [], [], BrokenFiles(dataset.source, tqdm.write)
-    loader = make_loader(dataset, workers, device, batch_size=PIECE)
-    for batch in tqdm(loader, title, leave=False, disable=None):
-        broken.watch(batch["broken"])
+    outputs, labels = [], []
+    loader = tqdm(make_loader(dataset, workers, device, batch_size=PIECE), title, leave=False, disable=None)
+    for batch in name_broken(loader, dataset.source, set()):
         with autocast(device, precision):
             outputs.append(function(prepare(batch["image"], device)))
         labels.append(batch["label"].to(device))

@@ -85,8 +85,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import mim
-from datasets import (NAMED, SMALL, BrokenFiles, DeviceLoader, EpochBatches, Images, UsageError, collate,
-                      counted, default_regions, denormalize, digest, explained, load_data, make_loader,
+from datasets import (NAMED, SMALL, DeviceLoader, EpochBatches, Images, UsageError, collate, counted,
+                      default_regions, denormalize, digest, explained, load_data, make_loader, name_broken,
                       normalize, open_regions, reason_of, seed_of)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -252,7 +252,6 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         loader = DeviceLoader(dataset, batches, device)
     else:
         loader = make_loader(dataset, workers, device, collate_fn, batch_sampler=batches)
-    broken = BrokenFiles(dataset.source, tqdm.write)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
     if state and state["epoch"]:
         if state["epoch"] > epochs:
@@ -265,28 +264,26 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     def lr(step):
         return learning_rate(step, epochs * steps, warmup_epochs * steps, peak_lr, min_lr, fall)
 
-    def watched_losses(model, batch, step):
-        broken.watch(batch["broken"])
-        return compute_losses(model, batch, step)
-
     def state_after(epoch):
         return dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"],
                     scaler=scaler.state_dict(), epoch=epoch)
 
+    broken = set()
     if state is None:
         yield {}, state_after(0)
     for epoch in range(state["epoch"] if state else 0, epochs):
         began, batches.epoch = time.perf_counter(), epoch
         if before_epoch is not None:
             before_epoch(epoch)
-        line = train_epoch(wrapped, loader, optimizer, watched_losses, epoch=epoch, epochs=epochs,
-                           steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, scaler=scaler,
-                           clip_grad=clip_grad, seed=seed, device=device, precision=precision, title=title)
-        broken.found = set().union(*gather(broken.found))  # a file is broken for all processes
+        line = train_epoch(wrapped, name_broken(loader, dataset.source, broken), optimizer, compute_losses,
+                           epoch=epoch, epochs=epochs, steps=steps, lr=lr, batch_size=batch_size,
+                           accumulate=accumulate, scaler=scaler, clip_grad=clip_grad, seed=seed,
+                           device=device, precision=precision, title=title)
+        broken.update(*gather(broken))  # a file is broken for all processes
         line = dict(epoch=epoch + 1, step=(epoch + 1) * steps, **line,
                     seconds=round(time.perf_counter() - began, 3))
-        if broken.found:
-            line["broken_images"] = len(broken.found)
+        if broken:
+            line["broken_images"] = len(broken)
         yield line, state_after(epoch + 1)
 
 
