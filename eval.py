@@ -1254,7 +1254,8 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
             maps = flow[:, query, None, 1:]
         else:
             maps = encoder.last_attention(images, query)
-            if dataset is not None and not regions.is_floating_point():  # activation maps are no objects
+            # Class activation maps are no objects.
+            if dataset is not None and regions is not None and not regions.is_floating_point():
                 result |= attention_shares(encoder, dataset, query, device, workers)
     maps = maps.float().unflatten(2, (gh, gw))
     if rollout and regions is not None:
@@ -1352,13 +1353,13 @@ def hidden_iou(guess, patches, ids):
 
 
 @torch.no_grad()
-def segment(method, images, image_visible: Fraction = 1.0, count: PositiveInt = 8, seed: NonNegativeInt = 0,
+def segment(method, dataset, image_visible: Fraction = 1.0, count: PositiveInt = 8, seed: NonNegativeInt = 0,
             device="cpu", precision="fp32", workers=0) -> dict:
     """Hides 80, 85 and 90% of an object's patches and completes it. Returns the mean intersection over union
     (IoU, in percent) inside the hidden patches, and a `picture`. Two controls tell what the hints alone give:
     the same hints with another image of the batch (other_image), and a copy of the nearest shown patch.
 
-    method: mim.RMAE or RAE. images: datasets.Images with regions, label maps.
+    method: mim.RMAE or RAE. dataset: datasets.Images with regions, label maps.
     image_visible: share of the image's patches that are encoded, the hints' among them, 0 to 1: all, as in
         Figure 6; 0.25 are as many as in pre-training
     count: images in the picture
@@ -1370,7 +1371,7 @@ def segment(method, images, image_visible: Fraction = 1.0, count: PositiveInt = 
     encoder, p = method.encoder, method.encoder.patch_size
     torch.manual_seed(seed)
     scores, columns = {}, {}
-    loader = make_loader(images, workers, device, batch_size=64)
+    loader = make_loader(dataset, workers, device, batch_size=64)
     for batch in tqdm(loader, "segment", leave=False, disable=None):
         maps, usable = mim.select_objects(batch["regions"].to(device), 1)
         if not usable.any():
@@ -1532,10 +1533,12 @@ def load_unlabelled(data, size=None, limit=None):
         return load_data(data, "pretrain", size, limit)
 
 
-def open_images(data, size, settings, images: list[str] | None = None):
-    """Opens the images to draw, as datasets.Images: the files of --images, or the val split of --data.
+def open_images(data, size, settings, images: list[str] | None = None, count: PositiveInt = 8):
+    """What is drawn, the files of --images, or the val split of --data, as a dict: dataset (datasets.Images),
+    and of some of it images [count, 3, H, W] and regions, if it has any.
 
     images: image files, instead of --data
+    count: images in the picture, spread over those of --data (not with --images)
     """
     for path in images or ():
         with explained(f"--images {path}", "it cannot be used as an image"):
@@ -1547,15 +1550,8 @@ def open_images(data, size, settings, images: list[str] | None = None):
     regions = call(open_regions, settings, source=source, split="val")
     if hasattr(regions, "fill") and not images:
         regions.fill(settings["workers"])
-    return Images(source, size, "center", regions=regions)
-
-
-def few(dataset, images=None, count: PositiveInt = 8):
-    """The images (and regions) to draw.
-
-    count: images in the picture, spread over those of --data (not with --images)
-    """
-    return picture_items(dataset, len(images) if images else count)
+    dataset = Images(source, size, "center", regions=regions)
+    return dict(dataset=dataset) | picture_items(dataset, len(images) if images else count)
 
 
 def task_of(path):
@@ -1620,8 +1616,8 @@ def functions_of(task):
     functions = [TASKS[task], load_data, open_device]
     functions += [open_encoder] if "encoder" in takes else [open_method, load_tokenizer]
     functions += [open_pair, recipe] if "train" in takes else [open_regions]
-    if "images" in takes:
-        functions += [open_images, few, open_picture]
+    if takes.keys() & {"images", "dataset"}:
+        functions += [open_images, open_picture]
     if "output" in takes:
         functions.append(open_result)
     return functions
@@ -1642,62 +1638,63 @@ def parse(argv):
     return parser.parse(argv, {f"--task {task}": functions_of(task) for task in TASKS})
 
 
+def kept_settings(method, args, given):
+    """The settings `args` of a method's run that its evaluation shares, where the user gives no others.
+    UsageError if the method takes none of a kind that the user gives."""
+    accepted = inspect.signature(method.forward).parameters
+    if "hide" in given:  # objects, for methods that are trained without, too
+        args = dict(regions=default_regions("objmae", given.get("data", "shapes"))) | args
+    elif "regions" in given and "regions" not in accepted:
+        raise UsageError(f"--regions: the method of {given['checkpoint']} takes none")
+    if "tokenizer" in given and "tokens" not in accepted:
+        raise UsageError(f"--tokenizer: the method of {given['checkpoint']} takes none")
+    if "images" in given and "regions" in args:
+        args = args | dict(regions="fh")
+    kept = ("method", "epoch", "tokenizer", "tokenizer_digest", *flags_of([open_regions]))
+    return {name: args[name] for name in kept if name in args}
+
+
 def main(argv):
     """One evaluation, from the command line to its line of JSON."""
     began = time.perf_counter()
     given = parse(argv)
     task, run = given["task"], TASKS[given["task"]]
-    takes = inspect.signature(run).parameters
-    if {"data", "images"} <= given.keys() and "train" not in takes:
+    functions = functions_of(task)
+    if {"data", "images"} <= given.keys() and open_pair not in functions:
         raise UsageError("--images are drawn instead of --data: leave one out")
     device, precision, workers = call(open_device, given)
     join_processes(device)
-    if world_size() > 1 and "resume" not in takes:
+    if world_size() > 1 and open_result not in functions:
         raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
-    # What the user gave, else what the model asks for; else the default of the function that takes it
-    if "encoder" in takes:
-        encoder, method = call(open_encoder, given)
-        method, size = given.get("method", method), encoder.image_size
-        fixed, settings = dict(encoder=encoder), recipe(task, encoder, method)
-        settings["recipe"] = method + ", small images" * (max(size) <= SMALL)
+    if open_encoder in functions:
+        model, method = call(open_encoder, given)
+        method = given.get("method", method)
+        small = max(model.image_size) <= SMALL
+        settings = recipe(task, model, method) | dict(recipe=method + ", small images" * small)
     else:
-        method, args = call(open_method, given)
-        fixed, size = dict(method=method), sized(method).image_size
-        accepted = [*inspect.signature(method.forward).parameters, *["regions"] * ("hide" in given)]
-        if "hide" in given:  # objects, for methods that are trained without, too
-            args = dict(regions=default_regions("objmae", given.get("data", "shapes"))) | args
-        for flag, argument in dict(regions="regions", tokenizer="tokens").items():
-            if flag in given and argument not in accepted:
-                raise UsageError(f"--{flag}: the method of {given['checkpoint']} takes none")
-        kept = ("method", "epoch", "tokenizer", "tokenizer_digest", *flags_of([open_regions]))
-        settings = {name: args[name] for name in kept if name in args}
-        if "images" in given and "regions" in args:
-            settings["regions"] = "fh"
+        model, args = call(open_method, given)
+        settings = kept_settings(model, args, given)
+    # What the user gave, else what the model asks for; else the default of the function that takes it
     settings = dict(data="shapes", seed=0) | settings | given
     settings |= dict(device=device, precision=precision, workers=workers)
-    if "tokenizer" in takes:
-        fixed["tokenizer"] = call(load_tokenizer, settings)
-    if "images" in takes:
-        settings["output"] = call(open_picture, settings)
-    if "output" in takes:
-        settings["output"] = call(open_result, settings)
-    if "train" in takes:
-        fixed |= call(open_pair, settings, size=size)
-    if "images" in takes:
-        images = call(open_images, settings, settings=settings, size=size)
-        fixed |= dict(images=images) if task == "segment" else call(few, settings, dataset=images)
-        if "dataset" in takes and "regions" in fixed:
-            fixed["dataset"] = images
-    result = call(run, settings, **fixed)
+    for open_output in (open_picture, open_result):
+        if open_output in functions:
+            settings["output"] = call(open_output, settings)
+    size = sized(model).image_size
+    objects = dict(encoder=model, method=model, tokenizer=call(load_tokenizer, settings))
+    for open_data in (open_pair, open_images):
+        if open_data in functions:
+            objects |= call(open_data, settings | dict(settings=settings, size=size))
+    result = call(run, settings | objects)  # it takes one model, and of the data what it names
     if "picture" in result:
         path = settings["output"]
-        if "output" in takes:  # it is the model's
+        if open_result in functions:  # it is the model's
             path = path.with_suffix(".png")
         names = ("checkpoint", *["method", "epoch"] * ("method" in takes), "task")
         words = [f"{name} {settings[name]}" for name in names if settings.get(name)]
         words += given.get("images", [settings["data"]])
         save_picture(path, result["picture"], task, ", ".join(words))
-        result["picture"] = str(path)
+        result["picture"] = path
     if rank() == 0:
         shown = {name: p.default for name, (p, _) in flags_of([run]).items()} | settings | result
         shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))

@@ -854,7 +854,7 @@ def test_what_is_drawn_is_spread_over_the_validation_images_or_given(handed, run
         assert torch.equal(images, datasets.normalize(torch.stack([read_image(str(f)) for f in files])))
     assert len(handed(path, "reconstruct", "--data", folder)["images"]) == 8
     # Of all regions that are completed, `count` are drawn.
-    images = handed(runs / "rmae" / "checkpoint.pt", "segment", "--count", 2)["images"]
+    images = handed(runs / "rmae" / "checkpoint.pt", "segment", "--count", 2)["dataset"]
     assert len(images) == 1024 and images.source.name(0) == datasets.load_data("shapes", "val").name(0)
 
 
