@@ -1250,7 +1250,7 @@ PROBE = ENCODER | TRAINED | {"--method": differs("lomar"), "--data": differs("{f
 TUNED = ENCODER | TRAINED | {
     "--weight-decay": differs("5"), "--layer-decay": differs("0.1"), "--drop-path": differs("0.9"),
     "--resume": "tests of resuming", "--overwrite": "test_safety.py", "--output": "every command has it",
-    "--method": differs("amt"),  # for these images, in the picture's heading alone
+    "--method": same("amt"),
 }
 DENSE = TUNED | {"--data": "test_dense.py", "--val-limit": differs("1"), "--batch-size": differs("4"),
                  "--freeze": differs(""), "--width": differs("4")}
@@ -1274,7 +1274,7 @@ TASK_FLAGS = {
                       "--limit": differs("22"), "--data": differs("{wide} --k 3"),
                       "--method": differs("lomar"), "--seed": differs("1", checkpoint="random")},
     "linear": PROBE | {"--pool": differs("mean")},
-    "attentive": PICTURE | PROBE | {"--method": differs("lomar")},  # likewise
+    "attentive": PICTURE | PROBE | {"--method": same("lomar")},
     "finetune": TUNED | {"--data": differs("{folder}"), "--pool": differs("cls"),
                          "--accumulate": differs("2"), "--label-smoothing": differs("0.5"),
                          "--lr-batch": differs("16"), "--min-lr": differs("1e-3"),
