@@ -1690,7 +1690,7 @@ def main(argv):
         path = settings["output"]
         if open_result in functions:  # it is the model's
             path = path.with_suffix(".png")
-        names = ("checkpoint", *["method", "epoch"] * ("method" in takes), "task")
+        names = ("checkpoint", *["method", "epoch"] * (open_method in functions), "task")
         words = [f"{name} {settings[name]}" for name in names if settings.get(name)]
         words += given.get("images", [settings["data"]])
         save_picture(path, result["picture"], task, ", ".join(words))
