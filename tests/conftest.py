@@ -25,6 +25,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_collection_modifyitems(items):
+    """Puts test_cuda.py last: autograd starts threads there, without which autograd ends with an error in the
+    forks of this process that other tests make."""
+    items.sort(key=lambda item: item.path.name == "test_cuda.py")
+
+
 def pytest_configure(config):
     words = "The image decoding and encoding capabilities"
     config.addinivalue_line("filterwarnings", f"ignore:{words}:DeprecationWarning")
