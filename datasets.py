@@ -1091,11 +1091,11 @@ def fh_maps(image, scales):
 
 def resnet50(weights=None):
     """torchvision's ImageNet ResNet-50, its weights from a file or downloaded; UsageError if that fails."""
-    network, download = torchvision.models.resnet50(), torchvision.models.ResNet50_Weights.IMAGENET1K_V1
     with explained(f"--cam-weights {weights or 'is not given, so there was a download'}",
                    "the weights of torchvision's ResNet-50 could not be loaded"):
-        state = mim.read_checkpoint(weights) if weights else download.get_state_dict(check_hash=True)
-        network.load_state_dict(state)
+        network = torchvision.models.resnet50(weights=None if weights else "IMAGENET1K_V1")
+        if weights:
+            network.load_state_dict(mim.read_checkpoint(weights))
     return network
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.io import write_png
 from torchvision.transforms import v2
@@ -774,7 +775,9 @@ def test_regions_that_cannot_be_had(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     small = torch.nn.ModuleDict(dict(conv1=torch.nn.Conv2d(3, 1, 1, bias=False), bn1=torch.nn.BatchNorm2d(1)))
-    monkeypatch.setattr("torchvision.models.resnet50", lambda: small)
+    download = torchvision.models.resnet50
+    monkeypatch.setattr(torchvision.models, "resnet50",
+                        lambda weights: download(weights=weights) if weights else small)
     weights = {name: str(tmp_path / f"{name}.pt") for name in ("none", "weights", "other")}
     for kind, options, says in [
             ("instances", {}, "--regions instances: --data .* has none; they come with COCO and shapes"),
