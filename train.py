@@ -231,9 +231,8 @@ def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, step
 
 
 def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_size, accumulate, peak_lr,
-                 warmup_epochs, min_lr=0.0, fall=half_cosine, clip_grad=None, before_epoch=None, state=None,
-                 on_device=False, collate_fn=collate, seed=0, device="cpu", precision="fp32", workers=0,
-                 title="epoch"):
+                 warmup_epochs, min_lr=0.0, fall=half_cosine, before_epoch=None, state=None, on_device=False,
+                 collate_fn=collate, seed=0, device="cpu", precision="fp32", workers=0, **options):
     """Trains `model`, or goes on from a `state`. Pre-training, probes, fine-tuning and dense tasks share it.
 
     A generator of pairs after every epoch, and one before the first: a dict of figures to log, and the state,
@@ -244,7 +243,7 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     peak_lr, warmup_epochs, min_lr, fall: see `learning_rate`
     before_epoch: function of an epoch's number, from 0, that is called before it
     on_device: crop on the device (`DeviceLoader`); else `workers` and `collate_fn` are of `make_loader`
-    For the others see `train_epoch`.
+    For the others, and for options, see `train_epoch`.
     """
     steps = len(dataset) // batch_size
     batches = EpochBatches(len(dataset), batch_size, accumulate, seed, rank(), world_size())
@@ -253,9 +252,10 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     else:
         loader = make_loader(dataset, workers, device, collate_fn, batch_sampler=batches)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
-    if state and state["epoch"]:
-        if state["epoch"] > epochs:
-            raise UsageError(f"--epochs {epochs}: the run to resume has had {state['epoch']}")
+    done = state["epoch"] if state else 0
+    if done:
+        if done > epochs:
+            raise UsageError(f"--epochs {epochs}: the run to resume has had {done}")
         restore(state, model, optimizer, scaler, len(dataset))
     wrapped = model
     if world_size() > 1:
@@ -271,14 +271,14 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     broken = set()
     if state is None:
         yield {}, state_after(0)
-    for epoch in range(state["epoch"] if state else 0, epochs):
+    for epoch in range(done, epochs):
         began, batches.epoch = time.perf_counter(), epoch
         if before_epoch is not None:
             before_epoch(epoch)
         line = train_epoch(wrapped, name_broken(loader, dataset.source, broken), optimizer, compute_losses,
                            epoch=epoch, epochs=epochs, steps=steps, lr=lr, batch_size=batch_size,
-                           accumulate=accumulate, scaler=scaler, clip_grad=clip_grad, seed=seed,
-                           device=device, precision=precision, title=title)
+                           accumulate=accumulate, scaler=scaler, seed=seed, device=device,
+                           precision=precision, **options)
         broken.update(*gather(broken))  # a file is broken for all processes
         line = dict(epoch=epoch + 1, step=(epoch + 1) * steps, **line,
                     seconds=round(time.perf_counter() - began, 3))
@@ -484,7 +484,7 @@ def all_finite(module):
     return bool(torch.stack([p.isfinite().all() for p in module.parameters()]).all())
 
 
-def update_maps(method, source, device, precision="fp32", workers=0):
+def update_maps(method, source, device, precision, workers):
     """AMT: computes the attention maps of this process's share of the training images, whole and resized."""
     whole = Images(source, method.encoder.image_size, "whole")
     share = range(rank(), len(whole), world_size())
@@ -1132,7 +1132,7 @@ def flag_help(function):
     """Reads the lines `name: text` of a docstring -> {name: text}. For a class, the docstrings of its base
     classes are read too."""
     found = {}
-    for part in reversed(inspect.getmro(function)) if inspect.isclass(function) else [function]:
+    for part in reversed(getattr(function, "__mro__", [function])):  # a class has bases
         text = inspect.cleandoc(part.__doc__ or "")
         for names, line in re.findall(r"^((?:\w+, )*\w+): (.*(?:\n {4,}\S.*)*)", text, re.MULTILINE):
             found |= dict.fromkeys(names.split(", "), " ".join(line.split()))
