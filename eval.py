@@ -12,12 +12,12 @@ task.
 
 # First, because it sets what a signal does while the rest is imported
 from train import (HIDDEN, SCALE, Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat,
-                   PositiveInt, add_lookahead, all_finite, autocast, call, check_place, check_setting,
-                   class_colours, cut_batch, draw_reconstruction, exit_with_one_line, first_process_first,
-                   flags_of, heat, image_pair, join_processes, load_method, load_tokenizer,
-                   not_empty, open_device, paint, parameter_groups, picture, picture_items, put_patches, rank,
-                   run_settings, save_picture, sized, small_patch, train_epochs, world_size, write,
-                   write_atomically)
+                   PositiveInt, add_lookahead, all_finite, autocast, build_encoder, call, check_place,
+                   check_setting, class_colours, cut_batch, draw_reconstruction, exit_with_one_line,
+                   first_process_first, flags_of, heat, image_pair, join_processes, load_method,
+                   load_tokenizer, not_empty, open_device, paint, parameter_groups, picture, picture_items,
+                   put_patches, rank, recipe as run_recipe, run_settings, save_picture, sized, train_epochs,
+                   world_size, write, write_atomically)
 
 import contextlib
 import copy
@@ -205,8 +205,8 @@ def pooled(encoder, pool):
 def accuracies(logits, labels):
     """Logits [n, classes] -> top-1 and, with at least 5 classes, top-5 accuracy in percent."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    tops = [k for k in (1, 5) if k <= logits.shape[1]]
-    return {f"top{k}": round(100 * hits[:, :k].any(1).float().mean().item(), 2) for k in tops}
+    return {f"top{k}": round(100 * hits[:, :k].any(1).float().mean().item(), 2)
+            for k in (1, 5) if k <= logits.shape[1]}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1418,26 +1418,25 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
     """(the ViT of a checkpoint, or an untrained one; the method that made it, for `recipe`).
 
     image_size: pixels, one number or height and width (default: the checkpoint's)
-    model: size of an untrained encoder (default: nano for the scenes, tiny for images of up to 96 pixels,
-        else base)
+    model: size of an untrained encoder (default: that of a run on these images: nano for the scenes, tiny
+        for images of up to 96 pixels, else base)
     patch_size: of an untrained encoder, pixels (default: 16; of images of up to 96 pixels an eighth)
     relative_position: an untrained encoder with LoMaR's relative positions
     seed: of an untrained encoder
     """
     size = image_pair(image_size) if image_size else None
+    sizes = dict(model=model, patch_size=patch_size, relative_position=relative_position)
+    given = {name: value for name, value in sizes.items() if value}
     if checkpoint == "random":
         size = size or image_pair([load_unlabelled(data).image_size])
-        small = max(size) <= SMALL
-        model = model or ("nano" if data == "shapes" else "tiny" if small else "base")
-        patch_size = patch_size or (small_patch(size) if small else 16)
         torch.manual_seed(seed)
         with explained("--image-size", "there is no such ViT"):
-            encoder = mim.ViT(size, patch_size, **mim.SIZES[model], relative_position=relative_position)
+            settings = run_recipe("mae", image_size=size, nano=data == "shapes") | given
+            encoder = call(build_encoder, settings, image_size=size, relative_position=relative_position)
         return encoder, "lomar" if relative_position else "mae"
-    for flag, value in dict(model=model, patch_size=patch_size, relative_position=relative_position).items():
-        if value:
-            flag = flag.replace("_", "-")
-            raise UsageError(f"--{flag} is for an untrained encoder; {checkpoint} brings its own")
+    for name in given:
+        flag = name.replace("_", "-")
+        raise UsageError(f"--{flag} is for an untrained encoder; {checkpoint} brings its own")
     with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
         state = mim.read_checkpoint(content)
