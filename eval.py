@@ -254,10 +254,10 @@ def settings_of(task, arguments):
     """The settings that a resumed run must have been started with: the plain values among the arguments of
     a task, and a short hash of the encoder's weights."""
     machine = ("output", "resume", "accumulate", "device", "precision", "workers")
-    plain = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
+    plain = {name: value for name, value in arguments.items()
+             if isinstance(value, (int, float, str)) and name not in machine}
     weights = [value.float().cpu().numpy().tobytes() for value in arguments["encoder"].state_dict().values()]
-    return dict(task=task, encoder=digest(b"".join(weights))) | {
-        name: value for name, value in plain.items() if name not in machine}
+    return plain | dict(task=task, encoder=digest(b"".join(weights)))
 
 
 def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr, lr_batch=256,
@@ -369,8 +369,7 @@ class AttentiveProbe(nn.Module):
 
     def attention(self, patches):
         """The query's attention to the patches (Figure 5): [B, heads, N], rows sum to one."""
-        patches = patches.float()
-        return self.attn.weights(self.query.expand(len(patches), -1, -1), patches).squeeze(2)
+        return self.attn.weights(self.query, patches.float()).squeeze(2)
 
 
 def train_probe(features, make_head, make_optimizer, train, val, cache_features, *, base_lr, seed, device,
@@ -570,8 +569,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     optimizer = layer_wise_adamw(model.encoder, [model.fc_norm, model.head], weight_decay, layer_decay)
     if lookahead:
         add_lookahead(optimizer, lookahead)
-    mixes = [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
-    mix = v2.RandomChoice(mixes)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
+                           v2.CutMix(alpha=1.0, num_classes=num_classes)])
 
     def compute_losses(model, images, labels):
         images, targets = mix(images, labels.to(device))
@@ -770,11 +769,6 @@ def predict_dense(model, dataset, device, precision, workers):
         yield from zip(items, outputs)
 
 
-def falling(progress):
-    """The factor of the learning rate for segmentation: from 1 to 0 on a line."""
-    return 1 - progress
-
-
 def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", freeze: bool = False,
            epochs: PositiveInt = 127, batch_size: PositiveInt = 16, base_lr: PositiveFloat = 1e-4,
            warmup_epochs: NonNegativeFloat | None = None, weight_decay: NonNegativeFloat = 0.05,
@@ -809,9 +803,10 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
         return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
 
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
-                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=1500, fall=falling,
-                 collate_fn=collate_dense, output=output, resume=resume, settings=settings, seed=seed,
-                 device=device, precision=precision, workers=workers, title="semseg")
+                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=1500,
+                 fall=lambda progress: 1 - progress, collate_fn=collate_dense, output=output, resume=resume,
+                 settings=settings, seed=seed, device=device, precision=precision, workers=workers,
+                 title="semseg")
     if rank() > 0:
         return result
     pairs, shown = torch.zeros(len(names), len(names), dtype=torch.long), []
