@@ -1321,14 +1321,11 @@ def hint_patches(patches, count):
     return draw_patches(first, patches.shape[1], count)
 
 
-def completed_and_hints(method, images, maps, ids, image_visible):
-    """method.complete of the hints `ids` [B, n] of maps, for images of which a share of the patches is
-    encoded -> completed maps, and the hints on grey, both as pictures [B, 3, H, W]."""
-    N, p = method.encoder.num_patches, method.encoder.patch_size
+def complete_hints(method, images, maps, ids, image_visible):
+    """Completes maps [B, 1, H, W] from their patches `ids` [B, n], with a share of the images' patches."""
+    N = method.encoder.num_patches
     ids_image = draw_patches(ids, N, max(ids.shape[1], int(image_visible * N)))
-    completed = method.complete(images, maps, ids, ids_image).float()
-    hints = put_patches(torch.full_like(completed, 0.5), maps.float(), ids, p)
-    return completed.expand(-1, 3, -1, -1), hints.expand(-1, 3, -1, -1)
+    return method.complete(images, maps, ids, ids_image).float()
 
 
 def nearest_hint(patches, ids, grid):
@@ -1372,19 +1369,21 @@ def segment(method, dataset, image_visible: Fraction = 1.0, count: PositiveInt =
         if not usable.any():
             continue
         some, maps = prepare(batch["image"], device)[usable[:, 0]], maps[usable[:, 0]]
-        tiles = dict(image=denormalize(some), region=maps.expand(-1, 3, -1, -1))
+        tiles = dict(image=denormalize(some), region=maps)
         patches = mim.patchify(maps, p)
         for ratio in (80, 85, 90):
             ids = hint_patches(patches, max(1, round(encoder.num_patches * (1 - ratio / 100))))
             with autocast(device, precision):
-                completed, hints = completed_and_hints(method, some, maps, ids, image_visible)
-                control, _ = completed_and_hints(method, some.roll(1, 0), maps, ids, image_visible)
-            guess, other = (mim.patchify(x[:, :1], p) > 0.5 for x in (completed, control))
+                completed = complete_hints(method, some, maps, ids, image_visible)
+                control = complete_hints(method, some.roll(1, 0), maps, ids, image_visible)
+            guess, other = (mim.patchify(x, p) > 0.5 for x in (completed, control))
             near = nearest_hint(patches, ids, encoder.grid)
             for name, found in dict(iou=guess, other_image=other, nearest_hint=near).items():
                 scores.setdefault(f"{name}_{ratio}", []).append(hidden_iou(found, patches, ids))
+            hints = put_patches(torch.full_like(completed, 0.5), maps.float(), ids, p)
             tiles |= {f"{ratio}% hidden": hints, f"{ratio}% completed": completed}
         for title, tile in tiles.items():
+            tile = tile.expand(-1, 3, -1, -1)
             columns[title] = torch.cat([columns.get(title, tile[:0]), tile])[:count]
     if not scores:
         raise UsageError("--task segment: no image has a region of at least 5% of it")

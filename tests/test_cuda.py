@@ -341,7 +341,7 @@ def completed_regions():
         patches = mim.patchify(maps, 4)
         ids = evaluation.hint_patches(patches, 5)
         with torch.no_grad(), train.autocast(**MACHINE):
-            completed, _ = evaluation.completed_and_hints(method, images(), maps, ids, 0.25)
+            completed = evaluation.complete_hints(method, images(), maps, ids, 0.25)
         guess = mim.patchify(completed[:, :1], 4) > 0.5
         for some in (guess, evaluation.nearest_hint(patches, ids, GRID)):
             assert evaluation.hidden_iou(some, patches, ids).device == CUDA
