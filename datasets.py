@@ -1361,9 +1361,7 @@ def join_pixels(weights, ends, pixels, scale, min_size):
             size[u] += size[v]
             limit[u] = weight + scale / size[u]
 
-    a, b = find_roots(forest, numbers).take(ends)
-    left = np.flatnonzero(a != b)
-    for u, v, _ in crossings(forest, weights.take(left), ends.take(left, axis=1), one_is_too_small):
+    for u, v, _ in crossings(forest, weights, ends, one_is_too_small):
         if size[u] < min_size or size[v] < min_size:
             parent[v] = u
             size[u] += size[v]
