@@ -414,8 +414,7 @@ def decode(path, turn=True):
     """
     with open_image(path) as image:
         if image.format in ("JPEG", "MPO") and decode_image:
-            image.fp.seek(0)
-            data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            data = torch.from_numpy(np.fromfile(path, np.uint8))
             return decode_image(data, "RGB", apply_exif_orientation=turn)
         image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which convert("RGB") would clip
