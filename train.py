@@ -552,7 +552,7 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def open_device(device: str | None = None, precision: Literal["fp32", "bf16", "fp16"] | None = None,
+def open_device(device: str | None = None, precision: Literal[tuple(PRECISIONS)] | None = None,
                 workers: NonNegativeInt | None = None):
     """(device, precision, workers) of this machine; a CUDA device becomes the current one.
 
