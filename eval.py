@@ -1461,7 +1461,7 @@ def open_method(checkpoint, set: list[str] | None = None):
     with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
         args = run_settings(content)
-        changes = read_changes(set, args.get("method", "mae"), args.get("base", "mae"))
+        changes = call(read_changes, args, changes=set)
         if args:
             method = load_method(content, checkpoint, **changes)
             return loaded(method, checkpoint), args | dict(epoch=content.get("epoch"))
@@ -1471,13 +1471,12 @@ def open_method(checkpoint, set: list[str] | None = None):
             raise ValueError("it has an encoder only; give the checkpoint.pt of a run, or an MAE with its "
                              "decoder")
         norm_pix = getattr(content.get("args"), "norm_pix_loss", True)  # `args`: the options of its training
-        options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, decoder_heads=16,
-                       norm_pix=norm_pix)
+        options = dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, norm_pix=norm_pix)
         method = mim.MAE(mim.vit_from_checkpoint(state)[0], **options | changes)
         return loaded(method, checkpoint, *mim.load_mae(method, state)), {}
 
 
-def read_changes(changes, method, base):
+def read_changes(changes, method="mae", base="mae"):
     """The words NAME=VALUE of --set -> dict of arguments of the method's constructor; UsageError if it has
     none of this name, or not with such a value."""
     parser, words = Parser(add_help=False), []
