@@ -56,7 +56,8 @@ class Source:
 @pytest.mark.parametrize("layout, paths, says", [
     ("train/ and val/", ("train/a/1.png", "train/b/1.png", "val/b/1.png"),
      "train/ and val/ with a folder per class, 2 images, 2 classes (a, b)"),
-    ("a folder per class", ("a/1.png", "a/2.png", "b/x/1.png"), "a folder per class, 3 images, 2 classes (a, b)"),
+    ("a folder per class", ("a/1.png", "a/2.png", "b/x/1.png"),
+     "a folder per class, 3 images, 2 classes (a, b)"),
     ("plain images", ("1.png", "x/2.png", "x/y/3.PNG"), "plain images, no labels, 3 images, 0 classes"),
 ])
 def test_the_layout_of_a_folder_is_recognised(tmp_path, layout, paths, says):
