@@ -845,16 +845,15 @@ def draw_masks(shown, names):
         row = [enlarge(image) / 255]
         for part in parts:
             masks, labels = (torch.as_tensor(part[name]) for name in ("masks", "labels"))
-            tile, of = row[0], colours[labels]
-            if len(labels) > 0:
-                tile = paint(tile, 0.6 * enlarge(masks.byte(), fill=0), of)
-                legend |= {names[k]: colours[k].view(3, 1, 1) for k in labels}
-                if "boxes" in part:
-                    boxes = torch.as_tensor(part["boxes"]) * 256 / max(image.shape[1:])
-                    of = [tuple(colour) for colour in (255 * of).int().tolist()]
-                    tile = draw_bounding_boxes(tile, boxes, colors=of, width=2)
-                    corners = (boxes[:, :2] + 3).tolist()
-                    tile = write(tile, {tuple(corner): names[k] for corner, k in zip(corners, labels)})
+            of = colours[labels]
+            tile = paint(row[0], 0.6 * enlarge(masks.byte(), fill=0), of)
+            legend |= {names[k]: colours[k].view(3, 1, 1) for k in labels}
+            if "boxes" in part and len(labels) > 0:
+                boxes = torch.as_tensor(part["boxes"]) * 256 / max(image.shape[1:])
+                of = [tuple(colour) for colour in (255 * of).int().tolist()]
+                tile = draw_bounding_boxes(tile, boxes, colors=of, width=2)
+                corners = (boxes[:, :2] + 3).tolist()
+                tile = write(tile, {tuple(corner): names[k] for corner, k in zip(corners, labels)})
             row.append(tile)
         rows.append(row)
     return picture(dict(zip(("image", "prediction", "truth"), map(torch.stack, zip(*rows)))), legend)
@@ -1169,7 +1168,7 @@ def average_precision(records):
 # Pictures
 
 
-def attention_picture(images, maps, more=()):
+def attention_picture(images, maps, more={}):
     """Images [n, 3, H, W] in [0, 1] and their attention maps [n, heads, gh, gw] -> a picture [3, h, w].
 
     A row has an image, the mean of its maps over it, each map if there are several, and the columns `more`.
@@ -1177,7 +1176,7 @@ def attention_picture(images, maps, more=()):
     columns = dict(image=images, attention=heat(images, maps.mean(1)))
     if maps.shape[1] > 1:
         columns |= {f"head {i + 1}": heat(images, maps[:, i]) for i in range(maps.shape[1])}
-    return picture(columns | dict(more), SCALE)
+    return picture(columns | more, SCALE)
 
 
 def one_object(regions, patch_size):
