@@ -384,6 +384,7 @@ def test_images_fit_inside_from_the_upper_left_corner():
         assert (rest == torch.tensor(evaluation.MEAN_COLOUR)[:, None]).all()
         assert item["original"] is image
     assert evaluation.fitting_size(torch.zeros(3, 1, 500), (32, 32)) == [1, 32]
+    assert evaluation.fitting_size(torch.zeros(3, 20, 60), (32, 32)) == [11, 32]  # 10.67
 
 
 def test_each_image_keeps_its_own_label():

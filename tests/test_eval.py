@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
-from torchvision.io import read_image, write_png
+from torchvision.io import read_image, write_jpeg, write_png
 from torchvision.transforms import v2
 
 import datasets
@@ -349,6 +349,7 @@ def test_methods_without_settings_of_their_own_have_maes(method):
 @pytest.mark.parametrize("task, method, size, image_size, expected", [
     ("finetune", "mae", "base", 112, dict(epochs=100, batch_size=1024)),
     ("finetune", "mae", "nano", 112, dict(epochs=100)),
+    ("finetune", "mae", "nano", (64, 112), dict(epochs=100)),  # the longer side tells
     ("finetune", "mae", "small", 96, dict(epochs=30, batch_size=128, base_lr=1e-3)),
     ("finetune", "mae", "nano", 64, dict(epochs=3, batch_size=128, base_lr=1e-3)),
     ("finetune", "mae", "large", 64, dict(epochs=30, drop_path=0.1)),
@@ -615,6 +616,8 @@ def test_the_classes_are_those_that_the_data_name():
     assert evaluation.knn(Colours(), data, data, k=3)["top5"] == 100
     later = TensorDataset(tones(labels), labels + 4)  # without names: the largest label tells
     assert evaluation.knn(Colours(), later, later, k=3)["top5"] == 100
+    one = TensorDataset(tones(labels[:1]), labels[:1])  # of two classes there is one to evaluate
+    assert evaluation.knn(Colours(), TensorDataset(*data.tensors), one, k=8)["top1"] == 100
 
 
 def test_outputs_keep_the_order_of_the_images(monkeypatch):
@@ -843,6 +846,13 @@ def test_finetuning_with_lookahead_resumes_exactly(tmp_path):
     assert not torch.equal(plain["head.weight"], whole["head.weight"])
 
 
+def test_what_is_drawn_is_cut_from_the_centre(handed, runs, wide):
+    images = handed(runs / "mae" / "encoder.pt", "attention", "--data", wide, "--count", 1)["images"]
+    first = read_image(str(wide / "val" / "a" / "0.png"))
+    expected = v2.functional.resize(first[:, :, 12:36], [32, 32], v2.InterpolationMode.BICUBIC)
+    assert (datasets.denormalize(images)[0] - expected / 255).abs().max() < 0.02
+
+
 def test_what_is_drawn_is_spread_over_the_validation_images_or_given(handed, runs, folder):
     path = runs / "mae" / "checkpoint.pt"
     val = datasets.Images(datasets.load_data(str(folder), "val"), 32, "center")
@@ -873,6 +883,23 @@ def test_regions_are_those_of_the_run_or_given(handed, runs, folder, masks):
     segments = datasets.open_regions("fh", source, fh_scales=[20])
     expected = datasets.Images(source, 32, "center", regions=segments)
     assert all(torch.equal(computed[i], expected[i]["regions"]) for i in range(2))
+
+
+def test_regions_of_coco_are_those_of_the_validation_images(handed, runs, tmp_path):
+    """An image of 32 x 32 pixels in each split, with one object."""
+    (tmp_path / "annotations").mkdir()
+    for split, left in (("train", 0), ("val", 16)):
+        (tmp_path / f"{split}2017").mkdir()
+        write_jpeg(torch.zeros(3, 32, 32, dtype=torch.uint8), str(tmp_path / f"{split}2017" / "1.jpg"))
+        corners = [left, 8, left + 16, 8, left + 16, 24, left, 24]
+        thing = dict(image_id=1, category_id=1, area=256, iscrowd=0, bbox=[left, 8, 16, 16],
+                     segmentation=[corners])
+        content = dict(images=[dict(id=1, file_name="1.jpg", width=32, height=32)], annotations=[thing],
+                       categories=[dict(id=1, name="square")])
+        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    flags = ["--data", tmp_path, "--regions", "instances"]
+    regions = handed(runs / "rmae" / "checkpoint.pt", "reconstruct", *flags)["regions"]
+    assert torch.equal(regions[0, 0, 8:24].sum(0) > 0, torch.arange(32) >= 16)
 
 
 def test_the_releases_files_say_whether_pixels_were_normalised(tmp_path):
@@ -1014,7 +1041,9 @@ def test_an_activation_maps_object_is_where_it_responds():
     assert member.nonzero().tolist() == [[0, 3], [1, 2]]
     for got, row in zip(mean, (flow[0, 4, 1:], flow[1, 3, 1:])):
         assert torch.allclose(got, row)
-    mean, member = evaluation.object_flow(flow, torch.zeros(2, 1, 16, 24), 8)  # nothing responds
+    responses = torch.zeros(2, 1, 16, 24)
+    responses[0, :, :4, :4] = 1  # less than 5% of the image; of the second nothing
+    mean, member = evaluation.object_flow(flow, responses, 8)
     assert not member.any() and not mean.any()
 
 
@@ -1049,6 +1078,17 @@ def test_the_attentive_picture_is_the_probes_attention_to_these_images(columns, 
     one = means.softmax(0)
     maps = torch.stack([one, one.flip(0)])[:, None]
     assert torch.allclose(drawn["attention"], evaluation.heat(images / 255, maps), atol=1e-2)
+
+
+@pytest.mark.parametrize("encoder, heads", [(mim.ViT(8, 4, 32, 1, 4), 4), (OwnViT(), 1)])
+def test_the_probe_has_as_many_heads_as_the_encoder(columns, encoder, heads):
+    """Or one for 64 channels, where the encoder does not say."""
+    encoder.grid = (2, 2)
+    labels = torch.arange(8) % 2
+    data = (tones(labels), labels)
+    evaluation.attentive(encoder, data, data, images=tones(labels[:2]), epochs=1, batch_size=8)
+    titles = [f"head {i + 1}" for i in range(heads)] if heads > 1 else []
+    assert list(columns[0]) == ["image", "attention", *titles]
 
 
 @pytest.mark.parametrize("name", ["mae", "rmae", "cae"])
@@ -1290,8 +1330,8 @@ TASK_FLAGS = {
 }
 DECODER_FLAGS = {"decoder_dim": refused("32"), "decoder_depth": refused("2"),
                  "decoder_heads": differs("4"), "norm_pix": differs("false")}
-BRANCH = {"mask_ratio": differs("0.5"), "region_mask_ratio": differs("0.5"), "num_regions": differs("2"), "variant": refused("batch"),
-          "region_dim": refused("32"), "region_heads": differs("4"),
+BRANCH = {"mask_ratio": differs("0.5"), "region_mask_ratio": differs("0.5"), "num_regions": differs("2"),
+          "variant": refused("batch"), "region_dim": refused("32"), "region_heads": differs("4"),
           "region_decoder_depth": refused("2"),
           **region_flags(), "--data": differs("{folder} --regions fh")}
 # Arguments of a method, for --set, have no dashes.
