@@ -780,13 +780,14 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
         return output, None
     with explained(path, "it cannot be used"):
         state = mim.load_file(path)
-        settings = run_settings(state, whole=True)
+        settings = run_settings(state, whole=resume)  # a run of an older version may be overwritten
         if not settings:
             raise UsageError(f"{path} is not a checkpoint of train.py; {mim.listed(state)}")
         state["args"] = settings
         check_setting("epoch", state["epoch"], NonNegativeInt)
-        check_setting("lr", settings["lr"], PositiveFloat)  # `settle` has left no None
-        check_setting("precision", settings["precision"], Literal[tuple(PRECISIONS)])
+        if resume:
+            check_setting("lr", settings["lr"], PositiveFloat)  # `settle` has left no None
+            check_setting("precision", settings["precision"], Literal[tuple(PRECISIONS)])
     if state["epoch"] and not resume and not overwrite:
         raise UsageError(f"{output} already holds a run of {counted(state['epoch'], 'epochs')}: --resume "
                          "continues it, --overwrite starts anew, --output writes elsewhere")

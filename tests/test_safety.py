@@ -314,6 +314,16 @@ def test_a_damaged_checkpoint_is_not_resumed(pretrain, kept):
         assert pretrain("--resume")[0] == 0 and load("run/checkpoint.pt")["epoch"] == 3
 
 
+def test_a_run_of_an_older_version_is_overwritten_but_not_resumed(pretrain, kept):
+    os.mkdir("run")
+    del kept["args"]["save_every"]
+    torch.save(kept, "run/checkpoint.pt")
+    code, err = pretrain("--resume")
+    assert code == 2 and "its setting save_every is missing or wrong" in err
+    assert pretrain()[0] == 2 and load("run/checkpoint.pt")["epoch"] == kept["epoch"]
+    assert pretrain("--overwrite")[0] == 0 and "save_every" in load("run/checkpoint.pt")["args"]
+
+
 @pytest.mark.parametrize("scaler", [dict(scale=0.0), dict(scale="a"), dict(scale=...),
                                     dict(_growth_tracker=-1)])
 def test_a_damaged_loss_scale_is_not_resumed(scaler):
