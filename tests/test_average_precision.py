@@ -146,8 +146,8 @@ def test_a_class_has_100_detections_an_image():
 
 
 def test_classes_without_truths_do_not_count_and_classes_that_are_not_found_do():
-    # Class 1 is found, 2 is not, and nobody has a 3. Over both images the mean of 1 and 2 is half. Large truths
-    # there are of class 2 alone, so that their AP is 0, and of small ones there are none.
+    # Class 1 is found, class 2 is not, and no truth is of class 3: the AP is the mean of 100 and 0. The only
+    # large truth is of class 2, so that their AP is 0; there are no small ones.
     truths = rectangles([(0, 0, 40, 40), (0, 0, 100, 100)], [1, 2], crowd=[False] * 2, areas=[1600.0, 1e4])
     one = match_image(truths, rectangles([(0, 0, 40, 40), (50, 50, 70, 70)], [1, 3], scores=[0.5, 0.9]))
     nothing = rectangles([], [], crowd=np.zeros(0, bool), areas=np.zeros(0))

@@ -936,9 +936,11 @@ def test_heat_is_orange_where_attention_is_and_grey_where_it_is_least():
     assert row // 8 == 2 and column // 8 == 5
     assert torch.allclose(shown[:, 60, 5], torch.full((3,), 0.5), atol=1e-5)
     assert torch.allclose(shown[:, row, column], 0.2 * 0.5 + 0.8 * ORANGE.flatten(), atol=0.05)
-    assert torch.allclose(evaluation.heat(torch.full((1, 3, 8, 8), 0.7), torch.ones(1, 2, 2)), torch.tensor(0.7))
+    even = evaluation.heat(torch.full((1, 3, 8, 8), 0.7), torch.ones(1, 2, 2))
+    assert torch.allclose(even, torch.tensor(0.7))
     more = evaluation.heat(torch.full((1, 3, 1, 9), 0.5), torch.linspace(0, 1, 9).view(1, 1, 9))[0, :, 0]
-    assert torch.allclose(more, torch.lerp(torch.full((3, 1), 0.5), ORANGE[..., 0], torch.linspace(0, 0.8, 9)))
+    expected = torch.lerp(torch.full((3, 1), 0.5), ORANGE[..., 0], torch.linspace(0, 0.8, 9))
+    assert torch.allclose(more, expected)
 
 
 def test_each_image_is_under_its_own_map():
@@ -996,8 +998,10 @@ def test_the_share_of_the_attention_that_falls_on_objects_by_hand(relative):
     regions[0, 1, :8, 16:20] = 7  # half of patch 2
     regions[1, 1, 8:] = 3  # patches 3, 4, 5; the third image has no object
     items = [dict(image=torch.zeros(3, 16, 24, dtype=torch.uint8), regions=some) for some in regions]
-    result = evaluation.attention(Known(relative_position=relative), regions.new_zeros(1, 3, 16, 24), regions, items)
-    shares = {name: result[name] for name in ("attention_main", "attention_objects", "area_main", "area_objects")}
+    images = regions.new_zeros(1, 3, 16, 24)
+    result = evaluation.attention(Known(relative_position=relative), images, regions, items)
+    names = ("attention_main", "attention_objects", "area_main", "area_objects")
+    shares = {name: result[name] for name in names}
     sums = (0.25 + 0.25, 0.375 + 0.25, 1 / 6 + 1 / 2, 1.5 / 6 + 1 / 2)  # of the two images with objects
     assert list(shares.values()) == [pytest.approx(50 * value, abs=0.006) for value in sums]
     with pytest.raises(datasets.UsageError, match="no image has an object"):
@@ -1314,15 +1318,15 @@ TASK_FLAGS = {
                       "--limit": differs("22"), "--data": differs("{wide} --k 3"),
                       "--method": differs("lomar"), "--seed": differs("1", checkpoint="random")},
     "linear": PROBE | {"--pool": differs("mean")},
-    "attentive": PICTURE | PROBE | {"--method": same("lomar")},
+    "attentive": PICTURE | PROBE | dict.fromkeys(ENCODER, "as for linear") | {"--method": same("lomar")},
     "finetune": TUNED | {"--data": differs("{folder}"), "--pool": differs("cls"),
                          "--accumulate": differs("2"), "--label-smoothing": differs("0.5"),
                          "--lr-batch": differs("16"), "--min-lr": differs("1e-3"),
                          "--lookahead": differs("1"),
                          "--method": differs("amt")},
     "semseg": DENSE | {"--head": differs("linear")},
-    "detect": DENSE | {"--image-size": differs("64"),
-                       "--window": differs("2", "--model tiny --patch-size 4", "random")},
+    "detect": DENSE | dict.fromkeys(ENCODER, "as for semseg") | {
+        "--window": differs("2", "--model tiny --patch-size 4", "random")},
     "attention": ENCODER | PICTURE | region_flags("--rollout") | {
         "--limit": differs("1"),
         "--query": differs("5"), "--rollout": differs(""),
@@ -1381,7 +1385,8 @@ def outcome(cli, monkeypatch, tmp_path):
         if code:
             return err.splitlines()[-1]
         result = json.loads(out.splitlines()[-1])
-        figures = r"top|loss|error|attention_|area|accuracy|iou|nearest|objects|miou|pixel|box_|mask_ap|classes"
+        figures = (r"top|loss|error|attention_|area|accuracy|iou|nearest|objects|miou|pixel|box_|mask_ap|"
+                   r"classes")
         found.update(repr([item for item in result.items() if re.match(figures, item[0])]).encode())
         if "picture" in result:
             found.update(Path(result["picture"]).read_bytes())
@@ -1566,7 +1571,8 @@ def test_the_line_of_json_says_what_was_done(call, runs, folder, name):
 @pytest.mark.parametrize("name, regions", [
     ("mae", True), ("objmae", True), ("rmae", True), ("cae", True), ("mae", False)])
 def test_an_object_is_hidden_and_all_the_rest_is_shown(name, regions, runs, monkeypatch):
-    """ObjMAE's Figure 7, image by image: objects of 6 and of 1 patches, no object, an object without a rest."""
+    """ObjMAE's Figure 7, image by image: objects of 6 and of 1 patches, no object, an object without a rest.
+    """
     seen, draw = [], evaluation.draw_reconstruction
 
     def note(method, images, regions, tokenizer, **mask):
@@ -1614,7 +1620,8 @@ def test_objects_are_hidden_on_the_command_line(handed, call, runs, folder, mask
     assert code == 2 and "--hide object: lomar masks inside of windows" in err
     empty = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
     with pytest.raises(datasets.UsageError, match="no image has an object of at least 5%"):
-        evaluation.reconstruct(evaluation.open_method(path)[0], torch.randn(2, 3, 32, 32), empty, hide="object")
+        method, _ = evaluation.open_method(path)
+        evaluation.reconstruct(method, torch.randn(2, 3, 32, 32), empty, hide="object")
 
 
 def test_reconstruct_draws_the_release_with_another_ratio(call, runs, folder, tmp_path):
