@@ -680,7 +680,7 @@ def masks(images: list[str] | None = None, scene: NonNegativeInt = 0, image_size
     if image_size % 14:
         raise UsageError(f"--image-size {image_size}: it must be a multiple of 14")
     regions = dict(regions="fh", fh_scales=[300]) if images else dict(regions="instances")
-    dataset = evaluation.open_images("shapes", [image_size, image_size], regions, images)
+    dataset = evaluation.open_images("shapes", [image_size, image_size], regions, images)["dataset"]
     if not images and scene >= len(dataset):
         raise UsageError(f"--scene {scene}: there are {len(dataset)}")
     drawn, legend = [], train.SCALE | train.HIDDEN | train.LEFT_OUT
@@ -714,8 +714,8 @@ def attention(checkpoints: list[str] | None = None, data: str = "shapes", region
         if dataset is None:  # the first sets the size
             size = list(encoder.image_size)
             settings = dict(data=data, regions=regions, limit=limit, workers=workers)
-            dataset = evaluation.open_images(data, size, settings)
-            images = train.picture_items(dataset, count)["images"].to(device)
+            opened = evaluation.open_images(data, size, settings, count=count)
+            dataset, images = opened["dataset"], opened["images"].to(device)
             columns = dict(image=denormalize(images))
         with torch.no_grad():
             shares = evaluation.attention_shares(encoder, dataset, 0, device, workers)

@@ -1432,7 +1432,7 @@ class FewScenes(datasets.Shapes):
         self.order = self.order[:self.counts[split]]
 
 
-@pytest.mark.parametrize("task, name, table", all_cases())
+@pytest.mark.parametrize("task, name, table", list(all_cases()))
 def test_every_flag_reaches_what_it_sets(task, name, table, outcome, runs, folder, wide, capsys, monkeypatch):
     """Another value changes the result, or the table says why not. The help's flags are those of the table.
     """
