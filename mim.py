@@ -582,12 +582,13 @@ def count_share(total, ratio, round_up=False):
     return math.ceil(total * ratio - 1e-6) if round_up else int(total * ratio + 1e-6)
 
 
-def count_masked(total, mask_ratio, round_up=False):
-    """The number of masked ones of `total` patches or units. ValueError if that is none or all of them."""
-    check_range(0, 1, mask_ratio=mask_ratio)
+def count_masked(total, mask_ratio, round_up=False, name="mask_ratio"):
+    """The number of masked ones of `total` patches or units. ValueError, with the ratio's name, if that is
+    none or all of them."""
+    check_range(0, 1, **{name: mask_ratio})
     masked = count_share(total, mask_ratio, round_up)
     if not 0 < masked < total:
-        raise ValueError(f"mask_ratio={mask_ratio} masks {masked} of {total}; "
+        raise ValueError(f"{name}={mask_ratio} masks {masked} of {total}; "
                          "at least one must be masked and one visible")
     return masked
 
@@ -1845,7 +1846,9 @@ def region_branch(encoder, variant, mask_ratio, num_regions, from_pixels, dim, n
         channels = num_regions if variant == "channel" else 1
         branch = BatchBranch(encoder, from_pixels, dim, num_heads, depth, channels)
     N = encoder.num_patches
-    branch.num_visible = None if mask_ratio is None else N - count_masked(N, mask_ratio, round_up=True)
+    branch.num_visible = None
+    if mask_ratio is not None:
+        branch.num_visible = N - count_masked(N, mask_ratio, round_up=True, name="region_mask_ratio")
     return branch.apply(init_weights)
 
 

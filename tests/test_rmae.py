@@ -327,7 +327,8 @@ def test_errors_name_the_argument():
             (dict(region_heads=0), "region_heads must be at least 1, got 0"),
             (dict(region_heads=7), "region_dim must be divisible by 4 and by region_heads=7, got 128"),
             (dict(mask_ratio=float("nan")), "mask_ratio must be in 0..1, got nan"),
-            (dict(region_mask_ratio=0), "mask_ratio=0 masks 0 of 16;"),
+            (dict(region_mask_ratio=0), "^region_mask_ratio=0 masks 0 of 16;"),
+            (dict(region_mask_ratio=2), "^region_mask_ratio must be in 0..1, got 2"),
             (dict(mask_ratio=1), "mask_ratio=1 masks 16 of 16;")]:
         with pytest.raises(ValueError, match=message):
             RMAE(vit, decoder_dim=32, decoder_depth=1, **options)
