@@ -280,8 +280,6 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     if warmup_epochs is None:
         usual = warmup_steps / (len(train) // batch_size) if warmup_steps else usual_warmup
         warmup_epochs = min(usual, epochs * max(1 / 9, usual_warmup / 100))
-    if warmup_epochs > epochs:
-        raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
     images = getattr(train.source, "digest", train.__len__)()  # plain data say how many they are
     settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, images=images,
                     warmup_epochs=warmup_epochs)

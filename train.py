@@ -175,6 +175,15 @@ def learning_rate(step, steps, warmup_steps, peak, minimum=0.0, fall=half_cosine
     return minimum + (peak - minimum) * fall(progress)
 
 
+def check_rates(epochs, warmup_epochs, lr, min_lr):
+    """UsageError if the warm-up takes longer than all epochs, or if the last learning rate is above the peak,
+    lr."""
+    if warmup_epochs > epochs:
+        raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
+    if min_lr > lr:
+        raise UsageError(f"--min-lr {min_lr:g} is above the peak learning rate, {lr:.3g}")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -245,6 +254,7 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     on_device: crop on the device (`DeviceLoader`); else `workers` and `collate_fn` are of `make_loader`
     For the others, and for options, see `train_epoch`.
     """
+    check_rates(epochs, warmup_epochs, peak_lr, min_lr)
     steps = len(dataset) // batch_size
     batches = EpochBatches(len(dataset), batch_size, accumulate, seed, rank(), world_size())
     if on_device:
@@ -1061,12 +1071,9 @@ def settle(given, source):
     chosen["warmup_epochs"] = warmup[length] * min(1.0, epochs / length)
     args = chosen | given | dict(image_size=size)
     args |= call(settle_batch, args, num_images=len(source), chosen="batch_size" in given)
-    if args["warmup_epochs"] > args["epochs"]:
-        raise UsageError(f"--warmup-epochs {args['warmup_epochs']} is more than --epochs {args['epochs']}")
     if "min_lr" not in given:
         args["min_lr"] = min(args["min_lr"], args["lr"])
-    if args["min_lr"] > args["lr"]:
-        raise UsageError(f"--min-lr {args['min_lr']} is above the peak learning rate, {args['lr']:.3g}")
+    call(check_rates, args)
     if "regions" in args:
         args["regions"] = args["regions"] or default_regions(args["method"], args["data"])
         if args["regions"] == "cam" and args["method"] != "objmae":

@@ -410,6 +410,17 @@ def test_rates_of_every_step_and_group_by_hand(rates):
         assert rates(lambda: run(**usual))[1]["warmup_epochs"] == warmup
 
 
+@pytest.mark.parametrize("options, words", [
+    (dict(min_lr=0.11), "--min-lr 0.11 is above the peak learning rate, 0.1"),
+    (dict(warmup_epochs=5.5), "--warmup-epochs 5.5 is more than --epochs 5")])
+def test_a_schedule_that_cannot_be_is_refused_by_whatever_trains(options, words, tmp_path):
+    data, model = evaluation.Pairs((torch.randn(8, 3), torch.arange(8) % 2)), nn.Linear(3, 2)
+    with pytest.raises(datasets.UsageError, match=words):
+        evaluation.fit(model, torch.optim.SGD(model.parameters()), data, cross_entropy, epochs=5, batch_size=4,
+                       base_lr=0.8, lr_batch=32, output=tmp_path / "probe.pt", **options)
+    assert not (tmp_path / "probe.pt").exists()
+
+
 def cross_entropy(model, inputs, labels):
     return dict(loss=F.cross_entropy(model(inputs), labels))
 
@@ -1724,6 +1735,8 @@ MISTAKES = [
      "checkpoint.pt: it is no result of eval.py"),
     ("{mae}/encoder.pt --task finetune --warmup-epochs 5 --epochs 3 --data {data} --output w.pt",
      "--warmup-epochs 5 is more than --epochs 3"),
+    ("{mae}/encoder.pt --task finetune --min-lr 1 --data {data} --output w.pt",
+     "--min-lr 1 is above the peak learning rate, 9.38e-05"),
     ("{mae}/encoder.pt --task knn --data {plain}", "needs labels"),
     ("{mae}/encoder.pt --task knn --cache-features", "--cache-features belongs to --task linear or"),
     ("{mae}/checkpoint.pt --task reconstruct --image-size 64", "--image-size belongs to --task knn or"),

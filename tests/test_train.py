@@ -499,11 +499,11 @@ MISTAKES = {
     "negative decoder": ("--method mae --decoder-depth -1", "decoder_depth"),
     "long warm-up": (
         "--method mae --epochs 3 --warmup-epochs 4",
-        "--warmup-epochs 4.0 is more than --epochs 3"),
+        "--warmup-epochs 4 is more than --epochs 3"),
     "nothing to prepare": (
         "--method mae --prepare",
         "--prepare computes regions, and --method mae takes none"),
-    "high minimum": ("--method mae --min-lr 1", "--min-lr 1.0 is above the peak learning rate, 0.001"),
+    "high minimum": ("--method mae --min-lr 1", "--min-lr 1 is above the peak learning rate, 0.001"),
     "two ways": ("--method mae --resume --overwrite", "--resume and --overwrite exclude each other"),
     "nothing near": ("--method mae --frobnicate", "unknown argument --frobnicate: see --help"),
     "near data": ("--method mae --data cifar", "did you mean cifar10"),
