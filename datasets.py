@@ -138,9 +138,9 @@ class Source:
     """A place that images come from. Besides its length a source has:
 
     source[i] -> dict(image uint8 [3, H, W], label int); the built-in scenes also give instances and shapes
-    name(i): what image i is called in messages
-    path(i): a relative path, by which the data know image i
-    file(i): a relative path, under which maps of image i are kept
+    name(i): the path of image i if it is a file, else a name of this form; no two images have the same
+    path(i): the same for a file, but relative to the folder of the images
+    title: the first part of such names
     classes: list of the classes' names
     image_size: the images' natural size in pixels
     description: one line
@@ -153,8 +153,11 @@ class Source:
     def __len__(self):
         return len(self.order)
 
-    def file(self, index):
-        return self.path(index)
+    def name(self, index):
+        return f"{self.title}/{self.order[index]}"
+
+    def path(self, index):
+        return self.name(index)
 
     def digest(self):
         """The `digest` of the images' paths, in their order."""
@@ -294,7 +297,7 @@ class Shapes(Source):
 
     def __init__(self, split="pretrain", image_size=64):
         self.order = np.arange(1024) + 10**9 if split == "val" else np.arange(4096)  # the scenes' seeds
-        self.image_size = image_size
+        self.image_size, self.title = image_size, f"shapes-{image_size}"
         self.in_memory, self.kept = image_size <= 64, {}  # drawing one takes longer than cropping it
         self.description = (f"shapes: {len(self)} built-in scenes of {image_size}x{image_size}, "
                             f"{len(self.classes)} classes")
@@ -309,12 +312,6 @@ class Shapes(Source):
             self.kept[index] = item
         return item
 
-    def path(self, index):
-        return f"shapes-{self.image_size}/{self.order[index]}"
-
-    def name(self, index):
-        return f"scene {self.order[index]}"
-
 
 class Arrays(Source):
     """A torchvision dataset with its images in one array: CIFAR [N, 32, 32, 3], STL-10 [N, 3, 96, 96]."""
@@ -326,19 +323,13 @@ class Arrays(Source):
         self.images = images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
         self.labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
         self.order, self.classes = np.arange(len(images)), list(dataset.classes)
-        self.title, self.image_size = title, self.images.shape[-1]
+        self.title, self.image_size = f"{title}-{len(images)}", self.images.shape[-1]
         self.description = (f"{title}: {len(self)} images of {self.image_size}x{self.image_size}, "
                             f"{len(self.classes)} classes")
 
     def __getitem__(self, index):
         place = self.order[index]
         return dict(image=self.images[place].contiguous(), label=int(self.labels[place]))
-
-    def path(self, index):
-        return f"{self.title}-{len(self.images)}/{self.order[index]}"
-
-    def name(self, index):
-        return f"{self.title} image {self.order[index]}"
 
 
 class Files(Source):
@@ -364,11 +355,6 @@ class Files(Source):
 
     def name(self, index):
         return os.path.join(self.root, self.path(index))
-
-    def file(self, index):
-        root = os.path.abspath(self.root)
-        key = digest(os.fsencode(root))  # two folders of one name are two data sets
-        return os.path.join(f"{os.path.basename(root)}-{key}", self.path(index))
 
 
 def open_image(path):
@@ -987,7 +973,7 @@ class MaskFolder:
         check_folder("--regions", folder, REGIONS)
         files = {os.path.splitext(path)[0]: os.path.join(folder, path)
                  for path in find_files(folder, (".png", ".npz"))}
-        stems = [os.path.splitext(source.file(i).split(os.sep, 1)[1])[0] for i in range(len(source))]
+        stems = [os.path.splitext(source.path(i))[0] for i in range(len(source))]
         names = [os.path.basename(stem) for stem in stems]
         count = collections.Counter(names)
         self.source = source
@@ -1028,11 +1014,11 @@ class ComputedRegions(Dataset):
     open_classifier: object = None  # called if activation maps are missing; gives a function, see `open_cam`
 
     def path(self, index):
-        name, stamp = self.source.name(index), ""
+        name = self.source.name(index)
         if os.path.isfile(name):  # not of the scenes and of other sources in memory
             status = os.stat(name)
-            stamp = f"-{status.st_size}-{status.st_mtime_ns}"
-        return os.path.join(self.folder, self.source.file(index) + stamp + ".npz")
+            name = f"{os.path.abspath(name)}-{status.st_size}-{status.st_mtime_ns}"
+        return os.path.join(self.folder, name.lstrip(os.sep) + ".npz")
 
     def fill(self, workers=0, rank=0, world_size=1):
         """Computes what is missing of this process's share of the images."""
@@ -1250,7 +1236,7 @@ def read_classes(source, folder, first, index, item):
     Pixels stored as 255, and as 0 if `first` is 1, become IGNORED. UsageError for other values, and if the
     PNG is missing or broken.
     """
-    path = folder / Path(source.file(index)).with_suffix(".png").name
+    path = folder / Path(source.path(index)).with_suffix(".png").name
     with explained(f"labels of {source.name(index)}", f"{path} cannot be read"):
         labels = read_ids(path)
     check_shape(source.name(index), item["image"], labels.shape, exact=True)

@@ -104,8 +104,9 @@ def test_every_extension_is_found_in_small_and_capital_letters(tmp_path):
 def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
     for root in "ab":
         write(tmp_path / root / "images" / "1.png")
-    one, other = (load_data(str(tmp_path / root / "images")).file(0) for root in "ab")
-    assert one != other and one.startswith("images-") and one.endswith("/1.png")
+    sources = [load_data(str(tmp_path / root / "images")) for root in "ab"]
+    one, other = (open_regions("fh", source, region_cache="cache").path(0) for source in sources)
+    assert one != other and one.startswith(f"cache/fh-0.8-4-4-6{tmp_path}/a/images/1.png-")
 
 
 @pytest.mark.parametrize("sides, size", [
@@ -396,14 +397,14 @@ def test_a_limit_takes_images_evenly(folder):
     whole, part = load_data(str(folder), "train"), load_data(str(folder), "train", limit=6)
     assert len(part) == 6 and [part[i]["label"] for i in range(6)] == [0, 0, 0, 1, 1, 1]
     assert [part.name(i) for i in range(6)] == [whole.name(i) for i in range(0, 24, 4)]
-    assert part.file(1) == whole.file(4) and part.description == whole.description + ", 6 of them"
+    assert part.description == whole.description + ", 6 of them"
     for limit in (24, 100):  # all
         same = load_data(str(folder), "train", limit=limit)
         assert len(same) == 24 and same.description == whole.description
     assert torch.equal(Images(part, 32, "whole")[2]["image"], Images(whole, 32, "whole")[8]["image"])
     scenes = load_data("shapes", limit=4)
     assert len(scenes) == 4 and torch.equal(scenes[1]["image"], load_data("shapes")[1024]["image"])
-    assert scenes.file(1) == load_data("shapes").file(1024)
+    assert scenes.name(1) == load_data("shapes").name(1024)
 
 
 # Maps of regions
@@ -608,7 +609,7 @@ def test_masks_of_equal_names_lie_in_their_images_folders(tmp_path):
 
 def test_masks_of_the_scenes_are_named_by_their_seeds(tmp_path):
     source = load_data("shapes", "val", 16, limit=4)
-    seed = source.name(2).removeprefix("scene ")
+    seed = source.name(2).removeprefix("shapes-16/")
     Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / f"{seed}.png")
     regions = open_regions(str(tmp_path), source)
     assert [int(regions.read(i, source[i]).max()) for i in range(4)] == [0, 0, 7, 0]

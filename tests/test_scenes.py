@@ -84,7 +84,7 @@ def test_raw_pixels_tell_little_about_the_class(scenes):
 
 def seeds_of(source):
     """The seeds of a source's scenes, as its messages name them."""
-    return [int(source.name(i).removeprefix("scene ")) for i in range(len(source))]
+    return [int(source.name(i).split("/")[1]) for i in range(len(source))]
 
 
 def test_no_scene_is_in_train_and_in_val():
@@ -100,7 +100,7 @@ def test_no_scene_is_in_train_and_in_val():
             assert np.array_equal(item["image"], image) and np.array_equal(item["instances"], instances)
             assert item["label"] == label and item["shapes"] == shapes
     assert seeds_of(Shapes()) == seeds["pretrain"]
-    files = [{source.file(i) for i in range(len(source))} for source in (splits["train"], splits["val"])]
+    files = [{source.name(i) for i in range(len(source))} for source in (splits["train"], splits["val"])]
     assert len(files[0]) == 4096 and not files[0] & files[1]  # nor do they share the maps of their regions
 
 
@@ -113,7 +113,7 @@ def test_scenes_are_as_large_as_the_longer_side(asked, size, in_memory):
     assert source[3]["image"].dtype == source[3]["instances"].dtype == torch.uint8
     assert source.in_memory is in_memory and source.classes == list(SHAPE_CLASSES)
     assert source.description == f"shapes: 1024 built-in scenes of {size}x{size}, 10 classes"
-    assert source.file(3) != Shapes("val", size + 8).file(3)
+    assert source.name(3) != Shapes("val", size + 8).name(3)
 
 
 def test_scenes_in_memory_are_drawn_once():

@@ -224,7 +224,7 @@ def trusting(monkeypatch):
 def check_splits(sources, expected):
     """Each split holds what it must, no image twice, and train nothing of val, nor a file of its regions."""
     codes = {split: codes_of(source) for split, source in sources.items()}
-    files = {split: [source.file(i) for i in range(len(source))] for split, source in sources.items()}
+    files = {split: [source.name(i) for i in range(len(source))] for split, source in sources.items()}
     for split in expected:
         assert len(codes[split]) == len(set(codes[split])) == len(set(files[split]))
         assert set(codes[split]) == expected[split], split
@@ -246,7 +246,7 @@ def test_every_split_is_the_split_that_it_says(kind, tmp_path, trusting):
     part, places = load_data(data, "train", limit=2, root=str(tmp_path)), (0, len(codes["train"]) // 2)
     assert codes_of(part) == [codes["train"][k] for k in places]
     assert [part[i]["label"] for i in range(2)] == [codes["train"][k][2] for k in places]
-    assert [part.file(i) for i in range(2)] == [sources["train"].file(k) for k in places]
+    assert [part.name(i) for i in range(2)] == [sources["train"].name(k) for k in places]
 
 
 @pytest.mark.parametrize("objects", [False, True])
@@ -381,7 +381,7 @@ def test_the_scenes_objects_and_classes():
     assert objects.classes == list(SHAPE_CLASSES) and classes.classes == ["background", *SHAPE_CLASSES]
     for i in range(30):
         item = objects[i]
-        _, label, instances, shapes = render_scene(int(objects.name(i).split()[1]), 48)
+        _, label, instances, shapes = render_scene(int(objects.name(i).split("/")[1]), 48)
         truth = objects.truth(i, item)
         assert truth["labels"].tolist() == [shape + 1 for shape in shapes] and shapes[0] == label
         for k, (mask, box, area) in enumerate(zip(truth["masks"], truth["boxes"], truth["areas"])):
