@@ -99,6 +99,27 @@ def counted(number, things):
     return f"{number} {re.sub('(?<=ss|ch)es$|s$', '', things) if number == 1 else things}"
 
 
+UNFINISHED = []  # the files that `write_atomically` is writing
+
+
+def write_atomically(path, write):
+    """write(file) into a new file, which then takes the name `path`: under that name a file is always whole.
+
+    Makes the folder if it is not there. Raises UsageError if the system refuses.
+    """
+    temporary = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another process may write here too
+    with explained(f"cannot write {path}", "what was there before is kept"):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        UNFINISHED.append(temporary)
+        try:
+            with open(temporary, "xb") as file:  # x: never an existing file
+                write(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            UNFINISHED.remove(temporary)
+
+
 def digest(data):
     """A short hash of bytes, by which it is later seen whether others are the same."""
     return hashlib.sha256(data).hexdigest()[:12]
@@ -1042,15 +1063,7 @@ class ComputedRegions(Dataset):
         return dict(index=index)
 
     def save(self, index, maps):
-        path = self.path(index)
-        temporary = f"{path}.{os.getpid()}.npz"
-        with explained("--region-cache", f"cannot write {path}"):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                np.savez_compressed(temporary, maps)
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)  # of a full disk
+        write_atomically(self.path(index), lambda to: np.savez_compressed(to, maps))
 
     def read(self, index, item):
         path = self.path(index)

@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 
-UNFINISHED = []  # the file that `write_atomically` is writing
+UNFINISHED = []  # until datasets.py, whose list takes its place, is imported
 
 
 def become_program(name):
@@ -85,9 +85,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import mim
-from datasets import (NAMED, SMALL, DeviceLoader, EpochBatches, Images, UsageError, collate, counted,
-                      default_regions, denormalize, digest, explained, load_data, make_loader, name_broken,
-                      normalize, open_regions, reason_of, seed_of)
+from datasets import (NAMED, SMALL, UNFINISHED, DeviceLoader, EpochBatches, Images, UsageError, collate,
+                      counted, default_regions, denormalize, digest, explained, load_data, make_loader,
+                      name_broken, normalize, open_regions, reason_of, seed_of, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch. Where
@@ -357,7 +357,6 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         if hasattr(method, "maps_due") and method.maps_due(epoch, epochs):
             update_maps(method, source, device, precision, workers)
 
-    output.mkdir(parents=True, exist_ok=True)
     log = []
     if state is not None and (output / "log.jsonl").exists():  # a kill may leave one line more
         log = (output / "log.jsonl").read_text().splitlines()[:state["epoch"]]
@@ -680,21 +679,6 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
 
 # ---------------------------------------------------------------------------------------------------------
 # Files
-
-
-def write_atomically(path, write):
-    """write(file) into a new file, which then takes the name `path`: under that name a file is always whole.
-    UsageError if the disk refuses."""
-    temporary = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another run may write here too
-    with explained(f"cannot write {path}", "what was there before is kept"):
-        try:
-            UNFINISHED.append(temporary)
-            with open(temporary, "xb") as file:  # x: never an existing file
-                write(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            UNFINISHED.clear()
 
 
 def write_checkpoint(output, method, state, save_every=None):

@@ -684,7 +684,7 @@ def test_regions_are_the_same_for_any_number_of_workers(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     source = load_data("shapes", image_size=16, limit=2)
-    with pytest.raises(UsageError, match="--region-cache: cannot write .*file/.*npz .*Not a directory"):
+    with pytest.raises(UsageError, match="cannot write .*file/.*npz: .*Not a directory"):
         open_regions("fh", source, "shapes", region_cache=str(tmp_path / "file")).fill()
 
 

@@ -80,7 +80,7 @@ def test_one_thing_is_not_called_several(run, mistake, tmp_path):
 @pytest.mark.parametrize("content", ["tensors", "many tensors", "picture", "log"])
 def test_a_full_disk_is_called_a_full_disk(content, tmp_path, monkeypatch):
     (tmp_path / "kept").write_text("as it was")
-    monkeypatch.setattr(train, "open", lambda path, mode: open("/dev/full", "wb"), raising=False)
+    monkeypatch.setattr(datasets, "open", lambda path, mode: open("/dev/full", "wb"), raising=False)
     write = {"tensors": lambda to: torch.save(dict(a=torch.zeros(3)), to),
              "many tensors": lambda to: torch.save(dict(a=torch.zeros(3_000_000)), to),
              "log": lambda to: to.write(b"a line")}.get(content)
@@ -208,8 +208,8 @@ def test_a_low_temperature_asks_the_nearest_alone():
 def test_a_full_disk_keeps_no_piece_of_a_regions_file(tmp_path, monkeypatch):
     regions = datasets.ComputedRegions(datasets.load_data("shapes"), str(tmp_path), [9])
 
-    def save(path, maps):
-        Path(path).write_bytes(b"a piece")
+    def save(file, maps):
+        file.write(b"a piece")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(datasets.np, "savez_compressed", save)

@@ -509,7 +509,7 @@ MISTAKES = {
     "near data": ("--method mae --data cifar", "did you mean cifar10"),
     "near regions": ("--method rmae --regions instance", "did you mean instances"),
     "small image": ("--method mae --image-size 4", "--image-size must be at least 8"),
-    "output is a file": ("--method mae --output file", "file: File exists"),
+    "output is a file": ("--method mae --output file", "cannot write file/checkpoint.pt: what was there before is kept (File exists)"),
 }
 
 
