@@ -33,7 +33,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -971,13 +971,12 @@ class CocoRegions:
         number = {category["id"]: k for k, category in enumerate(self.categories)}
         objects, shape = self.objects(index, item), item["image"].shape[1:]
         if self.kind == "panoptic":
-            labels = np.full(shape, IGNORED, np.uint8)
+            labels = np.full(shape, IGNORED, np.int16)
             for segment, mask in objects:
                 labels[mask] = number[segment["category_id"]]
             return labels
-        boxes = np.array([a["bbox"] for a, _ in objects], float).reshape(-1, 4)  # x, y, width, height
-        boxes[:, 2:] += boxes[:, :2]
-        return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape), boxes=boxes,
+        return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape),
+                    boxes=np.array([a["bbox"] for a, _ in objects], float).reshape(-1, 4),
                     labels=np.array([number[a["category_id"]] + 1 for a, _ in objects], np.int64),
                     areas=np.array([a["area"] for a, _ in objects], float),
                     crowd=np.array([a.get("iscrowd", 0) for a, _ in objects], bool))
@@ -1183,7 +1182,7 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
 # Dense truth: the class of every pixel, or the masks and classes of all objects. source.truth(index, item)
 # gives it of image `index`, whose item is source[index]; source.classes are the names.
 
-IGNORED = 255  # the class of pixels that do not count
+IGNORED = -1  # the class of pixels that do not count
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
@@ -1191,9 +1190,9 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 def load_dense(data, objects, split="train", image_size=None, limit=None):
     """Opens images with dense truth: the built-in scenes, COCO, or without `objects` ADE20K and Pascal VOC.
 
-    Without `objects` truth is [H, W] uint8, classes or IGNORED. With them it is a dict of masks, bool
-    [n, H, W]; boxes, [n, 4], (x1, y1, x2, y2) in pixels; labels, int64 [n] from 1; areas, [n] in pixels;
-    crowd, bool [n]. Raises UsageError if the data have no such truth.
+    Without `objects` truth is [H, W] int16, classes or IGNORED. With them it is a dict of masks, bool
+    [n, H, W]; boxes, [n, 4], COCO's (x, y, width, height) in pixels; labels, int64 [n] from 1; areas, [n] in
+    pixels; crowd, bool [n]. Raises UsageError if the data have no such truth.
     """
     root, part = Path(data), "training" if split == "train" else "validation"
     photos = root / "images" / part
@@ -1229,8 +1228,9 @@ def scene_truth(index, item):
     numbers = np.setdiff1d(instances, 0)  # in small images some may be hidden
     masks = instances == numbers[:, None, None]
     labels = np.array(item["shapes"])[numbers - 1] + 1
-    return dict(masks=masks, boxes=boxes_of(torch.from_numpy(masks)).numpy(), labels=labels,
-                areas=masks.sum((1, 2)), crowd=np.zeros(len(numbers), bool))
+    boxes = box_convert(boxes_of(torch.from_numpy(masks)), "xyxy", "xywh").numpy()
+    return dict(masks=masks, boxes=boxes, labels=labels, areas=masks.sum((1, 2)),
+                crowd=np.zeros(len(numbers), bool))
 
 
 def boxes_of(masks):
@@ -1240,7 +1240,7 @@ def boxes_of(masks):
 
 def scene_classes(index, item):
     """The class of every pixel of a built-in scene: 0 is the background, 1.. the shapes."""
-    return np.array([0, *(shape + 1 for shape in item["shapes"])], np.uint8)[item["instances"].numpy()]
+    return np.array([0, *(shape + 1 for shape in item["shapes"])], np.int16)[item["instances"].numpy()]
 
 
 def read_classes(source, folder, first, index, item):
@@ -1258,7 +1258,7 @@ def read_classes(source, folder, first, index, item):
     if wrong.size:
         raise UsageError(f"{path}: label {wrong[0]} is not one of "
                          f"{counted(len(source.classes), 'classes')}")
-    return np.where(known, labels - first, IGNORED).astype(np.uint8)
+    return np.where(known, labels - first, IGNORED).astype(np.int16)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign
+from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, box_convert
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
@@ -709,7 +709,7 @@ class DenseImages(torch.utils.data.Dataset):
 
     def __init__(self, source, size, scale=None, distort=False, seed=0):
         self.source, self.size, self.seed, self.scale = source, list(size), seed, scale
-        fill = {tv_tensors.Mask: IGNORED, "others": MEAN_COLOUR}
+        fill = {tv_tensors.Mask: 0, "others": MEAN_COLOUR}
         parts = [v2.ScaleJitter(self.size, scale or (1, 1)),
                  v2.RandomCrop(self.size, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()]
         self.transform = v2.Compose(parts + [v2.RandomPhotometricDistort()] * distort)
@@ -725,13 +725,13 @@ class DenseImages(torch.utils.data.Dataset):
         if self.scale is None:
             return dict(image=fit_inside(original, self.size), label=label, original=original)
         objects = isinstance(label, dict)
-        masks = tv_tensors.Mask(label["masks"].astype(np.uint8) if objects else label)
+        # 0 is what masks are filled up with: no object, and of classes those that do not count
+        masks = tv_tensors.Mask(label["masks"].astype(np.uint8) if objects else label - IGNORED)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             image, masks = self.transform(tv_tensors.Image(original), masks)
         if not objects:
-            return dict(image=image, label=masks)
-        masks = (masks == 1).to(torch.uint8)  # what a mask is filled up with is not the object's
+            return dict(image=image, label=masks + IGNORED)
         seen = (masks.sum((1, 2)) > 1) & torch.from_numpy(~label["crowd"])  # crowds are no objects to learn
         labels, masks = torch.from_numpy(label["labels"])[seen], masks[seen]
         return dict(image=image, label=dict(boxes=boxes_of(masks), masks=masks, labels=labels))
@@ -835,8 +835,8 @@ def as_masks(classes):
 def draw_masks(shown, names):
     """Of some images: (uint8 [3, H, W], what was predicted, truth) -> a picture with a legend of the classes.
 
-    The last two are dicts of masks [n, H, W] and labels [n], the classes' numbers; and of boxes [n, 4], which
-    are drawn with their names.
+    The last two are dicts of masks [n, H, W] and labels [n], the classes' numbers; and of boxes [n, 4] (x, y,
+    width, height), which are drawn with their names.
     """
     colours, rows, legend = class_colours(len(names)), [], {}
     for image, *parts in shown:
@@ -848,6 +848,7 @@ def draw_masks(shown, names):
             legend |= {names[k]: colours[k].view(3, 1, 1) for k in labels}
             if "boxes" in part and len(labels) > 0:
                 boxes = torch.as_tensor(part["boxes"]) * 256 / max(image.shape[1:])
+                boxes = box_convert(boxes, "xywh", "xyxy")
                 of = [tuple(colour) for colour in (255 * of).int().tolist()]
                 tile = draw_bounding_boxes(tile, boxes, colors=of, width=2)
                 corners = (boxes[:, :2] + 3).tolist()
@@ -1028,18 +1029,20 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
         sure = {name: values[found["scores"] > 0.5] for name, values in found.items()}
         shown += [(image, sure, truth)] * (len(shown) < 6)
     for name, record in records.items():
-        for figure, value in average_precision(record).items():
+        figures, _ = average_precision(record)
+        for figure, value in figures.items():
             result[f"{name}_{figure}"] = None if value is None else round(value, 2)
     return result | dict(picture=draw_masks(shown, ["", *names]))
 
 
 def to_original(found, image, size):
     """Detections in an image that `fit_inside` brought to `size` -> those in the image itself, as numpy
-    arrays."""
+    arrays, the boxes (x, y, width, height) in double precision, as COCO's tools read them."""
     h, w = fitting_size(image, size)
     H, W = image.shape[1:]
     masks = resize(found["masks"][:, :, :h, :w].float(), (H, W))[:, 0] > 0.5
     boxes = found["boxes"].cpu() * torch.tensor(2 * [W / w, H / h])
+    boxes = box_convert(boxes.double(), "xyxy", "xywh")
     found = found | dict(boxes=boxes, masks=masks, scores=found["scores"].float())
     return {name: value.cpu().numpy() for name, value in found.items()}
 
@@ -1054,14 +1057,14 @@ HIT, MISS, NOT_COUNTED = 1, 0, -1
 
 
 def box_areas(boxes):
-    """[n, 4] (x0, y0, x1, y1) -> [n]."""
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    """[n, 4] (x, y, width, height) -> [n]."""
+    return boxes[:, 2:].prod(1)
 
 
 def box_overlaps(boxes, others):
-    """The area that two boxes share: [m, 4], [n, 4] (x0, y0, x1, y1) -> [m, n]."""
+    """The area that two boxes share: [m, 4], [n, 4] (x, y, width, height) -> [m, n]."""
     start = np.maximum(boxes[:, None, :2], others[:, :2])
-    end = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    end = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], others[:, :2] + others[:, 2:])
     return (end - start).clip(0).prod(2)
 
 
@@ -1090,8 +1093,8 @@ def match_image(truths, detections, kind="boxes"):
     range. A crowd can be taken many times; the IoU with it is the part of the detection that lies inside it.
     In each class, only the 100 detections with the highest scores count.
 
-    truths: dict of arrays: boxes [n, 4] (x0, y0, x1, y1) or masks bool [n, H, W], labels [n], crowd bool [n],
-        and areas [n] as annotated, which decide the range
+    truths: dict of arrays: boxes [n, 4] (x, y, width, height; from COCO's own, no bit is lost) or masks bool
+        [n, H, W], labels [n], crowd bool [n], and areas [n] as annotated, which decide the range
     detections: dict of arrays: boxes [m, 4] or masks bool [m, H, W], labels [m], scores [m]
     kind: boxes or masks; IoU and the detections' areas are of these
     returns: labels [k], scores [k], outcomes int8 [4, 10, k] of the detections that count, by falling score;
@@ -1109,7 +1112,7 @@ def match_image(truths, detections, kind="boxes"):
     areas, truth_areas = areas_of(detections[kind])[order], areas_of(truths[kind])
     overlaps = overlaps_of(detections[kind], truths[kind])[order]
     overlaps = overlaps * (labels[:, None] == truths["labels"])  # [k, n]; 0 between two classes
-    unions = areas[:, None] + np.where(crowd, 0, truth_areas - overlaps)
+    unions = areas[:, None] + truth_areas * ~crowd - overlaps * ~crowd
     iou = overlaps / np.maximum(unions, 1e-12)
 
     wanted = ~(crowd | outside(truths["areas"]))  # [4, n]
@@ -1118,7 +1121,8 @@ def match_image(truths, detections, kind="boxes"):
     outcomes = outcomes[:, None].repeat(10, axis=1)  # [4, 10, k]
     for i in np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(1)):
         possible = free & (iou[i] >= IOU_THRESHOLDS[:, None])
-        best = (possible * (iou[i] + wanted[:, None])).argmax(2, keepdims=True)  # those wanted first
+        likeness = np.where(possible, iou[i] - ~wanted[:, None], -1)  # those wanted first
+        best = likeness.argmax(2, keepdims=True)
         taken = possible & (best == np.arange(len(crowd)))  # [4, 10, n]: one truth or none
         free &= ~taken | crowd
         outcomes[taken.any(2), i] = NOT_COUNTED
@@ -1139,27 +1143,34 @@ def mean_precision(outcomes, num_truths):
     return np.append(precision, 0)[reached].mean()
 
 
-def average_precision(records):
-    """COCO's six figures, dict(ap, ap50, ap75, ap_small, ap_medium, ap_large), from match_image's results.
+def average_precision(records, groups={}):
+    """From match_image's results, COCO's six figures, dict(ap, ap50, ap75, ap_small, ap_medium, ap_large); and
+    a dict of the classes' labels -> their AP.
 
-    Each is the mean over the classes with truths in its range of areas, in percent; None if no class has any.
+    Each figure is the mean over the classes with truths in its range of areas, in percent; None if no class
+    has any.
+
+    groups: dict of name -> labels; each adds a figure, ap_NAME, the AP of these classes alone
     """
+    figures = {name: {} for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")}
     joined = [np.concatenate(parts, axis=-1) for parts in zip(*records)]
-    labels, scores, outcomes, truth_labels, wanted = joined
+    labels, scores, outcomes, truth_labels, wanted = joined or 5 * [np.zeros(0)]
     order = np.argsort(-scores, kind="stable")
     labels, outcomes = labels[order], outcomes[..., order]
-    figures = dict(ap=[], ap50=[], ap75=[], ap_small=[], ap_medium=[], ap_large=[])
-    for label in np.unique(truth_labels):
+    for label in np.unique(truth_labels).tolist():
         totals = wanted[:, truth_labels == label].sum(1)
         of_class = outcomes[..., labels == label]  # [4, 10, k]
         for name, total, rows in zip(("ap", "ap_small", "ap_medium", "ap_large"), totals, of_class):
             if total > 0:
-                precisions = [mean_precision(row, total) for row in rows]  # one for each IoU threshold
-                figures[name].append(np.mean(precisions))
+                precisions = [100 * mean_precision(row, total) for row in rows]  # one for each IoU threshold
+                figures[name][label] = np.mean(precisions)
                 if name == "ap":
-                    figures["ap50"].append(precisions[0])
-                    figures["ap75"].append(precisions[5])
-    return {name: 100 * float(np.mean(values)) if values else None for name, values in figures.items()}
+                    figures["ap50"][label], figures["ap75"][label] = precisions[0], precisions[5]
+    by_class = figures["ap"]
+    for name, some in groups.items():
+        figures[f"ap_{name}"] = {label: by_class[label] for label in some if label in by_class}
+    means = {name: float(np.mean([*values.values()])) if values else None for name, values in figures.items()}
+    return means, by_class
 
 
 # ---------------------------------------------------------------------------------------------------------

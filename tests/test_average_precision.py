@@ -21,10 +21,16 @@ def draw(box, rectangle):
                      < (x1 - x0) ** 2 * (y1 - y0) ** 2)
 
 
+def figures_of(records):
+    return average_precision(records)[0]
+
+
 def things(boxes, labels, rectangles, **more):
-    """Boxes and what belongs to them, as match_image takes them."""
+    """Boxes (x0, y0, x1, y1) and what belongs to them, as match_image takes them."""
     masks = np.array([draw(box, rectangle) for box, rectangle in zip(boxes, rectangles)], dtype=bool)
-    return dict(boxes=np.reshape(boxes, (-1, 4)).astype(float), masks=masks.reshape(-1, H, W),
+    boxes = np.reshape(boxes, (-1, 4)).astype(float)
+    boxes[:, 2:] -= boxes[:, :2]
+    return dict(boxes=boxes, masks=masks.reshape(-1, H, W),
                 labels=np.array(labels, dtype=int), **{key: np.array(values) for key, values in more.items()})
 
 
@@ -95,7 +101,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("kind", ["boxes", "masks"])
 def test_the_figures_are_those_of_pycocotools(kind):
-    figures = average_precision([match_image(truths, detections, kind) for truths, detections in scenario()])
+    figures = figures_of([match_image(truths, detections, kind) for truths, detections in scenario()])
     assert figures == pytest.approx(EXPECTED[kind], abs=1e-6)
 
 
@@ -111,7 +117,7 @@ def test_two_truths_and_three_detections_by_hand(kind):
     ap50, ap75 = 100 * (51 + 50 * 2 / 3) / 101, 100 * 51 / 101
     ap = (ap50 + ap75) / 2
     expected = dict(ap=ap, ap50=ap50, ap75=ap75, ap_small=None, ap_medium=ap, ap_large=None)
-    assert average_precision([match_image(truths, detections, kind)]) == pytest.approx(expected)
+    assert figures_of([match_image(truths, detections, kind)]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["boxes", "masks"])
@@ -122,9 +128,9 @@ def test_detections_inside_a_crowd_are_neither_hits_nor_misses(kind):
     truths = rectangles(boxes, [1, 1], crowd=[True, False], areas=[6400.0, 1600.0])
     boxes = [(0, 0, 20, 20), (10, 10, 40, 40), (100, 0, 140, 40)]
     inside = rectangles(boxes, [1] * 3, scores=[0.9, 0.8, 0.1])
-    assert average_precision([match_image(truths, inside, kind)])["ap"] == pytest.approx(100)
+    assert figures_of([match_image(truths, inside, kind)])["ap"] == pytest.approx(100)
     beside = rectangles(boxes + [(70, 40, 110, 80)], [1] * 4, scores=[0.9, 0.8, 0.1, 0.7])
-    assert average_precision([match_image(truths, beside, kind)])["ap"] == pytest.approx(50)
+    assert figures_of([match_image(truths, beside, kind)])["ap"] == pytest.approx(50)
 
 
 @pytest.mark.parametrize("kind", ["boxes", "masks"])
@@ -134,7 +140,7 @@ def test_of_equal_ious_the_last_truth_is_taken(kind):
     truths = rectangles([(0, 0, 40, 40), (20, 0, 60, 40)], [1, 1], crowd=[False] * 2, areas=[1600.0] * 2)
     for second, ap50 in (((0, 0, 40, 40), 100), ((20, 0, 60, 40), 100 * 51 / 101)):
         detections = rectangles([(10, 0, 50, 40), second], [1, 1], scores=[0.9, 0.8])
-        assert average_precision([match_image(truths, detections, kind)])["ap50"] == pytest.approx(ap50)
+        assert figures_of([match_image(truths, detections, kind)])["ap50"] == pytest.approx(ap50)
 
 
 def test_a_class_has_100_detections_an_image():
@@ -142,7 +148,7 @@ def test_a_class_has_100_detections_an_image():
     truths = rectangles([(0, 0, 40, 40)] * 2, [1, 2], crowd=[False] * 2, areas=[1600.0] * 2)
     boxes = [(60, 60, 90, 90)] * 199 + [(0, 0, 40, 40)] * 2
     detections = rectangles(boxes, [1] * 100 + [2] * 99 + [1, 2], scores=np.linspace(1, 0, 201))
-    assert average_precision([match_image(truths, detections)])["ap"] == pytest.approx((0 + 1) / 2)
+    assert figures_of([match_image(truths, detections)])["ap"] == pytest.approx((0 + 1) / 2)
 
 
 def test_classes_without_truths_do_not_count_and_classes_that_are_not_found_do():
@@ -153,7 +159,56 @@ def test_classes_without_truths_do_not_count_and_classes_that_are_not_found_do()
     nothing = rectangles([], [], crowd=np.zeros(0, bool), areas=np.zeros(0))
     two = match_image(nothing, rectangles([(0, 0, 9, 9)], [2], scores=[0.9]))
     expected = dict(ap=50, ap50=50, ap75=50, ap_small=None, ap_medium=100, ap_large=0)
-    assert average_precision([one, two]) == pytest.approx(expected)
+    assert figures_of([one, two]) == pytest.approx(expected)
     missed = match_image(nothing, rectangles([(0, 0, 40, 40)], [1], scores=[0.9]))
     # A detection of class 1 where there is none scores higher: a precision of 1/2 at all recalls.
-    assert average_precision([one, missed])["ap_medium"] == pytest.approx(50)
+    assert figures_of([one, missed])["ap_medium"] == pytest.approx(50)
+
+
+# Boxes (x, y, width, height) of a detection and of a truth, and pycocotools' IoU of the two. From corners,
+# x + width and y + height, each would come out on the other side of 0.5 or 0.75.
+NEAR = [
+    ([96.61, 56.22, 11.47, 22.08], [96.61, 56.22, 22.94, 22.08], 0.49999999999999994),
+    ([86.07, 24.71, 17.06, 21.75], [86.07, 24.71, 17.06, 43.5], 0.5000000000000001),
+    ([48.88, 97.65, 48.78, 19.08], [48.88, 97.65, 48.78, 25.44], 0.7499999999999994),
+    ([8.68, 70.84, 49.46, 37.47], [8.68, 70.84, 49.46, 49.96], 0.75),
+]
+
+
+@pytest.mark.parametrize("found, true, iou", NEAR)
+def test_boxes_are_compared_without_losing_the_last_bit(found, true, iou):
+    truths = dict(boxes=np.array([true]), labels=np.array([1]), crowd=np.array([False]),
+                  areas=np.array([900]))
+    detections = dict(boxes=np.array([found]), labels=np.array([1]), scores=np.array([0.9]))
+    figures = figures_of([match_image(truths, detections)])
+    assert figures["ap50"] == 100 * (iou >= 0.5) and figures["ap75"] == 100 * (iou >= 0.75)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_truths_the_nearer_by_the_last_bit_is_taken(first):
+    """The IoUs with the first detection are 0.5359565807327001 and 0.5359565807327004. The second detection
+    is right on the truth that is left."""
+    right, left = [10, 0, 16, 7.9], [4, 0.8, 16, 7.9]
+    truths = dict(boxes=np.array([right, left][first:] + [right, left][:first]), labels=np.array([1, 1]),
+                  crowd=np.zeros(2, bool), areas=np.array([126, 126]))
+    detections = dict(boxes=np.array([[10.0, 0, 10, 10], right]), labels=np.array([1, 1]),
+                      scores=np.array([0.9, 0.8]))
+    assert figures_of([match_image(truths, detections)])["ap50"] == pytest.approx(100)
+
+
+def test_nothing_to_evaluate_has_no_figures():
+    figures, by_class = average_precision([], dict(rare=[1]))
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ap_rare")
+    assert figures == dict.fromkeys(names) and by_class == {}
+
+
+def test_the_classes_and_their_groups_have_their_own_figures():
+    """Class 1 is found, class 2 is not, class 3 half of the time, and no truth is of class 4."""
+    boxes = [(0, 0, 40, 40), (50, 50, 90, 90), (0, 50, 40, 90), (100, 50, 140, 90)]
+    truths = rectangles(boxes, [1, 2, 3, 3], crowd=[False] * 4, areas=[1600.0] * 4)
+    record = match_image(truths, rectangles(boxes[::2], [1, 3], scores=[0.5, 0.9]))
+    figures, by_class = average_precision([record], dict(rare=[2, 4], common=[3, 1], frequent=[4]))
+    half = 100 * 51 / 101
+    assert by_class == pytest.approx({1: 100, 2: 0, 3: half})
+    assert figures["ap"] == pytest.approx((100 + half) / 3) and figures["ap_rare"] == 0
+    assert figures["ap_common"] == pytest.approx((100 + half) / 2) and figures["ap_frequent"] is None

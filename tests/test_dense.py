@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.ops import box_convert
 
 import datasets
 import eval as evaluation
@@ -277,7 +278,8 @@ class Truth(list):
 def objects(*masks, labels=None, crowd=None):
     """Masks [H, W] -> the truth of their objects."""
     masks = torch.stack(masks).bool()
-    return dict(masks=masks.numpy(), boxes=datasets.boxes_of(masks).numpy(), areas=masks.sum((1, 2)).numpy(),
+    boxes = box_convert(datasets.boxes_of(masks), "xyxy", "xywh").numpy()
+    return dict(masks=masks.numpy(), boxes=boxes, areas=masks.sum((1, 2)).numpy(),
                 labels=np.array(labels or [1] * len(masks)), crowd=np.array(crowd or [False] * len(masks)))
 
 
@@ -310,7 +312,7 @@ def test_boxes_and_masks_are_cropped_with_the_image():
 def test_draws_follow_from_seed_epoch_and_index_alone():
     """Two images of the same content."""
     image = torch.randint(256, (3, 24, 48), dtype=torch.uint8)
-    source = Truth(*2 * [(image, np.zeros((24, 48), np.uint8))])
+    source = Truth(*2 * [(image, np.zeros((24, 48), np.int16))])
     items = {(seed, epoch, index): DenseImages(source, (32, 32), (0.5, 2.0), seed=seed)[epoch, index]["image"]
              for seed in (0, 1) for epoch in (0, 1) for index in (0, 1)}
     assert all(torch.equal(a, b) == (i == j) for i, a in items.items() for j, b in items.items())
@@ -325,7 +327,7 @@ def test_an_image_is_scaled_and_the_rest_filled_up(scale):
     """24 x 48 pixels fit into 32 x 32 as 16 x 32, and are then scaled; half of the time they are mirrored."""
     image = torch.zeros(3, 24, 48, dtype=torch.uint8)
     image[0], image[1, :, :24] = 255, 255  # yellow on the left, red on the right
-    truth = np.zeros((24, 48), np.uint8)
+    truth = np.zeros((24, 48), np.int16)
     truth[:, :24] = 7
     items = DenseImages(Truth((image, truth)), (32, 32), scale)
     found, mirrored = set(), 0
@@ -352,7 +354,7 @@ def test_an_image_is_scaled_and_the_rest_filled_up(scale):
 
 def test_colours_change_only_if_asked():
     image = torch.full((3, 16, 16), 100, dtype=torch.uint8)
-    source = Truth((image, np.zeros((16, 16), np.uint8)))
+    source = Truth((image, np.zeros((16, 16), np.int16)))
     both = [DenseImages(source, (16, 16), (1, 1), distort) for distort in (False, True)]
     plain, distorted = ([items[epoch, 0]["image"] for epoch in range(20)] for items in both)
     assert all(torch.equal(some, image) for some in plain)
@@ -388,7 +390,7 @@ def test_images_fit_inside_from_the_upper_left_corner():
 
 
 def test_each_image_keeps_its_own_label():
-    pairs = [(torch.full((3, 8, 8), k, dtype=torch.uint8), np.full((8, 8), k, np.uint8)) for k in range(3)]
+    pairs = [(torch.full((3, 8, 8), k, dtype=torch.uint8), np.full((8, 8), k, np.int16)) for k in range(3)]
     items = DenseImages(Truth(*pairs), (8, 8), (1, 1))
     batch = evaluation.collate_dense([items[k] for k in (2, 0, 1)])
     assert batch["image"][:, 0, 0, 0].tolist() == [int(label[0, 0]) for label in batch["label"]] == [2, 0, 1]
@@ -425,7 +427,7 @@ NAMES = ("sky", "tree", "car", "road")
 def segmentation(monkeypatch, val, size=(32, 32), **options):
     """semseg's result with `Painter` on Truth `val`."""
     monkeypatch.setattr(evaluation, "Segmenter", Painter)
-    sky = np.zeros((32, 32), np.uint8)
+    sky = np.zeros((32, 32), np.int16)
     train = DenseImages(Truth(*2 * [(painting(sky), sky)], classes=NAMES), size, (1, 1))
     options = dict(epochs=1, batch_size=2) | options
     return semseg(make_encoder(), train, DenseImages(val, size), **options)
@@ -434,7 +436,7 @@ def segmentation(monkeypatch, val, size=(32, 32), **options):
 def checks(height, width, side, low=0, high=1):
     """A chess board of two classes, numpy uint8 [height, width]."""
     y, x = np.mgrid[:height, :width] // side
-    return np.where((y + x) % 2, high, low).astype(np.uint8)
+    return np.where((y + x) % 2, high, low).astype(np.int16)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 32)])
@@ -456,7 +458,7 @@ def test_mean_iou_by_hand(monkeypatch):
     road (on the right); 16 do not count, though they are found to be half sky, half tree."""
     found = torch.zeros(8, 8)
     found[:, 4:] = 1
-    truth = np.zeros((8, 8), np.uint8)
+    truth = np.zeros((8, 8), np.int16)
     truth[4:6, :4], truth[4:6, 4:], truth[6:] = 2, 3, datasets.IGNORED
     result = segmentation(monkeypatch, Truth((painting(found), truth), classes=NAMES))
     # Sky: 16 hits, 32 true, 24 found: 16 / 40. Cars and road: 0. There is no tree.
@@ -467,7 +469,7 @@ def test_mean_iou_by_hand(monkeypatch):
 def test_pixels_are_counted_over_all_images(monkeypatch):
     """Two images: the first is all sky, as found; of the second a quarter is, the rest is road found as sky.
     """
-    one, two = np.zeros((8, 8), np.uint8), np.full((16, 16), 3, np.uint8)
+    one, two = np.zeros((8, 8), np.int16), np.full((16, 16), 3, np.int16)
     two[:8, :8] = 0
     val = Truth((painting(torch.zeros(8, 8)), one), (painting(torch.zeros(16, 16)), two), classes=NAMES)
     result = segmentation(monkeypatch, val)
@@ -494,13 +496,13 @@ def losses_of(monkeypatch):
 
 
 def test_the_loss_of_segmentation_leaves_out_ignored_pixels(monkeypatch, losses_of):
-    val = Truth((painting(torch.zeros(8, 8)), np.zeros((8, 8), np.uint8)), classes=NAMES)
+    val = Truth((painting(torch.zeros(8, 8)), np.zeros((8, 8), np.int16)), classes=NAMES)
     compute_losses = losses_of(lambda: segmentation(monkeypatch, val))
     logits, truth = torch.randn(2, 4, 6, 6), torch.randint(4, (2, 6, 6))
-    truth[0, :3] = 255
-    loss = compute_losses(lambda images: logits, None, list(truth.byte()))["loss"]
-    right = -logits.log_softmax(1).gather(1, truth.clamp(max=3)[:, None])[:, 0]
-    assert loss.item() == pytest.approx(right[truth < 255].mean().item(), rel=1e-5)
+    truth[0, :3] = datasets.IGNORED
+    loss = compute_losses(lambda images: logits, None, list(truth.short()))["loss"]
+    right = -logits.log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0]
+    assert loss.item() == pytest.approx(right[truth >= 0].mean().item(), rel=1e-5)
 
 
 def test_the_loss_of_detection_is_the_sum_of_its_parts(monkeypatch, losses_of):
@@ -637,7 +639,7 @@ def test_detections_are_scaled_back_by_hand():
     found = dict(boxes=torch.tensor([[24.0, 0, 48, 8], [12, 4, 36, 16]]), masks=masks,
                  labels=torch.tensor([2, 1]), scores=torch.tensor([0.5, 0.25]))
     back = evaluation.to_original(found, image, (48, 48))
-    assert back["boxes"].tolist() == [[30, 0, 60, 10], [15, 5, 45, 20]]
+    assert back["boxes"].tolist() == [[30, 0, 30, 10], [15, 5, 30, 15]]
     assert back["masks"].shape == (2, 20, 60) and back["masks"].dtype == bool
     assert back["masks"][0, :10, 30:].all() and back["masks"].sum() == 300
     assert back["labels"].tolist() == [2, 1] and back["scores"].tolist() == [0.5, 0.25]
@@ -873,7 +875,7 @@ def test_ade20ks_layout(tmp_path):
     source = datasets.load_dense(str(write_ade20k(tmp_path)), False, "val")
     truth = source.truth(0, source[0])
     assert len(source) == 2 and len(source.classes) == 150 and truth.shape == (20, 30)
-    assert sorted(set(truth.ravel().tolist())) == [0, 6, 149, 255]  # 0 is unlabelled, 1..150 are the classes
+    assert sorted(set(truth.ravel().tolist())) == [-1, 0, 6, 149]  # 0 is unlabelled, 1..150 are the classes
 
 
 def test_pascal_vocs_layout(tmp_path):
@@ -887,7 +889,7 @@ def test_pascal_vocs_layout(tmp_path):
     (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("b\n")
     source = datasets.load_dense(str(tmp_path), False, "val")
     assert len(source) == 1 and source.classes[15] == "person"
-    assert sorted(set(source.truth(0, source[0]).ravel().tolist())) == [0, 15, 20, 255]
+    assert sorted(set(source.truth(0, source[0]).ravel().tolist())) == [-1, 0, 15, 20]
 
 
 def spoil(root, what):
@@ -944,7 +946,7 @@ def test_coco_objects_and_crowds(tmp_path):
     assert empty["masks"].shape == (0, 20, 30) and len(empty["labels"]) == 0
     assert full["labels"].tolist() == [1, 2] and full["crowd"].tolist() == [True, False]
     assert full["masks"][1].sum() == 50 and full["areas"].tolist() == [600, 50]
-    assert full["boxes"].tolist() == [[0, 0, 30, 20], [1.5, 3, 12, 8]]  # as annotated, not around the mask
+    assert full["boxes"].tolist() == [[0, 0, 30, 20], [1.5, 3, 10.5, 5]]  # as annotated, not around the mask
     items = DenseImages(source, (32, 32), (1, 1))
     assert items[0]["label"]["boxes"].shape == (0, 4) and items[1]["label"]["labels"].tolist() == [2]
     assert DenseImages(source, (32, 32))[1]["label"]["labels"].tolist() == [1, 2]  # crowds are for figures
