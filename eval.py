@@ -395,7 +395,7 @@ def train_probe(features, make_head, make_optimizer, train, val, cache_features,
         return dict(loss=F.cross_entropy(head(inputs), labels.to(device)))
 
     settled = fit(head, optimizer, train, compute_losses, base_lr=base_lr, seed=seed, device=device,
-                  workers=0 if cache_features else workers, title="probe", **options)
+                  workers=0 if cache_features else workers, **options)
 
     def logits(images):
         inputs = features(images)
@@ -578,7 +578,7 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
                  base_lr=base_lr, lr_batch=lr_batch, warmup_epochs=warmup_epochs, usual_warmup=usual_warmup,
                  min_lr=min_lr, accumulate=accumulate, output=output, resume=resume, settings=settings,
-                 seed=seed, device=device, precision=precision, workers=workers, title="fine-tuning")
+                 seed=seed, device=device, precision=precision, workers=workers)
     if rank() == 0:
         result |= accuracies(*extract(model, val, device, precision, workers, "val"))
     return result
@@ -803,8 +803,7 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
                  base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=1500,
                  fall=lambda progress: 1 - progress, collate_fn=collate_dense, output=output, resume=resume,
-                 settings=settings, seed=seed, device=device, precision=precision, workers=workers,
-                 title="semseg")
+                 settings=settings, seed=seed, device=device, precision=precision, workers=workers)
     if rank() > 0:
         return result
     pairs, shown = torch.zeros(len(names), len(names), dtype=torch.long), []
@@ -1017,7 +1016,7 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
                  base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=250, fall=stepwise,
                  collate_fn=collate_dense, output=output, resume=resume, settings=settings, seed=seed,
-                 device=device, precision=precision, workers=workers, title="detect")
+                 device=device, precision=precision, workers=workers)
     if rank() > 0:
         return result
     records, shown = dict(box=[], mask=[]), []

@@ -8,11 +8,11 @@ line in the docstring is its help; flags that are "not with" another there exclu
 lists the functions of a method's run, and `call` hands each of them the settings that it names. A setting is
 what the user gave, else what the method's recipe says, else the default.
 
-This file reads from the top: the recipes, one epoch, all epochs, one run (`pretrain`), the command line
-(`main`); then what these use. The random numbers of a step depend only on (seed, step, micro-batch), those of
-an image only on (seed, epoch, index). So a run that was stopped and continued with --resume gives the same
-result as one that was never stopped: the same bits on a CPU with the same number of threads, and on CUDA the
-same up to the order in which kernels add numbers.
+This file reads from the top: the recipes, the loop, one run (`pretrain`), the command line (`main`); then
+what these use. The random numbers of a step depend only on (seed, step, micro-batch), those of an image only
+on (seed, epoch, index). So a run that was stopped and continued with --resume gives the same result as one
+that was never stopped: the same bits on a CPU with the same number of threads, and on CUDA the same up to the
+order in which kernels add numbers.
 """
 
 import ctypes
@@ -188,110 +188,95 @@ def check_rates(epochs, warmup_epochs, lr, min_lr):
 # The loop
 
 
-def train_epoch(model, loader, optimizer, compute_losses, *, epoch, epochs, steps, lr, batch_size, accumulate,
-                scaler, clip_grad=None, seed=0, device="cpu", precision="fp32", title="epoch"):
-    """Trains for one pass over the data -> the means of the losses, the last learning rate, images_per_s.
-
-    model: the module that is trained, perhaps wrapped in DistributedDataParallel
-    loader: gives this process's share of the steps * accumulate micro-batches
-    compute_losses: function (model, micro-batch, step) -> dict of scalars: first `loss`, which is minimised,
-        then others to log
-    lr: function step -> learning rate; a parameter group with `lr_scale` gets that much of it
-    batch_size, accumulate: images and micro-batches of a step, over all processes
-    """
-    model.train()
-    own_micro_batches = range(rank(), accumulate, world_size())
-    micro_batches, history = iter(loader), []
-    began = time.perf_counter()
-    progress = tqdm(range(steps), f"{title} {epoch + 1}/{epochs}", unit=" images", unit_scale=batch_size,
-                    disable=rank() > 0 or None, leave=False)
-    for i in progress:
-        step, sums = epoch * steps + i, 0
-        for group in optimizer.param_groups:
-            group["lr"] = lr(step) * group.get("lr_scale", 1.0)
-        for micro in own_micro_batches:
-            batch = next(micro_batches)
-            # Masks depend only on the seed, the step and the micro-batch. So neither a stop nor the number of
-            # processes changes them.
-            torch.manual_seed(seed_of(seed, step, micro))
-            # DistributedDataParallel sums the processes' gradients only in the last backward pass of a step.
-            model.require_backward_grad_sync = micro == own_micro_batches[-1]
-            with autocast(device, precision):
-                losses = compute_losses(model, batch, step)
-            scaler.scale(losses["loss"] / len(own_micro_batches)).backward()
-            sums = sums + torch.stack([value.detach() for value in losses.values()]) / len(own_micro_batches)
-        if clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        history.append(sums.tolist())  # the only place in a step where the CPU waits for the GPU
-        loss = history[-1][0]
-        # The weights are checked once an epoch, before they are saved.
-        if not math.isfinite(loss) or i == steps - 1 and not all_finite(model):
-            raise UsageError(f"the loss is {loss}, or the weights are not finite, at step {step + 1} "
-                             f"(epoch {epoch + 1}), learning rate {lr(step):.3g}; the files of the epochs "
-                             "before are kept. Try a lower learning rate or --precision fp32")
-        progress.set_postfix(loss=loss)
-    speed = steps * batch_size / (time.perf_counter() - began)
-    means = torch.tensor(gather(history), dtype=torch.float64).mean((0, 1)).tolist()
-    return dict(zip(losses, means)) | dict(lr=lr(step), images_per_s=round(speed, 1))
-
-
 def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_size, accumulate, peak_lr,
-                 warmup_epochs, min_lr=0.0, fall=half_cosine, before_epoch=None, state=None, on_device=False,
-                 collate_fn=collate, seed=0, device="cpu", precision="fp32", workers=0, **options):
+                 warmup_epochs, min_lr=0.0, fall=half_cosine, clip_grad=None, before_epoch=None, state=None,
+                 on_device=False, collate_fn=collate, seed=0, device="cpu", precision="fp32", workers=0):
     """Trains `model`, or goes on from a `state`. Pre-training, probes, fine-tuning and dense tasks share it.
 
-    A generator of pairs after every epoch, and one before the first: a dict of figures to log, and the state,
-    a dict of all that an exact resume needs. There are no states of random generators in it: every draw
+    A generator of pairs, one before the first epoch and one after each: a dict of figures to log, and the
+    state, a dict of all that an exact resume needs. The figures are the means of the losses over the epoch,
+    the last learning rate and the speed. There are no states of random generators in the state: every draw
     follows from numbers that the run knows.
 
-    batch_size, accumulate: of `cut_batch`
-    peak_lr, warmup_epochs, min_lr, fall: see `learning_rate`
+    compute_losses: function (model, micro-batch, step) -> dict of scalars: first `loss`, which is minimised,
+        then others to log. It is given the model because that is wrapped where several processes train it.
+    batch_size, accumulate: images and micro-batches of a step, over all processes; see `cut_batch`
+    peak_lr, warmup_epochs, min_lr, fall: see `learning_rate`; a parameter group with `lr_scale` gets that
+        much of the rate
+    clip_grad: largest norm of the gradient
     before_epoch: function of an epoch's number, from 0, that is called before it
     on_device: crop on the device (`DeviceLoader`); else `workers` and `collate_fn` are of `make_loader`
-    For the others, and for options, see `train_epoch`.
     """
     check_rates(epochs, warmup_epochs, peak_lr, min_lr)
     steps = len(dataset) // batch_size
     batches = EpochBatches(len(dataset), batch_size, accumulate, seed, rank(), world_size())
+    own_micro_batches = range(rank(), accumulate, world_size())
     if on_device:
         loader = DeviceLoader(dataset, batches, device)
     else:
         loader = make_loader(dataset, workers, device, collate_fn, batch_sampler=batches)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
-    done = state["epoch"] if state else 0
+    done, broken = state["epoch"] if state else 0, set()
+    if done > epochs:
+        raise UsageError(f"--epochs {epochs}: the run to resume has had {done}")
     if done:
-        if done > epochs:
-            raise UsageError(f"--epochs {epochs}: the run to resume has had {done}")
         restore(state, model, optimizer, scaler, len(dataset))
     wrapped = model
     if world_size() > 1:
         wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def lr(step):
-        return learning_rate(step, epochs * steps, warmup_epochs * steps, peak_lr, min_lr, fall)
-
     def state_after(epoch):
         return dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"],
                     scaler=scaler.state_dict(), epoch=epoch)
 
-    broken = set()
-    if state is None:
+    if not done:
         yield {}, state_after(0)
     for epoch in range(done, epochs):
-        began, batches.epoch = time.perf_counter(), epoch
+        began, batches.epoch, history = time.perf_counter(), epoch, []
         if before_epoch is not None:
             before_epoch(epoch)
-        line = train_epoch(wrapped, name_broken(loader, dataset.source, broken), optimizer, compute_losses,
-                           epoch=epoch, epochs=epochs, steps=steps, lr=lr, batch_size=batch_size,
-                           accumulate=accumulate, scaler=scaler, seed=seed, device=device,
-                           precision=precision, **options)
+        wrapped.train()
+        micro_batches = name_broken(loader, dataset.source, broken)
+        training_began = time.perf_counter()
+        progress = tqdm(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{epochs}",
+                        unit=" images", unit_scale=batch_size, disable=rank() > 0 or None, leave=False)
+        for step in progress:
+            lr = learning_rate(step, epochs * steps, warmup_epochs * steps, peak_lr, min_lr, fall)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            sums = 0
+            for micro in own_micro_batches:
+                batch = next(micro_batches)
+                # Masks depend only on the seed, the step and the micro-batch. So neither a stop nor the
+                # number of processes changes them.
+                torch.manual_seed(seed_of(seed, step, micro))
+                # DistributedDataParallel sums the processes' gradients only in the last backward pass of a
+                # step.
+                wrapped.require_backward_grad_sync = micro == own_micro_batches[-1]
+                with autocast(device, precision):
+                    losses = compute_losses(wrapped, batch, step)
+                scaler.scale(losses["loss"] / len(own_micro_batches)).backward()
+                values = torch.stack([value.detach() for value in losses.values()])
+                sums = sums + values / len(own_micro_batches)
+            if clip_grad:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            history.append(sums.tolist())  # the only place in a step where the CPU waits for the GPU
+            loss = history[-1][0]
+            # The weights are checked once an epoch, before they are saved.
+            if not math.isfinite(loss) or len(history) == steps and not all_finite(model):
+                raise UsageError(f"the loss is {loss}, or the weights are not finite, at step {step + 1} "
+                                 f"(epoch {epoch + 1}), learning rate {lr:.3g}; the files of the epochs "
+                                 "before are kept. Try a lower learning rate or --precision fp32")
+            progress.set_postfix(loss=loss)
+        speed = steps * batch_size / (time.perf_counter() - training_began)
+        means = torch.tensor(gather(history), dtype=torch.float64).mean((0, 1)).tolist()
         broken.update(*gather(broken))  # a file is broken for all processes
-        line = dict(epoch=epoch + 1, step=(epoch + 1) * steps, **line,
-                    seconds=round(time.perf_counter() - began, 3))
+        line = dict(epoch=epoch + 1, step=step + 1, **dict(zip(losses, means)), lr=lr,
+                    images_per_s=round(speed, 1), seconds=round(time.perf_counter() - began, 3))
         if broken:
             line["broken_images"] = len(broken)
         yield line, state_after(epoch + 1)

@@ -273,7 +273,7 @@ class Few(datasets.Source):
 def test_a_run_waits_once_a_step_to_read_the_losses(method, precision, reads, tmp_path, monkeypatch):
     for name in ("write_checkpoint", "draw_examples", "picture_items"):
         monkeypatch.setattr(train, name, lambda *args, **options: None)
-    monkeypatch.setattr(train, "name_broken", lambda loader, *_: loader)  # it reads what is on the CPU
+    monkeypatch.setattr(train, "name_broken", lambda loader, *_: iter(loader))  # it reads what is on the CPU
     with fake_cuda() as waits:
         tokenizer, types = build("dvae").to(CUDA).eval() if method == "beit" else None, set()
         if tokenizer:
@@ -287,7 +287,7 @@ def test_a_run_waits_once_a_step_to_read_the_losses(method, precision, reads, tm
     # Two epochs of one step, and after each a check of the weights and the scaler's two numbers for the
     # checkpoint. A fake list is read number by number.
     saved = 2 * ["state_after"] if precision == "fp16" else []
-    assert waits == 2 * (reads * ["train_epoch"] + ["all_finite"] + saved)
+    assert waits == 2 * (reads * ["train_epochs"] + ["all_finite"] + saved)
 
 
 def test_the_device_loader_crops_without_a_wait():
@@ -399,16 +399,16 @@ def detection():
 TASKS = {  # what is run, and the functions that may wait: those that end in numbers for the user
     attention_maps: set(), class_activation_maps: set(), attention_picture: set(), completed_regions: set(),
     reconstructions: {"reconstruct"}, segmentation: set(), detection: set(),
-    nearest_neighbours: {"accuracies"}, linear_probe: {"train_epoch", "all_finite", "accuracies"},
-    attentive_probe: {"train_epoch", "all_finite", "accuracies", "train_probe"},  # features wait on the CPU
-    fine_tuning: {"train_epoch", "all_finite", "accuracies"},
+    nearest_neighbours: {"accuracies"}, linear_probe: {"train_epochs", "all_finite", "accuracies"},
+    attentive_probe: {"train_epochs", "all_finite", "accuracies", "train_probe"},  # features wait on the CPU
+    fine_tuning: {"train_epochs", "all_finite", "accuracies"},
 }
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
 def test_every_evaluation_keeps_to_its_device(task, monkeypatch):
     for module in (train, evaluation):
-        monkeypatch.setattr(module, "name_broken", lambda loader, *_: loader)
+        monkeypatch.setattr(module, "name_broken", lambda loader, *_: iter(loader))
     with fake_cuda() as waits:
         task()
     assert set(waits) == TASKS[task]

@@ -282,27 +282,43 @@ def test_the_optimizer_has_the_settings_of_the_run(run, updates):
     assert {group["betas"] for step in updates for group in step["groups"]} == {(0.7, 0.8)}
 
 
+class Numbers(torch.utils.data.Dataset):
+    """`count` items without images, for `train_epochs`."""
+
+    source = None
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, key):
+        return dict(broken=-1)
+
+
 def test_a_group_gets_its_share_of_the_rate():
     """As layer-wise decay has it: SGD with gradient 1 and momentum 0 takes off the rate itself."""
     model = torch.nn.ParameterList(torch.zeros(()) for _ in range(2))
     groups = [dict(params=[model[0]]), dict(params=[model[1]], lr_scale=0.25)]
-    line = train.train_epoch(
-        model, [None] * 3, torch.optim.SGD(groups, lr=9.0),
-        lambda model, batch, step: dict(loss=model[0] + model[1]), epoch=1, epochs=2, steps=3,
-        lr=lambda step: 10.0**-step, batch_size=1, accumulate=1,
-        scaler=torch.amp.GradScaler("cpu", enabled=False))
-    assert [p.item() for p in model] == pytest.approx([-1.11e-3, -0.2775e-3]) and line["lr"] == 1e-5
+    *_, (line, _) = train.train_epochs(
+        model, torch.optim.SGD(groups, lr=9.0), Numbers(3),
+        lambda model, batch, step: dict(loss=model[0] + model[1]), epochs=2, batch_size=1, accumulate=1,
+        peak_lr=1.0, warmup_epochs=0, fall=lambda progress: 10.0 ** (-6 * progress))
+    assert [p.item() for p in model] == pytest.approx([-1.11111, -0.2777775])
+    assert line["lr"] == pytest.approx(1e-5)
 
 
 def test_weights_that_are_not_finite_are_not_kept():
     """The loss before the step is."""
     weight = torch.nn.Parameter(torch.ones(()))
+    run = train.train_epochs(
+        torch.nn.ParameterList([weight]), torch.optim.SGD([weight], lr=1.0), Numbers(1),
+        lambda model, batch, step: dict(loss=10 * model[0]), epochs=1, batch_size=1, accumulate=1,
+        peak_lr=1e38, warmup_epochs=0)
+    assert next(run)[1]["epoch"] == 0
     with pytest.raises(train.UsageError, match="the weights are not finite, at step 1 "):
-        train.train_epoch(
-            torch.nn.ParameterList([weight]), [None], torch.optim.SGD([weight], lr=1.0),
-            lambda model, batch, step: dict(loss=10 * model[0]), epoch=0, epochs=1, steps=1,
-            lr=lambda step: 1e38, batch_size=1, accumulate=1,
-            scaler=torch.amp.GradScaler("cpu", enabled=False))
+        next(run)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
