@@ -79,7 +79,7 @@ PAPER_RECIPES = {
     "detect lomar": dict(epochs=25),
     # ObjMAE: Tables 2 and 3; for CIFAR-100 it has --epochs 90.
     "finetune objmae": dict(batch_size=256, base_lr=1e-3, min_lr=1e-5, lookahead=5),
-    # R-MAE: §4.1, following MAE
+    # R-MAE: §4.2, following MAE
     "semseg rae": dict(epochs=100),
     "semseg rmae": dict(epochs=100),
     # CAE: Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults; in its released code they have

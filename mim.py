@@ -751,7 +751,12 @@ class SimMIM(nn.Module):
     encoder_options = dict(drop_path=0.1, layer_scale=0.1)
     norm_pix = False
 
-    def __init__(self, encoder: ViT, mask_ratio: float = 0.6, unit_size: int = 2):  # both §4.1
+    def __init__(
+        self,
+        encoder: ViT,
+        mask_ratio: float = 0.6,  # §4.1
+        unit_size: int = 2,  # §4.1
+    ):
         super().__init__()
         if unit_size < 1 or any(g % unit_size for g in encoder.grid):
             raise ValueError(f"unit_size={unit_size} must divide both sides of the grid, {encoder.grid}")
@@ -976,7 +981,7 @@ class CAE(nn.Module):
         regressor_depth: int = 4,  # Table 6
         decoder_depth: int = 4,  # Table 6
         alignment_weight: float = 2.0,  # Appendix A
-        norm_pix: bool = True,
+        norm_pix: bool = True,  # ours
     ):
         super().__init__()
         if encoder.relative_position:
@@ -1165,8 +1170,14 @@ class AMT(nn.Module):
     inputs = ("index", "box", "flip")
     encoder_options = {}  # those of the base
 
-    def __init__(self, base, mask_ratio: float | None = None, throw_ratio: float | None = None,
-                 throw: Throw = "middle", interval: int | None = None):
+    def __init__(
+        self,
+        base,
+        mask_ratio: float | None = None,  # §4.1
+        throw_ratio: float | None = None,  # §4.1
+        throw: Throw = "middle",  # Eq. 6, Alg. 1
+        interval: int | None = None,  # §4.1
+    ):
         super().__init__()
         check_choice("throw", throw, Throw)
         has_units = hasattr(base, "unit_size")
@@ -1334,7 +1345,7 @@ class LoMaR(nn.Module):
         vocab_size=None,  # the tokenizer's; not annotated, as it is no flag
         mask_ratio: float = 0.8,  # Figure 6
         window_size: int = 7,  # Table 4
-        num_windows: int | None = None,
+        num_windows: int | None = None,  # Table 4
         norm_pix: bool = True,  # §3.2: "normalized ground-truth image"
     ):
         super().__init__()
@@ -1571,14 +1582,14 @@ class ObjMAE(MAE):
         self,
         encoder: ViT,
         alpha: float = 0.25,  # Table 4
-        alignment: Alignment = "zero",
-        selection: Selection = "intra",
+        alignment: Alignment = "zero",  # ours; the paper does not name its own
+        selection: Selection = "intra",  # §3.1
         object_floor: float = 0.05,  # §4.1
         patch_share: float = 0.2,  # §3.2
         decoder_dim: int = 192,  # Table 1
         decoder_depth: int = 4,  # Table 1
         decoder_heads: int = 3,  # Table 1
-        norm_pix: bool = False,
+        norm_pix: bool = False,  # §3.4
     ):
         # MAE wants a mask_ratio. It is not used: `split` and `align_patches` make the mask.
         super().__init__(encoder, 0.5, decoder_dim, decoder_depth, decoder_heads, norm_pix)
@@ -1889,9 +1900,9 @@ class RAE(nn.Module):
         self,
         encoder: ViT,
         mask_ratio: float = 0.75,  # §4.1
-        region_mask_ratio: float | None = None,
+        region_mask_ratio: float | None = None,  # §4.1: as of the image
         num_regions: int = 8,  # §4.1
-        variant: Variant = "length",
+        variant: Variant = "length",  # §3.1
         region_dim: int = 128,  # §4.1
         region_heads: int = 8,  # the authors' code
         region_decoder_depth: int = 1,  # §4.1
@@ -1985,18 +1996,18 @@ class RMAE(MAE):
     def __init__(
         self,
         encoder: ViT,
-        mask_ratio: float = 0.75,  # these as RAE
-        region_mask_ratio: float | None = None,
-        num_regions: int = 8,
-        variant: Variant = "length",
+        mask_ratio: float = 0.75,  # as RAE
+        region_mask_ratio: float | None = None,  # as RAE
+        num_regions: int = 8,  # as RAE
+        variant: Variant = "length",  # as RAE
         cross_feed: CrossFeed = "pixel_to_region",  # §3.2
-        region_dim: int = 128,
-        region_heads: int = 8,
-        region_decoder_depth: int = 1,
-        decoder_dim: int = 512,  # these as MAE
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        norm_pix: bool = True,
+        region_dim: int = 128,  # as RAE
+        region_heads: int = 8,  # as RAE
+        region_decoder_depth: int = 1,  # as RAE
+        decoder_dim: int = 512,  # §3, as MAE
+        decoder_depth: int = 8,  # §3, as MAE
+        decoder_heads: int = 16,  # as MAE
+        norm_pix: bool = True,  # as MAE
     ):
         super().__init__(encoder, mask_ratio, decoder_dim, decoder_depth, decoder_heads, norm_pix)
         check_choice("cross_feed", cross_feed, CrossFeed)
@@ -2125,9 +2136,17 @@ class DVAE(nn.Module):
 
     inputs = ("progress",)
 
-    def __init__(self, image_size=112, vocab_size: int = 8192, hidden_dim: int = 256, groups: int = 4,
-                 blocks_per_group: int = 2, kl_weight: float = 2.0, tau_start: float = 1.0,
-                 tau_end: float = 1 / 16):
+    def __init__(
+        self,
+        image_size=112,
+        vocab_size: int = 8192,  # §2.1
+        hidden_dim: int = 256,  # the authors' code
+        groups: int = 4,  # the authors' code
+        blocks_per_group: int = 2,  # the authors' code
+        kl_weight: float = 2.0,  # ours
+        tau_start: float = 1.0,  # App. A.2
+        tau_end: float = 1 / 16,  # App. A.2
+    ):
         super().__init__()
         check_range(1, vocab_size=vocab_size, hidden_dim=hidden_dim, groups=groups,
                     blocks_per_group=blocks_per_group)

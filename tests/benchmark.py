@@ -2,12 +2,13 @@
 base`.
 
 speed: what a training step of each method costs. data: what reading images costs. compare: what all methods
-give when they are pre-trained and evaluated alike. cuda: whether everything works on a GPU. Each prints a
-table, and its numbers as one line of JSON last. Two draw pictures: masks, one image under the mask of each
-method; attention, where several encoders look.
+give when they are pre-trained and evaluated alike. cuda: whether everything works on a GPU. recipes: every
+setting of the papers, and where it stands. Each prints a table, and its numbers as one line of JSON last. Two
+draw pictures: masks, one image under the mask of each method; attention, where several encoders look.
 """
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -592,6 +593,160 @@ def cuda(methods: list[Literal[tuple(CHECKED)]] | None = None, compile: bool = F
 
 
 # ------------------------------------------------------------------------------------------------------
+# recipes: every published setting, and where it stands
+
+# Where the settings of train.RECIPES, of the encoders, of the tasks and of eval.PAPER_RECIPES come from:
+# {recipe: {place: settings}}. What a recipe takes from another one, as LoMaR's from MAE's, stands at that one
+# alone. The arguments of a method have their places beside them in mim.py.
+PLACES = {
+    "pretrain mae": {
+        "MAE: Table 8": "batch_size base_lr lr_batch warmup_epochs betas weight_decay",
+        "MAE: Table 1": "epochs",
+        "MAE: the authors' code": "min_lr crop_scale flip"},
+    "pretrain simmim": {
+        "SimMIM: §4.1": "batch_size betas weight_decay crop_scale flip",
+        "SimMIM: the released configuration of ViT-B":
+            "epochs base_lr lr_batch warmup_epochs clip_grad drop_path layer_scale"},
+    "pretrain cae": {
+        "CAE: Appendix A": "epochs batch_size base_lr lr_batch warmup_epochs weight_decay drop_path",
+        "CAE: §5.1": "flip",
+        "CAE: the authors' code": "min_lr betas clip_grad crop_scale layer_scale"},
+    "pretrain beit": {
+        "BEiT: Table 6":
+            "epochs batch_size base_lr lr_batch warmup_epochs min_lr betas weight_decay clip_grad drop_path",
+        "BEiT: the authors' code": "crop_scale flip layer_scale"},
+    "pretrain dvae": {
+        "DALL-E: Appendix A.2": "batch_size base_lr lr_batch warmup_epochs min_lr betas weight_decay",
+        "CAE: the authors' code": "image_size",
+        "ours": "epochs crop_scale flip"},
+    "pretrain amt-mae": {"AMT: §4.1": "epochs"},
+    "pretrain amt-simmim": {"AMT: §4.1": "epochs"},
+    "pretrain lomar": {
+        "LoMaR: §6.1": "epochs batch_size base_lr lr_batch warmup_epochs weight_decay flip",
+        "LoMaR: §3.2": "relative_position"},
+    "pretrain objmae": {
+        "ObjMAE: Table 1": "model",
+        "ObjMAE: Table 2": "min_lr betas weight_decay lookahead",
+        "ObjMAE: Table 3": "epochs batch_size base_lr lr_batch warmup_epochs",
+        "ObjMAE: §4.2": "flip"},
+    "pretrain rae": {"R-MAE: §4.1": "epochs base_lr"},
+    "pretrain rmae": {"R-MAE: §4.1": "epochs base_lr"},
+    "knn mae": {
+        "DINO, arXiv:2104.14294": "k", "Wu et al., arXiv:1805.01978": "temperature", "ours": "pool"},
+    "knn lomar": {"LoMaR: §6.1": "pool"},
+    "linear mae": {"MAE: Table 10": "epochs batch_size base_lr lr_batch usual_warmup pool"},
+    "linear lomar": {"LoMaR: §6.1": "pool"},
+    "attentive mae": {"CAE: Appendix A": "epochs batch_size base_lr lr_batch usual_warmup"},
+    "finetune mae": {
+        "MAE: Table 9": "epochs batch_size lr_batch usual_warmup weight_decay drop_path label_smoothing",
+        "MAE: the authors' code": "base_lr min_lr layer_decay pool"},
+    "finetune mae-large": {
+        "MAE: Table 9": "epochs base_lr layer_decay", "MAE: the authors' code": "drop_path"},
+    "finetune mae-huge": {"MAE: the authors' code": "drop_path"},
+    "finetune simmim": {"SimMIM: the released configuration of ViT-B": "base_lr lr_batch usual_warmup"},
+    "finetune amt": {"AMT: the released command": "base_lr layer_decay", "AMT: §4.1": "pool"},
+    "finetune amt-simmim": {
+        "SimMIM: the released configuration of ViT-B": "base_lr lr_batch usual_warmup", "AMT: §4.1": "pool"},
+    "finetune lomar": {"LoMaR: §6.1": "base_lr", "MAE: Table 9": "layer_decay"},
+    "finetune objmae": {"ObjMAE: Table 2": "min_lr lookahead", "ObjMAE: Table 3": "batch_size base_lr"},
+    "finetune cae": {"CAE: Appendix A": "epochs batch_size base_lr lr_batch layer_decay"},
+    "finetune cae-base": {"CAE: Appendix A": "epochs base_lr layer_decay"},
+    "finetune cae-large": {"CAE: Appendix A": "epochs base_lr layer_decay"},
+    "semseg mae": {
+        "CAE: Appendix A": "epochs batch_size base_lr layer_decay drop_path",
+        "BEiT: the authors' code": "head lr_batch warmup_steps weight_decay width"},
+    "semseg mae-large": {
+        "CAE: Appendix A": "base_lr drop_path layer_decay", "CAE: the authors' code": "width"},
+    "semseg rae": {"R-MAE: §4.2": "epochs"},
+    "semseg rmae": {"R-MAE: §4.2": "epochs"},
+    "detect mae": {
+        "R-MAE: §4.1": "epochs batch_size warmup_steps",
+        "ViTDet: Appendix A.2, arXiv:2203.16527":
+            "base_lr lr_batch weight_decay layer_decay drop_path width window"},
+    "detect mae-large": {"ViTDet: Appendix A.2, arXiv:2203.16527": "layer_decay drop_path"},
+    "detect amt": {"AMT: §4.3": "epochs batch_size"},
+    "detect lomar": {"LoMaR: §6.2": "epochs"},
+    "segment mae": {"R-MAE: Figure 6": "image_visible", "ours": "count"},
+}
+PARENTS = {"pretrain amt-simmim": "pretrain simmim"}  # the other recipes take the rest from their task's MAE
+
+
+def place_of(recipe, name):
+    """Where a setting of a recipe stands; None if nothing says so."""
+    for key in (recipe, PARENTS.get(recipe), recipe.split()[0] + " mae"):
+        for place, names in PLACES.get(key, {}).items():
+            if name in names.split():
+                return place
+
+
+def places_in(cls):
+    """What is written beside the arguments of a method's constructor: {argument: place}."""
+    paper = dict(RAE="R-MAE", RMAE="R-MAE", DVAE="DALL-E").get(cls.__name__, cls.__name__)
+    written = re.findall(r"^ +(\w+): .*  # (.*)$", inspect.getsource(cls.__init__), re.MULTILINE)
+    return {name: place if place.startswith("ours") else f"{paper}: {place}" for name, place in written}
+
+
+def pretraining_settings(name):
+    """(setting, value, place) of a recipe of train.RECIPES: those of the run, of the encoder, of the
+    method."""
+    method, _, base = name.partition("-")
+    classes = [mim.METHODS[word] for word in (method, base) if word]
+    settings = dict(image_size=[224, 224], base=base) | VOCABULARY | train.RECIPES[name]
+    with torch.device("meta"):  # without memory
+        built = train.build_method(method, **settings)
+    options = getattr(classes[-1], "encoder_options", {})
+    for setting, value in (train.RECIPES[name] | options).items():
+        yield setting, value, place_of(f"pretrain {name}", setting)
+    places = {name: place for cls in classes[::-1] for name, place in places_in(cls).items()}
+    for setting, (parameter, _) in train.flags_of(classes).items():
+        value = getattr(built, setting, None) if parameter.default is None else parameter.default
+        if setting == "interval":
+            value = built.interval_for(train.RECIPES[name]["epochs"])
+        yield setting, value, places.get(setting)
+
+
+def task_settings(task):
+    """{setting: value} of a task's function for a ViT-B of MAE, with what the function hands to `fit`."""
+    function = evaluation.TASKS[task]
+    own = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    given = re.findall(r"\b(lr_batch|warmup_steps)=(\d+)", inspect.getsource(function))
+    told = {name: int(value) for name, value in given}
+    if "epochs" in own:
+        usual = {name: p.default for name, p in inspect.signature(evaluation.fit).parameters.items()} | own
+        names = ["lr_batch"] + ["usual_warmup"] * ("warmup_steps" not in told)
+        told = {name: usual[name] for name in names} | told
+    return told | {name: own[name] for name in train.flags_of([function]) if own[name]}
+
+
+def recipes():
+    """Prints every setting of the papers' recipes, for images of more than 96 pixels: the task, the recipe,
+    its value, and where it stands. An evaluation's "mae" is what all methods have that say nothing else;
+    "-large" and so on are for encoders of that size, or larger.
+    """
+    rows = []
+
+    def add(task, recipe, settings):
+        for name, value, place in settings:
+            if value is not None:
+                rows.append(dict(task=task, recipe=recipe, setting=name, value=value, place=place))
+
+    for name in train.RECIPES:
+        add("pretrain", name, pretraining_settings(name))
+    for task in evaluation.TASKS:
+        own = {f"{task} mae": task_settings(task)}
+        own |= {key: some for key, some in evaluation.PAPER_RECIPES.items() if key.startswith(task + " ")}
+        for key, some in own.items():
+            add(task, key.split()[1], [(name, value, place_of(key, name)) for name, value in some.items()])
+    for row in rows:
+        value = row["value"]
+        if isinstance(value, dict):  # {epochs: warm-up}
+            value = ", ".join(f"{warmup:g} of {epochs}" for epochs, warmup in value.items())
+        value = f"{value:g}" if isinstance(value, float) else str(value)
+        print(f"{row['task']:10s}{row['recipe']:12s}{row['setting']:21s}{value:36s}{row['place']}")
+    return dict(rows=rows)
+
+
+# ------------------------------------------------------------------------------------------------------
 # masks and attention: pictures
 
 
@@ -735,7 +890,8 @@ def attention(checkpoints: list[str] | None = None, data: str = "shapes", region
 
 # ------------------------------------------------------------------------------------------------------
 
-BENCHMARKS = dict(speed=speed, data=data, compare=compare, cuda=cuda, masks=masks, attention=attention)
+BENCHMARKS = dict(speed=speed, data=data, compare=compare, cuda=cuda, recipes=recipes, masks=masks,
+                  attention=attention)
 
 
 def main(argv):

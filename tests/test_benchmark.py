@@ -1,6 +1,7 @@
 """The benchmarks: what they list, count and run."""
 
 import contextlib
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,3 +330,71 @@ def test_a_users_mistake_is_one_line(cli, folder, arguments, words):
     code, _, err = cli(benchmark, *[a.format(data=folder) for a in arguments])
     last = err.strip().splitlines()[-1]
     assert code == 2 and words in last and last.startswith("benchmark.py: error: ") and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def published():
+    """{(task, recipe, setting): (value, place)} of the table of recipes, each a line that is printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        rows = benchmark.recipes()["rows"]
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["finetune", "cae-base", "base_lr", "0.008", "CAE:", "Appendix", "A"] in lines
+    found = {(row["task"], row["recipe"], row["setting"]): (row["value"], row["place"]) for row in rows}
+    assert len(found) == len(rows) == len(lines)
+    return found
+
+
+def test_every_setting_of_a_recipe_is_listed_with_its_place(published):
+    recipes = {f"pretrain {name}": settings for name, settings in train.RECIPES.items()}
+    for recipe, settings in (recipes | evaluation.PAPER_RECIPES).items():
+        for name, value in settings.items():
+            assert published[(*recipe.split(), name)][0] == value, (recipe, name)
+    for name, cls in mim.METHODS.items():
+        recipe = dict(amt="amt-mae").get(name, name)
+        for argument, (parameter, _) in train.flags_of([cls]).items():
+            if argument != "region_mask_ratio":  # which has no value of its own
+                assert parameter.default in (None, published["pretrain", recipe, argument][0])
+    assert [key for key, (_, place) in published.items() if not place] == []
+
+
+def test_a_setting_of_its_own_has_a_place_of_its_own(published):
+    """What differs from the recipe that it is made from, such as MAE's, is not said to stand there."""
+    for recipe, settings in train.RECIPES.items():
+        parent = benchmark.PARENTS.get(f"pretrain {recipe}", "pretrain mae").split()[1]
+        for name, value in settings.items():
+            if value != train.RECIPES[parent].get(name):
+                own = " ".join(benchmark.PLACES[f"pretrain {recipe}"].values()).split()
+                assert name in own, (recipe, name)
+    for recipe, settings in evaluation.PAPER_RECIPES.items():
+        assert sorted(" ".join(benchmark.PLACES[recipe].values()).split()) == sorted(settings)
+
+
+def test_places_are_of_settings_that_there_are(published):
+    for recipe, places in benchmark.PLACES.items():
+        names = " ".join(places.values()).split()
+        assert len(names) == len(set(names)), recipe
+        assert all((*recipe.split(), name) in published for name in names), recipe
+
+
+@pytest.mark.parametrize("key, value, place", [
+    ("pretrain mae base_lr", 1.5e-4, "MAE: Table 8"),
+    ("pretrain amt-mae mask_ratio", 0.45, "AMT: §4.1"), ("pretrain amt-mae throw_ratio", 0.4, "AMT: §4.1"),
+    ("pretrain amt-simmim mask_ratio", 0.44, "AMT: §4.1"), ("pretrain amt-simmim epochs", 200, "AMT: §4.1"),
+    ("pretrain amt-mae weight_decay", 0.05, "MAE: Table 8"), ("pretrain amt-mae interval", 40, "AMT: §4.1"),
+    ("pretrain amt-simmim interval", 40, "AMT: §4.1"),
+    ("pretrain simmim clip_grad", 5.0, "SimMIM: the released configuration of ViT-B"),
+    ("pretrain lomar warmup_epochs", 40, "LoMaR: §6.1"), ("pretrain lomar num_windows", 4, "LoMaR: Table 4"),
+    ("pretrain objmae batch_size", 128, "ObjMAE: Table 3"),
+    ("pretrain objmae min_lr", 1e-5, "ObjMAE: Table 2"),
+    ("pretrain rmae base_lr", 1e-4, "R-MAE: §4.1"), ("pretrain rae num_regions", 8, "R-MAE: §4.1"),
+    ("pretrain cae warmup_epochs", {300: 10, 800: 20, 1600: 40}, "CAE: Appendix A"),
+    ("pretrain cae alignment_weight", 2.0, "CAE: Appendix A"), ("pretrain cae norm_pix", True, "ours"),
+    ("linear mae batch_size", 16384, "MAE: Table 10"), ("attentive mae epochs", 90, "CAE: Appendix A"),
+    ("finetune mae usual_warmup", 5, "MAE: Table 9"),
+    ("finetune mae base_lr", 5e-4, "MAE: the authors' code"),
+    ("finetune amt-simmim pool", "cls", "AMT: §4.1"), ("finetune cae epochs", 200, "CAE: Appendix A"),
+    ("semseg mae warmup_steps", 1500, "BEiT: the authors' code"), ("semseg rmae epochs", 100, "R-MAE: §4.2"),
+    ("detect mae warmup_steps", 250, "R-MAE: §4.1"), ("detect lomar epochs", 25, "LoMaR: §6.2"),
+    ("segment mae image_visible", 1.0, "R-MAE: Figure 6")])
+def test_published_numbers_and_where_they_stand(published, key, value, place):
+    assert published[tuple(key.split())] == (value, place)
