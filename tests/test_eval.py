@@ -1332,7 +1332,7 @@ TASK_FLAGS = {
     "attentive": PICTURE | PROBE | dict.fromkeys(ENCODER, "as for linear") | {"--method": same("lomar")},
     "finetune": TUNED | {"--data": differs("{folder}"), "--pool": differs("cls"),
                          "--accumulate": differs("2"), "--label-smoothing": differs("0.5"),
-                         "--lr-batch": differs("16"), "--min-lr": differs("1e-3"),
+                         "--lr-batch": differs("16"), "--min-lr": differs("1e-5"),
                          "--lookahead": differs("1"),
                          "--method": differs("amt")},
     "semseg": DENSE | {"--head": differs("linear")},
