@@ -214,8 +214,8 @@ def accuracies(logits, labels):
 
 
 def knn_logits(train_features, train_labels, features, num_classes, k=20, temperature=0.07):
-    """Votes [n, num_classes] of the k nearest training features by cosine, weighted by exp(cosine /
-    temperature), over the nearest one's weight."""
+    """Votes [n, num_classes] of the k nearest training features by cosine. A vote weighs exp(cosine /
+    temperature), divided by the weight of the nearest one."""
     train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
     votes = torch.zeros(len(features), num_classes, device=features.device)
     # 1,024 at a time: the similarities of all could fill the memory.
@@ -227,7 +227,8 @@ def knn_logits(train_features, train_labels, features, num_classes, k=20, temper
 
 def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0.07,
         pool: Literal["cls", "mean"] = "cls", device="cpu", precision="fp32", workers=0) -> dict:
-    """k-nearest-neighbour classification on frozen features (Wu et al., CVPR 2018, arXiv:1805.01978).
+    """k-nearest-neighbour classification on frozen features (Wu et al., CVPR 2018, arXiv:1805.01978), with
+    the 20 neighbours of DINO (arXiv:2104.14294).
 
     encoder: a mim.ViT, or any module from images [b, 3, H, W] to latents [b, 1+N, D], the class token's
         first.
@@ -270,8 +271,8 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     compute_losses(model, images, labels) -> dict of scalars: "loss" and, if there are, its parts. The model
         is an argument because it is wrapped where several processes train it. Labels are as collated.
     base_lr: learning rate per `lr_batch` images of the batch
-    warmup_epochs: default: `usual_warmup`, or `warmup_steps` in epochs; at most a ninth of the epochs, or as
-        much of them as usual_warmup is of 100 (SimMIM: 20).
+    warmup_epochs: default: `usual_warmup`, or `warmup_steps` in epochs, but at most a ninth of the epochs; or
+        usual_warmup percent of them, if that is more (SimMIM: 20%).
     output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
         what a resumed run must have been started with (`settings_of`).
     options: others of `train_epochs`, such as min_lr, fall, collate_fn.
@@ -421,7 +422,7 @@ def linear(encoder, train, val, epochs: PositiveInt = 90, batch_size: PositiveIn
     warmup_epochs: epochs of linear warm-up; default: 10, or a ninth of the epochs if they are fewer than 90
     pool: an image's feature: cls (the class token) or mean (of the patches, each after the encoder's norm)
     cache_features: encode the training images once, and not anew in each epoch from random crops and flips;
-        default on the command line: on images of up to 96 pixels
+        on the command line this is the default for images of up to 96 pixels
     seed: of everything random
     """
     features = pooled(frozen(encoder, device), pool)
@@ -449,7 +450,7 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
     base_lr: learning rate per 256 images of the batch
     warmup_epochs: epochs of linear warm-up; default: 10, or a ninth of the epochs if they are fewer than 90
     cache_features: encode the training images once, and not anew in each epoch from random crops and flips;
-        default on the command line: on images of up to 96 pixels
+        on the command line this is the default for images of up to 96 pixels
     seed: of everything random
     """
     encoder = frozen(encoder, device)
@@ -515,9 +516,9 @@ def augmentation():
     """RandAugment and random erasing for uint8 images (MAE, Table 9): `augment` of the training Images.
 
     Each of the two operations is applied with probability 0.5, as in timm, which MAE's code uses.
-    torchvision's RandAugment has no magnitude noise (the papers' 0.5), and its 14 operations have the
-    identity in place of timm's inversion and addition of brightness below a threshold (SolarizeAdd). Erased
-    boxes are ImageNet's mean, not noise.
+    Departs from timm in three ways: the magnitude is always 9 (there it varies, with a deviation of 0.5);
+    torchvision's 14 operations have the identity in place of timm's inversion and addition of brightness
+    below a threshold (SolarizeAdd); and erased boxes are ImageNet's mean, not noise.
     """
     bilinear = v2.InterpolationMode.BILINEAR
     operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=bilinear, fill=MEAN_COLOUR)
@@ -1283,8 +1284,8 @@ def reconstruct(method, images, regions=None, tokenizer=None, hide: Literal["obj
     method: one of mim.METHODS. images: [n, 3, H, W], uint8, or floats that are normalised.
     regions, tokenizer: for methods that take them; regions also for hide.
 
-    hide: object hides an object of each image and shows all the rest (ObjMAE, Figure 7); objects are from
-        --regions, which has objmae's default; not for lomar and dvae
+    hide: object hides an object of each image and shows all the rest (ObjMAE, Figure 7). The objects are
+        those of --regions, whose default is then objmae's; not for lomar and dvae
     seed: of the masks
     """
     method, images = frozen(method, device), prepare(images, device)

@@ -34,7 +34,7 @@ dict of its own. Two class attributes tell a training program what to prepare:
     inputs           the arguments of forward besides the images that come from the data
     encoder_options  the options of the paper's encoder besides its size
 
-ViT offers all that the methods ask of an encoder. Any other module will do that has what its method reads:
+ViT offers all that the methods ask of an encoder. Any other module will do if it has what its method reads:
     all but AMT             embed_dim, patch_size, patch_dim (p*p*C), grid (gh, gw), num_patches (N)
     MAE, RAE, RMAE          forward(images, ids) -> latents [B, 1+n, D] of a class token and the patches `ids`
     ObjMAE                  forward(images, ids, keep); keep [B, n] bool or None, see `ViT.encode`
@@ -207,8 +207,8 @@ class Attention(nn.Module):
 
     relative_position: adds q_i . r[bucket(i, j)] to the logits. r is a learned table, shared by the heads:
         contextual relative position encoding on the keys (Wu et al., ICCV 2021, arXiv:2107.14222, product
-        method). r[bucket(i, j)] is LoMaR's r_ij (§3.2). Wu et al. divide both terms by sqrt(d), LoMaR's code
-        only the first, and so here.
+        method). r[bucket(i, j)] is LoMaR's r_ij (§3.2). Wu et al. divide both terms by sqrt(d). LoMaR's code
+        divides the first one alone, and so does this.
 
     forward takes `buckets` [L, L], the classes of relative position, where the module has such a table; and
     `keep` [B, L] bool, the tokens that may be attended to (None: all).
@@ -370,8 +370,8 @@ class ViT(nn.Module):
     mlp_ratio: width of a block's hidden layer, in multiples of embed_dim
     drop_path: stochastic depth of the last block; it grows linearly from 0 over the blocks
     relative_position: relative positions in every block instead of the position embedding, as LoMaR has them
-    layer_scale: initial value of a learned factor per channel on both branches of every block, whose output
-        projections then start smaller, too, as in BEiT and CAE; None is neither
+    layer_scale: initial value of a learned factor per channel on both branches of every block; with it the
+        blocks' output projections start smaller, too, as in BEiT and CAE. None: no factor, usual projections
     channels: channels of the images, C; 1 for grey ones
     """
 
@@ -644,10 +644,11 @@ class MAE(nn.Module):
     decoder_heads: attention heads of a decoder block
     norm_pix: predict each patch with mean 0 and variance 1, instead of raw pixels
 
-    Departs from the authors' code, with the same result: the decoder works on [class, visible, masked] as
-    they come, without sorting them back, since positions are added and the order of tokens does not matter to
-    a transformer; and only masked patches go through the last layer. So it takes any two disjoint sets, and
-    patches in neither (AMT's thrown ones) cost nothing. Decoder parameters have the release's names.
+    Departs from the authors' code, with the same result. The decoder takes [class, visible, masked] in this
+    order and does not sort the patches back: each has its position added, and a transformer does not depend
+    on the order of its tokens. Only masked patches go through the last layer. So the two sets may be any that
+    are disjoint, and patches in neither (AMT's thrown ones) cost nothing. Decoder parameters have the
+    release's names.
     """
 
     inputs = ()
@@ -741,10 +742,10 @@ class SimMIM(nn.Module):
     mask_ratio: share of the units that is masked
     unit_size: side of a masking unit in patches; 2 is the paper's 32 pixels at patch size 16
 
-    The encoder of the released ViT-B run has drop path 0.1 and layer scale 0.1. Departs from that run in its
-    position embedding, here the sine-cosine table (there learned relative positions that the blocks share);
-    in a cosine schedule (there the rate falls tenfold at epoch 700); and in the weight decay of the class
-    token, which that code exempts. Both initialise smaller output projections, see `rescale_projections`.
+    The encoder of the released ViT-B run has drop path 0.1 and layer scale 0.1, and smaller output
+    projections at first (`rescale_projections`), and so here. Departs from that run in three ways: positions
+    are the sine-cosine table (there learned relative ones, which the blocks share); the rate falls along a
+    cosine (there to a tenth at epoch 700); and the class token has weight decay (there none).
     """
 
     inputs = ()
@@ -861,9 +862,9 @@ def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=
 class BEiT(nn.Module):
     """Bao, Dong, Piao, Wei, "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022, arXiv:2106.08254.
 
-    New: not pixels are predicted but the discrete token that a tokenizer gives a patch. As in BERT, the
-    encoder sees every patch, a masked one as a learned token, and one linear layer classifies. Masks come in
-    blocks.
+    New: what is predicted is not a patch's pixels but the discrete token that a tokenizer gives to it. As in
+    BERT, the encoder sees every patch, a masked one as a learned token, and one linear layer classifies.
+    Masks come in blocks.
 
     vocab_size: number of the tokenizer's tokens
     mask_ratio: share of the patches that is masked
@@ -964,9 +965,10 @@ class CAE(nn.Module):
     and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the
     latents that are aligned are those after its last norm. The authors keep a second encoder with the same
     weights for the targets; here one encoder does both. Table 9 has the "RGB pixel value" as a target; that
-    each patch is normalised is ours. Their code draws the patch projection and the tokens
-    from a normal distribution of deviation 0.02 that is cut off at 0.02, which leaves 0.0108; here they are
-    MAE's. Sections, tables and figures are numbered as in the version under review.
+    each patch is normalised is ours. Their code draws the first weights of the patch projection and of the
+    tokens from a normal distribution of deviation 0.02 that is cut off at 0.02, which leaves a deviation of
+    0.0108; here they are drawn as MAE's. Sections, tables and figures are numbered as in the version under
+    review.
     """
 
     inputs = ()
@@ -1144,8 +1146,8 @@ class AMT(nn.Module):
     be masked, and a middle part of the order is thrown: it enters neither encoder nor decoder nor loss.
 
     AMT is a masking strategy around a method, as in `AMT(MAE(encoder))`; the method does the rest. Any base
-    will do that has forward(images, ids_visible, ids_masked) -> dict, `mask_ratio` and `encoder`, and
-    `unit_size` if it masks units of patches.
+    will do if it has forward(images, ids_visible, ids_masked) -> dict, `mask_ratio` and `encoder`, and, where
+    it masks units of patches, `unit_size`.
 
     mask_ratio: share of the patches that is masked after the first interval; None is 0.45 on MAE, 0.44 on
         SimMIM, and with throw_ratio=0 the base's own, for attention-driven masking alone (Table 1)
@@ -1159,12 +1161,15 @@ class AMT(nn.Module):
     Masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image for
     each training image. forward(images, index, box, flip) cuts from them what the augmentation cut from the
     images. Without `index` the maps are computed on the spot, which costs one more pass of the encoder.
-    Departs from the authors' code, and follows the paper: the code crops its maps at a wrong place (always
-    near one corner, by 2x2 to 3x3 cells, whatever the image's crop), so the published figures come from other
-    masks than the paper's; it renews the maps one epoch later; and on MAE it throws int(0.85 N) -
-    int(0.45 N) patches, here int(0.40 N), which agree at the paper's N = 196. See also `attention_map`.
-    The released runs differ besides: raw pixels are the targets (the paper does not say), on SimMIM the ratio
-    is 0.44 in the random phase, too, and absolute positions are learned. The README's command sets no ratio.
+    Departs from the authors' code, and follows the paper, in three ways. The code crops its maps at a wrong
+    place (always near one corner, by 2x2 to 3x3 cells, whatever the image's crop), so the published figures
+    come from other masks than the paper's. It renews the maps one epoch later. On MAE it throws int(0.85 N) -
+    int(0.45 N) patches, here int(0.40 N); the two agree at the paper's N = 196. See also `attention_map`.
+    The released runs differ besides: the targets are raw pixels (the paper does not say which); on SimMIM the
+    ratio is 0.44 in the random phase, too, positions are learned, and the rate ends at 5e-6 per 512 images.
+    The command in their README sets neither ratio.
+    The nine updates in 400 epochs are 2.2% of the run's operations (the paper says about 1%), because a pass
+    of the encoder over all patches of an image is as much as a training step of AMT.
     """
 
     inputs = ("index", "box", "flip")
@@ -1327,10 +1332,10 @@ class LoMaR(nn.Module):
     norm_pix: see `MAE` (not with a tokenizer)
 
     Departs from the authors' code, and follows the paper: each image has windows at different places of its
-    own. That code draws W places for the whole batch, and then takes images laid out window by window for
-    windows laid out image by image. Where W divides the batch, as in its README, an image so gets one of the
-    places W times, with W masks; its loss does not show it. There 49 of 196 patches are seen per step, here
-    114 on average: if that code made the published numbers, they come from one window per image.
+    own. That code draws W places for the whole batch, and then confuses two orders: its images are laid out
+    window by window, its windows image by image. Where W divides the batch, as in its README, each image
+    therefore gets one of the places W times, with W masks, which no loss shows. It sees 49 of 196 patches per
+    step, here 114 on average: if that code made the published numbers, they come from one window per image.
     "Zero out" (§3.2) is a learned mask token, and the "MLP head" one linear layer, as in that code. The class
     token is that code's, too; the paper does not mention it. Patches attend to it, but no loss reaches its
     output.
@@ -1564,7 +1569,8 @@ class ObjMAE(MAE):
         with tokens that take part in nothing, replicate repeats patches, random adds other patches
     selection: intra is source and target from one object; inter is target from another, or the background
         (§4.5)
-    object_floor: smallest object, as a share of the image (not with regions=cam)
+    object_floor: smallest object, as a share of the image; with 1 no object is large enough, and all of each
+        image is its object, which is Table 9's MAE with an alpha (not with regions=cam)
     patch_share: share of a patch's pixels that makes it the object's
 
     No code was released. Of a class activation map the patches above 0.3 (Appendix A) are the object, cut to
