@@ -655,16 +655,12 @@ class Images(Dataset):
         """(item, index, broken): the source's item at `index`, or the next one that is readable."""
         for place in range(index, index + min(100, len(self))):
             place %= len(self)
-            try:
+            with contextlib.suppress(Exception):  # decoders raise anything from OSError to SyntaxError
                 item = self.source[place]
-            except Exception:  # decoders raise anything from OSError to SyntaxError
-                reason = "cannot be decoded as an image"
-                continue
-            _, H, W = item["image"].shape
-            if min(H, W) >= MIN_SIDE:
-                return item, place, -1 if place == index else index
-            reason = f"{W}x{H} pixels, too small"
-        raise UsageError(f"{self.source.name(index)} and the images after it are broken; the last: {reason}")
+                if min(item["image"].shape[1:]) >= MIN_SIDE:
+                    return item, place, -1 if place == index else index
+        raise UsageError(f"{self.source.name(index)} and the images after it are broken: they cannot be "
+                         f"decoded, or a side has fewer than {MIN_SIDE} pixels")
 
     def choose_crop(self, H, W):
         """The crop (top, left, height, width) of an image of H x W pixels.

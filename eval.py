@@ -286,7 +286,7 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
                     warmup_epochs=warmup_epochs)
     begun = resume and output is not None and Path(output).exists()
 
-    def losses(model, batch, step):
+    def losses(model, batch, progress):
         return compute_losses(model, prepare(batch["image"], device), batch["label"])
 
     for _, state in train_epochs(
@@ -1433,7 +1433,7 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
         size = size or image_pair([load_unlabelled(data).image_size])
         torch.manual_seed(seed)
         with explained("--image-size", "there is no such ViT"):
-            settings = run_recipe("mae", image_size=size, nano=data == "shapes") | given
+            settings = run_recipe(dict(method="mae", data=data), size) | given
             encoder = call(build_encoder, settings, image_size=size, relative_position=relative_position)
         return encoder, "lomar" if relative_position else "mae"
     for name in given:

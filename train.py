@@ -198,8 +198,9 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     the last learning rate and the speed. There are no states of random generators in the state: every draw
     follows from numbers that the run knows.
 
-    compute_losses: function (model, micro-batch, step) -> dict of scalars: first `loss`, which is minimised,
-        then others to log. It is given the model because that is wrapped where several processes train it.
+    compute_losses: function (model, micro-batch, progress from 0 to 1) -> dict of scalars: first `loss`, which
+        is minimised, then others to log. The model is an argument because it is wrapped where several
+        processes train it.
     batch_size, accumulate: images and micro-batches of a step, over all processes; see `cut_batch`
     peak_lr, warmup_epochs, min_lr, fall: see `learning_rate`; a parameter group with `lr_scale` gets that
         much of the rate
@@ -238,9 +239,9 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         wrapped.train()
         micro_batches = name_broken(loader, dataset.source, broken)
         training_began = time.perf_counter()
-        progress = tqdm(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{epochs}",
-                        unit=" images", unit_scale=batch_size, disable=rank() > 0 or None, leave=False)
-        for step in progress:
+        bar = tqdm(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{epochs}", unit=" images",
+                   unit_scale=batch_size, disable=rank() > 0 or None, leave=False)
+        for step in bar:
             lr = learning_rate(step, epochs * steps, warmup_epochs * steps, peak_lr, min_lr, fall)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -254,7 +255,7 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
                 # step.
                 wrapped.require_backward_grad_sync = micro == own_micro_batches[-1]
                 with autocast(device, precision):
-                    losses = compute_losses(wrapped, batch, step)
+                    losses = compute_losses(wrapped, batch, step / (epochs * steps))
                 scaler.scale(losses["loss"] / len(own_micro_batches)).backward()
                 values = torch.stack([value.detach() for value in losses.values()])
                 sums = sums + values / len(own_micro_batches)
@@ -271,7 +272,7 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
                 raise UsageError(f"the loss is {loss}, or the weights are not finite, at step {step + 1} "
                                  f"(epoch {epoch + 1}), learning rate {lr:.3g}; the files of the epochs "
                                  "before are kept. Try a lower learning rate or --precision fp32")
-            progress.set_postfix(loss=loss)
+            bar.set_postfix(loss=loss)
         speed = steps * batch_size / (time.perf_counter() - training_began)
         means = torch.tensor(gather(history), dtype=torch.float64).mean((0, 1)).tolist()
         broken.update(*gather(broken))  # a file is broken for all processes
@@ -290,7 +291,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
              clip_grad: PositiveFloat | None = None, crop_scale, flip,
              loader: Literal["workers", "device"] | None = None, compile: bool = False,
              save_every: PositiveInt | None = None, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
-             workers=0, args=None, state=None):
+             workers=0, args={}, state=None):
     """One run: trains a method of mim.py and leaves checkpoint.pt, encoder.pt, log.jsonl, reconstruction.png
     in `output`.
 
@@ -322,16 +323,15 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     dataset = Images(source, image_size, "crop", crop_scale, flip, seed, regions=regions)
     examples = picture_items(Images(source, image_size, "center", regions=regions))
     batch_size, accumulate = cut_batch(batch_size, len(dataset), accumulate)
-    steps, peak_lr = len(dataset) // batch_size, lr or base_lr * batch_size / lr_batch
-    optimizer = torch.optim.AdamW(parameter_groups(method, weight_decay), lr=peak_lr, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(method, weight_decay), betas=betas, fused=True)
     if lookahead:
         add_lookahead(optimizer, lookahead)
     if compile:
         method.compile(dynamic=False)
 
-    def compute_losses(model, batch, step):
+    def compute_losses(model, batch, progress):
         images = normalize(batch["image"].to(device, non_blocking=True))
-        batch["progress"] = torch.full((), step / (epochs * steps), device=device)
+        batch["progress"] = torch.full((), progress, device=device)
         inputs = {k: batch[k].to(device, non_blocking=True) for k in method.inputs if k in batch}
         if tokenizer is not None:
             inputs["tokens"] = tokenizer.tokenize(images, method.encoder.grid)
@@ -347,9 +347,10 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         log = (output / "log.jsonl").read_text().splitlines()[:state["epoch"]]
     for line, kept in train_epochs(
             method, optimizer, dataset, compute_losses, epochs=epochs, batch_size=batch_size,
-            accumulate=accumulate, peak_lr=peak_lr, warmup_epochs=warmup_epochs, min_lr=min_lr,
-            clip_grad=clip_grad, before_epoch=renew_maps, state=state, seed=seed, device=device,
-            on_device=crops_on_device(loader, dataset, device), precision=precision, workers=workers):
+            accumulate=accumulate, peak_lr=lr or base_lr * batch_size / lr_batch,
+            warmup_epochs=warmup_epochs, min_lr=min_lr, clip_grad=clip_grad, before_epoch=renew_maps,
+            state=state, on_device=crops_on_device(loader, dataset, device), seed=seed, device=device,
+            precision=precision, workers=workers):
         if rank() > 0:
             continue
         if line:
@@ -392,15 +393,13 @@ def main(argv):
             value = getattr(method, name, None) if value is None else value
             if value is not None:
                 print(f"  {name:16s} {value}")
-    regions = None
-    if "regions" in method.inputs:
-        regions = call(open_regions, args, source=source, split="pretrain")
-        if hasattr(regions, "fill"):
-            regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
+    regions = call(open_regions, args, source=source, split="pretrain")  # None if the method takes none
+    if hasattr(regions, "fill"):
+        regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
         gather(None)  # each process computes its share, and reads all
-    elif args["prepare"]:
-        raise UsageError(f"--prepare computes regions, and --method {args['method']} takes none")
     if args["prepare"]:
+        if regions is None:
+            raise UsageError(f"--prepare computes regions, and --method {args['method']} takes none")
         if rank() == 0:
             print("the regions are ready: without --prepare the run starts")
         return
@@ -558,12 +557,10 @@ def open_device(device: str | None = None, precision: Literal[tuple(PRECISIONS)]
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    others = counted(torch.cuda.device_count(), "CUDA devices")
+    with explained(f"--device {name}", f"it cannot be used; beside cpu there are {others}"):
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    except Exception:  # torch raises all kinds for what is not there
-        raise UsageError(f"--device {name}: it cannot be used; beside cpu there are "
-                         f"{counted(torch.cuda.device_count(), 'CUDA devices')}") from None
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
@@ -671,7 +668,7 @@ def write_checkpoint(output, method, state, save_every=None):
     checkpoint.pt, the state, from which the run can go on. What evaluation needs to know of the run is in the
     state dict's metadata, which loading leaves alone."""
     if state["epoch"]:
-        encoder, args = method.encoder.state_dict(), state["args"] or {}
+        encoder, args = method.encoder.state_dict(), state["args"]
         known = {name: args[name] for name in ("method", "base", "image_size") if name in args}
         encoder._metadata[""] |= known
         names = ["encoder.pt"]
@@ -691,7 +688,7 @@ def run_settings(content, whole=False):
         return {}
     if args["method"] not in mim.METHODS:
         raise ValueError(f"its method is {args['method']}, and not one of {', '.join(mim.METHODS)}")
-    flags = flags_of(functions_of(args["method"], args.get("base", "mae")))
+    flags = flags_of(functions_of(args))
     for name, (flag, _) in flags.items():
         if whole or name in args:
             check_setting(name, args.get(name, flag.empty), flag.annotation)
@@ -759,14 +756,11 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
         return output, None
     with explained(path, "it cannot be used"):
         state = mim.load_file(path)
-        settings = run_settings(state, whole=resume)  # a run of an older version may be overwritten
-        if not settings:
+        args = run_settings(state, whole=resume)  # a run of an older version may be overwritten
+        if not args:
             raise UsageError(f"{path} is not a checkpoint of train.py; {mim.listed(state)}")
-        state["args"] = settings
+        state["args"] = args
         check_setting("epoch", state["epoch"], NonNegativeInt)
-        if resume:
-            check_setting("lr", settings["lr"], PositiveFloat)  # `settle` has left no None
-            check_setting("precision", settings["precision"], Literal[tuple(PRECISIONS)])
     if state["epoch"] and not resume and not overwrite:
         raise UsageError(f"{output} already holds a run of {counted(state['epoch'], 'epochs')}: --resume "
                          "continues it, --overwrite starts anew, --output writes elsewhere")
@@ -958,12 +952,12 @@ def draw_examples(path, method, items, tokenizer, device, seed, heading):
 # Settings: what the user gave, then the recipe, then the functions' defaults
 
 
-def functions_of(method, base="mae"):
-    """The functions and classes whose flags a method's run has."""
-    cls = mim.METHODS[method]
+def functions_of(given):
+    """The functions and classes whose flags the run of a method has. given: settings, `method` among them."""
+    cls = mim.METHODS[given["method"]]
     functions = [load_data, pretrain, open_device, open_output, build_method, cls]
     if cls is mim.AMT:
-        functions += [build_amt, mim.METHODS[base]]
+        functions += [build_amt, mim.METHODS[given.get("base", "mae")]]
     if "regions" in cls.inputs:
         functions.append(open_regions)
     if cls is not mim.DVAE:
@@ -973,21 +967,18 @@ def functions_of(method, base="mae"):
     return functions
 
 
-def recipe(method, base="mae", image_size=(224, 224), nano=False):
-    """The settings of a method that are not its functions' defaults: the paper's or, for images (height,
-    width) of up to 96 pixels, ours. nano: for a ViT-nano."""
+def recipe(given, image_size=(224, 224)):
+    """The settings of a run that are not its functions' defaults: the paper's or, for images (height, width)
+    of up to 96 pixels, ours. given: settings, `method` among them."""
+    method, base = given["method"], given.get("base", "mae")
     paper = RECIPES[f"amt-{base}" if method == "amt" else method]
     if max(image_size) > SMALL:
         return paper
+    nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
     small = (NANO_RECIPE if nano else SMALL_RECIPE) | dict(patch_size=small_patch(image_size))
     small |= SMALL_METHOD_RECIPES.get(method, {})
-    names = paper | flags_of(functions_of(method, base))
+    names = paper | flags_of(functions_of(given))
     return paper | {name: value for name, value in small.items() if name in names}
-
-
-def is_nano(given):
-    """True if the recipe is that of a ViT-nano: for the built-in scenes, or where the user asks for it."""
-    return given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
 
 
 def parse(argv):
@@ -1001,10 +992,9 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], epilog=more)
     parser.add_argument("--method", required=True, choices=mim.METHODS)
     if "method" in known:
-        method = known["method"], known.get("base", "mae")
-        size = image_pair(known.get("image_size") or [NAMED.get(known.get("data", "shapes"), 224)])
-        parser.add(functions_of(*method), **recipe(*method, size, is_nano(known)))
-    others = {f"--method {name}": functions_of(name) for name in mim.METHODS}
+        size = known.get("image_size") or [NAMED.get(known.get("data", "shapes"), 224)]
+        parser.add(functions_of(known), **recipe(known, image_pair(size)))
+    others = {f"--method {name}": functions_of(dict(method=name)) for name in mim.METHODS}
     given = parser.parse(argv, others | {"--base simmim": [mim.SimMIM]})
     if "image_size" in given:
         given["image_size"] = image_pair(given["image_size"])
@@ -1028,11 +1018,10 @@ def resumed(given, state):
 def settle(given, source):
     """Every setting of a run, in plain types: the user's (or those of the run that is resumed), else the
     recipe's, else the flag's default."""
-    method = given["method"], given.get("base", "mae")
-    natural = min(source.image_size, recipe(*method).get("image_size", 224))
+    natural = min(source.image_size, recipe(given).get("image_size", 224))
     size = given.get("image_size") or [natural, natural]
-    defaults = {name: p.default for name, (p, _) in flags_of(functions_of(*method)).items()}
-    chosen = defaults | recipe(*method, size, is_nano(given))
+    defaults = {name: p.default for name, (p, _) in flags_of(functions_of(given)).items()}
+    chosen = defaults | recipe(given, size)
     # A run of another length warms up for the same share of it as the next longer one.
     epochs, warmup = given.get("epochs", chosen["epochs"]), chosen["warmup_epochs"]
     warmup = warmup if isinstance(warmup, dict) else {chosen["epochs"]: warmup}

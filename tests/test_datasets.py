@@ -908,7 +908,7 @@ def test_tiny_images_count_as_broken_and_all_broken_stops(tmp_path):
     dataset = Images(load_data(str(tmp_path)), 32)
     assert [(dataset[k]["index"], dataset[k]["broken"]) for k in range(3)] == [(0, -1), (0, 1), (0, 2)]
     (tmp_path / "0.png").unlink()
-    says = "1.png and the images after it are broken; the last: 30x7 pixels, too small"
+    says = "1.png and the images after it are broken: they cannot be decoded, or a side has fewer than 8 pix"
     with pytest.raises(UsageError, match=says):
         Images(load_data(str(tmp_path)), 32)[0]
 
@@ -920,7 +920,7 @@ def test_after_a_hundred_broken_files_none_is_tried():
             raise OSError("broken")
 
     tried = []
-    with pytest.raises(UsageError, match="image 250 and the images after it are broken; .*cannot be"):
+    with pytest.raises(UsageError, match="image 250 and the images after it are broken: .*cannot be"):
         Images(Broken(*300 * [noise(8, 8)]), 8)[250]
     assert tried == [*range(250, 300), *range(50)]
 

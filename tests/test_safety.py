@@ -281,7 +281,7 @@ DAMAGE = {  # of train.py's checkpoint. Words of the error message: places and v
     "cannot be used (its setting": [
         (["epoch"], -1), (["epoch"], None), (["epoch"], 1.5), (["epoch"], True), (["epoch"], "a"),
         (["args", "image_size"], "a"), (["args", "image_size"], []), (["args", "image_size"], [16, "a"]),
-        (["args", "lr"], None), (["args", "lr"], NAN), (["args", "lr"], -1.0), (["args", "precision"], None),
+        (["args", "lr"], NAN), (["args", "lr"], -1.0), (["args", "precision"], "fp8"),
         (["args", "batch_size"], True), (["args", "batch_size"], "4"), (["args", "epochs"], torch.tensor(3)),
         (["args", "epochs"], [3]), (["args", "epochs"], ...), (["args", "norm_pix"], 1),
         (["args", "throw"], "all"), (["args", "data"], 3), (["args", "seed"], {}),
@@ -307,6 +307,10 @@ def test_a_damaged_checkpoint_is_not_resumed(pretrain, kept):
         torch.save(changed(kept, path, value), "run/checkpoint.pt")
         code, err = pretrain("--resume")
         assert code == 2 and words in err and err.count("\n") == 1, (path, value, err)
+    for name in ("lr", "precision"):  # None is a value of these flags, from which the same follows as before
+        torch.save(changed(kept, ["args", name], None), "run/checkpoint.pt")
+        assert pretrain("--resume")[0] == 0 and load("run/checkpoint.pt")["epoch"] == 3
+        assert load("run/checkpoint.pt")["args"][name] == kept["args"][name]
     for name in ("optimizer", "model"):  # one number in the place of many: nothing is written past it
         first = next(iter(kept[name]))
         path = [name, first, "exp_avg"] if name == "optimizer" else [name, first]
