@@ -67,8 +67,8 @@ PAPER_RECIPES = {
     "detect mae-large": dict(drop_path=0.4, layer_decay=0.8),  # ViTDet
     # SimMIM's released configuration
     "finetune simmim": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20),
-    # AMT: §4.1 has the class token, §4.3 detection's 90,000 steps, which are 12.2 epochs of COCO. The rate and
-    # its decay are those of the released command, which pools by the mean.
+    # AMT: §4.1 has the class token; §4.3 has 90,000 steps of detection, which are 12.2 epochs of COCO. The
+    # rate and its decay are those of the released command, which pools by the mean.
     "finetune amt": dict(base_lr=1e-3, layer_decay=0.75, pool="cls"),
     "finetune amt-simmim": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20, pool="cls"),
     "detect amt": dict(epochs=12, batch_size=16),
@@ -82,8 +82,8 @@ PAPER_RECIPES = {
     # R-MAE: §4.2, following MAE
     "semseg rae": dict(epochs=100),
     "semseg rmae": dict(epochs=100),
-    # CAE: Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults; in its released code they have
-    # Nesterov momentum and 1e-5 in the batch norm, and the attentive one sees the class token, too. Its
+    # CAE: Appendix A, for ViT-S, ViT-B and ViT-L. Its probes have the defaults. In its released code they
+    # have Nesterov momentum and 1e-5 in the batch norm, and the attentive one sees the class token, too. Its
     # detector is another (Mask R-CNN with the 1x schedule), which is not here.
     "finetune cae": dict(batch_size=4096, lr_batch=4096, base_lr=1.6e-2, epochs=200, layer_decay=0.75),
     "finetune cae-base": dict(base_lr=8e-3, epochs=100, layer_decay=0.65),

@@ -1563,8 +1563,8 @@ class ObjMAE(MAE):
     context but the object's own. MAE with mask_ratio=0.5 is the case alpha=0.5 with the whole image as the
     object.
 
-    alpha: length of source and of target, each, as a share of all patches; half of the 0.34 that §4.1 gives
-        on COCO is Table 9's 0.17
+    alpha: length of source and of target, each, as a share of all patches; on COCO half of §4.1's 0.34,
+        which is Table 9's 0.17; on CLEVR 0.05 (§4.7)
     alignment: how all images come to this length (§3.3): throwout cuts to the batch's smallest, zero pads
         with tokens that take part in nothing, replicate repeats patches, random adds other patches
     selection: intra is source and target from one object; inter is target from another, or the background
