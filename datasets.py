@@ -33,7 +33,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
-from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -823,22 +823,26 @@ class SceneInstances:
 
 
 def coco_folder(root, split):
-    """The newest image folder of a split, such as root/train2017; None if root is not in COCO's layout."""
-    if not Path(root, "annotations").is_dir():
-        return None
-    folders = Path(root).glob("val*" if split == "val" else "train*")
-    return max((folder for folder in folders if any(folder.glob("*.jpg"))), default=None)
+    """The newest image folder of a split, such as root/train2017; None if root is not in COCO's layout.
+
+    There are images in it, or annotations that have its name.
+    """
+    annotations = Path(root, "annotations")
+    folders = Path(root).glob("val*" if split == "val" else "train*") if annotations.is_dir() else ()
+    return max((folder for folder in folders if any(annotations.glob(f"*_{folder.name}.json"))
+                or any(path.suffix.lower() in EXTENSIONS for path in folder.glob("*"))), default=None)
 
 
-def load_coco(root, split):
+def load_coco(root, split, lvis=False):
     """A COCO root -> Files without labels, in the order of the names; UsageError if the split has no images.
 
-    Its annotations are of the pixels as they are stored, so EXIF rotations are not applied.
+    Its annotations are of the pixels as they are stored, so EXIF rotations are not applied. lvis: all images
+    that there are, because LVIS divides them otherwise.
     """
-    folder = coco_folder(root, split)
-    if folder is None:
-        raise UsageError(f"--data {root}: no val* folder with .jpg images in it")
-    paths = find_files(folder)
+    folder = Path(root) if lvis else coco_folder(root, split)
+    paths = find_files(folder) if folder else []
+    if not paths:
+        raise UsageError(f"--data {root}: no images for the {split} split in {folder or 'a folder val*'}")
     description = f"{root}: COCO {folder.name}, {counted(len(paths), 'images')}"
     return Files(folder, paths, [], [], description, turn=False)
 
@@ -900,40 +904,68 @@ def read_ids(path):
     return rgba.view("<i4")[..., 0] & 0xFFFFFF  # a pixel's four bytes as one number, without the last
 
 
-class CocoRegions:
-    """The annotations of a COCO root's split, and the region maps made of them.
+def in_entries(source, entries, where):
+    """Which of a source's images, by their paths, are in a dict of annotations: list of bools; UsageError if
+    none is."""
+    known = [source.path(i) in entries for i in range(len(source))]
+    if not any(known):
+        raise UsageError(f"{where}: nothing in it has the name of an image, such as {source.path(0)}")
+    return known
 
-    kind: "instances" or "panoptic" (things and stuff). `categories` are those of the JSON file, in the order
-    of their ids. Raises UsageError if the annotations are not there or cannot be understood.
+
+class CocoRegions:
+    """The annotations of a COCO root's split, and the region maps and the dense truth made of them.
+
+    kind: "instances", "panoptic" (things and stuff) or "lvis_v1"; with it the JSON file's name begins. The
+        file's entry of an image is that whose file_name (in LVIS: coco_url) is the image's path, relative to
+        the source's folder or to the one above.
+
+    `categories` are the file's own, ids -> names. Raises UsageError if the annotations are not there or
+    cannot be understood.
     """
 
     def __init__(self, source, root, split, kind):
-        self.source, self.kind = source, kind
-        self.pngs = Path(root, "annotations", f"{kind}_{coco_folder(root, split).name}")
-        path, found = self.pngs.with_suffix(".json"), collections.defaultdict(list)
-        with explained(f"--regions {kind}", f"{path} is not a file of COCO annotations"):
-            data = json.loads(path.read_bytes())
+        self.source, self.kind, found = source, kind, collections.defaultdict(list)
+        name = split if kind == "lvis_v1" else coco_folder(root, split).name
+        self.pngs = Path(root, "annotations", f"{kind}_{name}")
+        self.file = f"{self.pngs}.json"
+        with explained(f"--data {root}", f"{self.file} is not a file of COCO annotations"):
+            data = json.loads(Path(self.file).read_bytes())
             if kind == "panoptic":
                 self.pngs.stat()  # they come in a zip of their own, which is easily left packed
-            data["annotations"].sort(key=lambda a: -a.get("area", 0))
             for annotation in data["annotations"]:
                 found[annotation["image_id"]].append(annotation)
-            kept = [pickle.dumps((i["height"], i["width"], found[i["id"]])) for i in data["images"]]
-            stems = [Path(i["file_name"]).stem for i in data["images"]]
-            self.categories = sorted(data.get("categories", []), key=lambda c: c["id"])
-        ends = np.cumsum([len(k) for k in kept]).tolist()
+                mask = annotation.get("segmentation") or [0]
+                if kind != "panoptic" and isinstance(mask, list) and np.size(mask[0]) < 6:
+                    raise UsageError(f"{self.file}: an object of image {annotation['image_id']} has no mask, "
+                                     "which is needed beside its box")
+            self.listed = sorted(data.get("categories", []), key=lambda category: category["id"])
+            self.categories = {category["id"]: category["name"] for category in self.listed}
+            self.used = collections.Counter(part.get("category_id") for a in data["annotations"]
+                                            for part in a.get("segments_info", [a]))
+            paths = [image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])
+                     for image in data["images"]]
+            folder = f"{Path(source.root).name}/"
+            paths = [path.removeprefix(folder) for path in paths]
+            for keys in (paths, [i["id"] for i in data["images"]], [c["id"] for c in self.listed]):
+                for key, times in collections.Counter(keys).items():
+                    if times > 1:
+                        raise UsageError(f"{self.file}: {key} is the id or file_name of {times} entries")
+            kept = [pickle.dumps((image, found[image["id"]])) for image in data["images"]]
+            ends = np.cumsum([len(k) for k in kept]).tolist()
         # One string of bytes: processes share its memory; of a list, each worker would soon have a copy.
-        self.kept, self.spans = b"".join(kept), dict(zip(stems, zip([0] + ends, ends)))
+        self.kept, self.spans = b"".join(kept), dict(zip(paths, zip([0] + ends, ends)))
+        self.known = in_entries(source, self.spans, self.file)
 
     def annotations(self, index):
-        """(height, width, COCO's annotations of an image); None if the JSON file does not list the image.
+        """(COCO's dict of an image, its annotations); ({}, []) if the JSON file does not list the image.
 
-        Instances are dicts, from the largest down, with category_id, bbox, area, iscrowd, segmentation (see
-        `coco_mask`). Panoptic ones have file_name, whose `read_ids` are the segments' ids, and segments_info
-        with id and category_id.
+        Instances are dicts with category_id, segmentation (see `coco_mask`) and perhaps bbox, area, iscrowd.
+        Panoptic ones have file_name, whose `read_ids` are the segments' ids, and segments_info with id and
+        category_id.
         """
-        span = self.spans.get(Path(self.source.name(index)).stem)
-        return pickle.loads(self.kept[slice(*span)]) if span else None
+        span = self.spans.get(self.source.path(index))
+        return pickle.loads(self.kept[slice(*span)]) if span else ({}, [])
 
     def objects(self, index, item):
         """An image's instances or panoptic segments: a list of (COCO's dict, mask bool [H, W]).
@@ -941,66 +973,77 @@ class CocoRegions:
         Raises UsageError if they are broken or of another image size, or if the PNG is missing.
         """
         name, found = self.source.name(index), []
-        height, width, annotations = self.annotations(index) or (*item["image"].shape[1:], [])
-        with explained(f"--regions {self.kind}", f"broken annotations of {Path(name).stem}"):
+        image, annotations = self.annotations(index)
+        height, width = item["image"].shape[1:]
+        height, width = image.get("height", height), image.get("width", width)
+        with explained(self.file, f"broken annotations of {name}"):
             for annotation in annotations:
                 if self.kind == "panoptic":
                     ids = read_ids(self.pngs / annotation["file_name"])
                     height, width = ids.shape
                     found += [(segment, ids == segment["id"]) for segment in annotation["segments_info"]]
                 else:
-                    found.append((annotation, coco_mask(annotation["segmentation"], height, width)))
+                    mask = coco_mask(annotation["segmentation"], height, width)
+                    found.append((measured(mask) | annotation, mask))
         check_shape(name, item["image"], (height, width), exact=True)
         return found
 
     def read(self, index, item):
         """Label map [1, H, W]: smaller instances lie on top of larger ones; crowds of them are left out."""
-        labels = np.zeros(item["image"].shape[1:], np.int32)
-        masks = [mask for annotation, mask in self.objects(index, item)
-                 if self.kind == "panoptic" or not annotation.get("iscrowd")]
-        for number, mask in enumerate(masks, start=1):
+        labels, found = np.zeros(item["image"].shape[1:], np.int32), self.objects(index, item)
+        if self.kind != "panoptic":
+            found.sort(key=lambda pair: -pair[0]["area"])
+            found = [pair for pair in found if not pair[0]["iscrowd"]]
+        for number, (_, mask) in enumerate(found, start=1):
             labels[mask] = number
         return torch.from_numpy(labels)[None]
 
     def truth(self, index, item):
         """The dense truth of an image (`load_dense`): objects, or of panoptic segments classes of pixels."""
-        number = {category["id"]: k for k, category in enumerate(self.categories)}
         objects, shape = self.objects(index, item), item["image"].shape[1:]
+        number = {k: place for place, k in enumerate(self.source.categories)}
         if self.kind == "panoptic":
             labels = np.full(shape, IGNORED, np.int16)
             for segment, mask in objects:
                 labels[mask] = number[segment["category_id"]]
             return labels
-        return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape),
-                    boxes=np.array([a["bbox"] for a, _ in objects], float).reshape(-1, 4),
-                    labels=np.array([number[a["category_id"]] + 1 for a, _ in objects], np.int64),
-                    areas=np.array([a["area"] for a, _ in objects], float),
-                    crowd=np.array([a.get("iscrowd", 0) for a, _ in objects], bool))
+        return as_truth(objects, shape, number)
+
+
+def measured(mask):
+    """A mask bool [H, W] -> what COCO says of an object: dict(area, bbox=[x, y, width, height], iscrowd)."""
+    x1, y1, x2, y2 = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+    return dict(area=np.count_nonzero(mask), bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=0)
+
+
+def find_masks(source, folder, extensions=(".png",)):
+    """A dict of the images' paths -> the files in a folder that belong to them.
+
+    A mask has the file name of its image. It lies in the same subfolder as the image or, if no other image
+    has this name, in the folder itself. Images that differ in their extensions alone have none.
+    """
+    files = {os.path.splitext(path)[0]: os.path.join(folder, path) for path in find_files(folder, extensions)}
+    paths, found = [source.path(i) for i in range(len(source))], {}
+    keys = [os.path.splitext(path)[0] for path in paths]
+    for keys in ([os.path.basename(key) for key in keys], keys):  # the file in the subfolder counts
+        count = collections.Counter(keys)
+        found |= {path: files[key] for path, key in zip(paths, keys) if key in files and count[key] == 1}
+    return found
 
 
 class MaskFolder:
     """A user's masks: label PNGs, or .npz files with one stack of binary masks [M, H, W] (SAM's, say).
 
-    A mask has the file name of its image. It lies in the same subfolder as the image or, if no other image
-    has this name, in the folder itself. An image without a mask has no regions.
+    `find_masks` says which belongs to which image. An image without a mask has no regions.
     """
 
     def __init__(self, source, folder):
         check_folder("--regions", folder, REGIONS)
-        files = {os.path.splitext(path)[0]: os.path.join(folder, path)
-                 for path in find_files(folder, (".png", ".npz"))}
-        stems = [os.path.splitext(source.path(i))[0] for i in range(len(source))]
-        names = [os.path.basename(stem) for stem in stems]
-        count = collections.Counter(names)
-        self.source = source
-        self.paths = [files.get(name if count[name] == 1 and stem not in files else stem)
-                      for stem, name in zip(stems, names)]
-        if not any(self.paths):
-            raise UsageError(f"--regions {folder}: no .png or .npz in it has the name of an image, such as "
-                             f"{os.path.basename(source.name(0))}")
+        self.source, self.files = source, find_masks(source, folder, (".png", ".npz"))
+        in_entries(source, self.files, f"--regions {folder}")
 
     def read(self, index, item):
-        path = self.paths[index]
+        path = self.files.get(self.source.path(index))
         if path is None:
             return torch.zeros(1, *item["image"].shape[1:], dtype=torch.int32)
         with explained("--regions", f"{path} holds neither a label map nor masks [M, H, W]"):
@@ -1179,54 +1222,93 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
 # gives it of image `index`, whose item is source[index]; source.classes are the names.
 
 IGNORED = -1  # the class of pixels that do not count
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-               "motorbike person pottedplant sheep sofa train tvmonitor").split()
+ADE20K_CLASSES = {k: f"class {k}" for k in range(1, 151)}
+VOC_CLASSES = dict(enumerate((
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor").split()))
 
 
-def load_dense(data, objects, split="train", image_size=None, limit=None):
-    """Opens images with dense truth: the built-in scenes, COCO, or without `objects` ADE20K and Pascal VOC.
+def load_dense(data, objects, split="train", image_size=None, limit=None, categories=None):
+    """Opens images with dense truth: the built-in scenes, COCO, or with `objects` LVIS, or without them label
+    PNGs (`open_masks`).
 
     Without `objects` truth is [H, W] int16, classes or IGNORED. With them it is a dict of masks, bool
     [n, H, W]; boxes, [n, 4], COCO's (x, y, width, height) in pixels; labels, int64 [n] from 1; areas, [n] in
-    pixels; crowd, bool [n]. Raises UsageError if the data have no such truth.
+    pixels; crowd, bool [n]. Files without annotations are left out. Raises UsageError if the data have no
+    such truth.
+
+    categories: source.categories of the training data, by whose ids the classes are numbered; default: they
+        are read, if they are there
     """
-    root, part = Path(data), "training" if split == "train" else "validation"
-    photos = root / "images" / part
+    if split != "train" and categories is None:
+        with contextlib.suppress(UsageError):
+            categories = load_dense(data, objects).categories
     if data == "shapes":
         source = load_data(data, split, image_size)
-        source.truth = scene_truth
+        source.truth, source.categories = scene_truth, dict(enumerate(SHAPE_CLASSES, 1))
         if not objects:
-            source.truth, source.classes = scene_classes, ["background", *SHAPE_CLASSES]
+            source.truth, source.categories = scene_classes, {0: "background"} | source.categories
     elif coco_folder(data, split):
-        source = load_coco(data, split)
-        regions = CocoRegions(source, data, split, "instances" if objects else "panoptic")
-        source.truth, source.classes = regions.truth, [category["name"] for category in regions.categories]
+        lvis = objects and any(Path(data, "annotations").glob("lvis_v1_*"))
+        kind = "lvis_v1" if lvis else "instances" if objects else "panoptic"
+        source = load_coco(data, split, lvis)
+        regions = CocoRegions(source, data, split, kind)
+        source.truth, source.categories = regions.truth, categories or regions.categories
+        for k in regions.used:
+            if regions.categories.get(k, "") != source.categories.get(k):
+                raise UsageError(f"{regions.file}: it has objects of category {k}, which is not among its "
+                                 "categories, or not among those of the training data")
+        source.order = source.order[regions.known]
+        source.description += (f", objects: {regions.used.total()}, files without entry: "
+                               f"{regions.known.count(False)}, entries without file: "
+                               f"{len(regions.spans) - len(source)}")
+        if lvis and split == "train":
+            repeat_rare(shorten(source, limit), regions)
+            return source
     elif objects:
         raise UsageError(f"--data {data}: it has no objects for the {split} split; give shapes or COCO")
-    elif photos.is_dir():  # ADE20K
-        classes, title = [f"class {k}" for k in range(1, 151)], f"{data}: ADE20K {part}"
-        source = Files(photos, find_files(photos), [], classes, title)
-        source.truth = partial(read_classes, source, root / "annotations" / part, 1)
-    elif (root / "SegmentationClass").is_dir():  # Pascal VOC
-        names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
-        paths, title = [f"{name}.jpg" for name in names], f"{data}: Pascal VOC {split}"
-        source = Files(root / "JPEGImages", paths, [], VOC_CLASSES, title)
-        source.truth = partial(read_classes, source, root / "SegmentationClass", 0)
     else:
-        raise UsageError(f"--data {data}: it has no classes of pixels for the {split} split; give shapes or "
-                         "a folder of COCO, ADE20K or Pascal VOC")
+        source = open_masks(data, split, categories)
+    source.classes = list(source.categories.values())
     return shorten(source, limit)
 
 
+def repeat_rare(source, regions, threshold=1e-3):
+    """Repeat-factor sampling (Gupta et al., LVIS, CVPR 2019, arXiv:1908.03195): a class in a share f of the
+    images asks for each of them sqrt(threshold / f) times; an image is there as often as one of its classes
+    asks.
+
+    Parts of a time are added up over the images until they make one (detectron2 draws them in each epoch).
+    """
+    factors = {c["id"]: math.sqrt(threshold * len(regions.spans) / c["image_count"]) for c in regions.listed}
+    times = [max([1, *(factors[a["category_id"]] for a in regions.annotations(i)[1])])
+             for i in range(len(source))]
+    source.order = np.repeat(source.order, np.diff(np.floor(np.cumsum(times)), prepend=0).astype(int))
+    source.description += f", {len(source)} of them an epoch"
+
+
+def as_truth(objects, shape, number):
+    """The dense truth of objects, pairs of COCO's dict and a mask, in an image of a shape [H, W].
+
+    number: category id -> class from 0
+    """
+    def column(key, kind):
+        return np.array([o[key] for o, _ in objects], kind)
+
+    return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape),
+                boxes=column("bbox", float).reshape(-1, 4), areas=column("area", float),
+                labels=np.array([number[k] + 1 for k in column("category_id", int)], int),
+                crowd=column("iscrowd", bool))
+
+
 def scene_truth(index, item):
-    """The objects of a built-in scene."""
-    instances = item["instances"].numpy()
-    numbers = np.setdiff1d(instances, 0)  # in small images some may be hidden
-    masks = instances == numbers[:, None, None]
-    labels = np.array(item["shapes"])[numbers - 1] + 1
-    boxes = box_convert(boxes_of(torch.from_numpy(masks)), "xyxy", "xywh").numpy()
-    return dict(masks=masks, boxes=boxes, labels=labels, areas=masks.sum((1, 2)),
-                crowd=np.zeros(len(numbers), bool))
+    """The objects of a built-in scene; in small images some may be hidden."""
+    instances, objects = item["instances"].numpy(), []
+    for number, shape in enumerate(item["shapes"], start=1):
+        mask = instances == number
+        if mask.any():
+            objects.append((dict(category_id=shape) | measured(mask), mask))
+    return as_truth(objects, instances.shape, range(len(SHAPES)))
 
 
 def boxes_of(masks):
@@ -1239,22 +1321,60 @@ def scene_classes(index, item):
     return np.array([0, *(shape + 1 for shape in item["shapes"])], np.int16)[item["instances"].numpy()]
 
 
-def read_classes(source, folder, first, index, item):
-    """The classes of an image's pixels from its PNG: class k is stored as k + first.
+def open_masks(data, split, categories):
+    """Opens images with a label PNG for each (`find_masks`): ADE20K's layout, Pascal VOC's, or one's own.
 
-    Pixels stored as 255, and as 0 if `first` is 1, become IGNORED. UsageError for other values, and if the
-    PNG is missing or broken.
+    One's own lie in images/train and masks/train or in train/images and train/masks, likewise for val. Line k
+    of classes.txt names label k, from 0. Without it, the classes are the labels that the training masks have.
+    255 does not count, but if the masks of two classes have 0 and 255 alone.
     """
-    path = folder / Path(source.path(index)).with_suffix(".png").name
+    root, part = Path(data), "training" if split == "train" else "validation"
+    for images, masks, names in (
+            (f"images/{part}", f"annotations/{part}", ADE20K_CLASSES),
+            ("JPEGImages", "SegmentationClass", VOC_CLASSES),
+            (f"images/{split}", f"masks/{split}", {}), (f"{split}/images", f"{split}/masks", {})):
+        if (root / images).is_dir() and (root / masks).is_dir():
+            break
+    else:
+        raise UsageError(f"--data {data}: it has no classes of pixels for the {split} split; give shapes, or "
+                         "a folder of COCO, ADE20K or Pascal VOC, or with images/train and masks/train")
+    with explained(f"--data {data}", "it cannot be read"):
+        paths = find_files(root / images)
+        if images == "JPEGImages":
+            stems = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+            paths = [f"{stem}.jpg" for stem in stems]
+        source = Files(root / images, paths, [], [], f"{data}: {images}, {counted(len(paths), 'images')}")
+        files = find_masks(source, root / masks)
+        if (root / "classes.txt").exists():
+            names = dict(enumerate((root / "classes.txt").read_text().splitlines()))
+        if categories is None and len(names) in (0, 2):
+            labels = {k for file in files.values() for k in np.unique(read_ids(file)).tolist()}
+            ids = [0, 255] if labels == {0, 255} else sorted(labels - {255})
+            names = dict(zip(ids, names.values() or map(str, ids)))
+    known = in_entries(source, files, root / masks)
+    source.order, source.categories = source.order[known], categories or names
+    source.description += f", {len(source.categories)} classes, images without mask: {known.count(False)}"
+    source.truth = partial(read_classes, source, files)
+    return source
+
+
+def read_classes(source, files, index, item):
+    """The classes of an image's pixels from its PNG, which has the ids of source.categories.
+
+    Pixels of 0 and 255, if these are no ids, become IGNORED. UsageError for other values, and if the PNG is
+    broken. files: dict of images' paths -> PNGs.
+    """
+    path = files[source.path(index)]
     with explained(f"labels of {source.name(index)}", f"{path} cannot be read"):
         labels = read_ids(path)
     check_shape(source.name(index), item["image"], labels.shape, exact=True)
-    known = (labels >= first) & (labels < first + len(source.classes))
+    ids = np.array([*source.categories])
+    classes = np.searchsorted(ids[1:], labels, side="right")  # the last id that is not above the label
+    known = ids[classes] == labels
     wrong = labels[~known & (labels != 0) & (labels != 255)]
     if wrong.size:
-        raise UsageError(f"{path}: label {wrong[0]} is not one of "
-                         f"{counted(len(source.classes), 'classes')}")
-    return np.where(known, labels - first, IGNORED).astype(np.int16)
+        raise UsageError(f"{path}: label {wrong[0]} is not one of {counted(len(ids), 'classes')}")
+    return np.where(known, classes, IGNORED).astype(np.int16)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1144,7 +1144,7 @@ def mean_precision(outcomes, num_truths):
 
 
 def average_precision(records, groups={}):
-    """From match_image's results, COCO's six figures, dict(ap, ap50, ap75, ap_small, ap_medium, ap_large); and
+    """From match_image's results COCO's six figures, dict(ap, ap50, ap75, ap_small, ap_medium, ap_large), and
     a dict of the classes' labels -> their AP.
 
     Each figure is the mean over the classes with truths in its range of areas, in percent; None if no class
@@ -1508,15 +1508,19 @@ def open_pair(data, task, size, limit=None, val_limit: PositiveInt | None = None
     """
     dense, small = task in ("semseg", "detect"), max(size) <= SMALL
     with first_process_first():
-        train, val = (load_dense(data, task == "detect", split, size, some) if dense
-                      else load_data(data, split, size, some)
-                      for split, some in (("train", limit), ("val", val_limit)))
+        if dense:
+            train = load_dense(data, task == "detect", "train", size, limit)
+            val = load_dense(data, task == "detect", "val", size, val_limit, train.categories)
+        else:
+            train, val = load_data(data, "train", size, limit), load_data(data, "val", size, val_limit)
     if rank() == 0:
         print(f"{train.description}; {val.description}", file=sys.stderr)
     if dense:  # small images are scaled less, and keep their colours
         scale = (0.8, 1.25) if small else (0.1, 2.0) if task == "detect" else (0.5, 2.0)
         distort = task == "semseg" and not small
-        return dict(train=DenseImages(train, size, scale, distort, seed), val=DenseImages(val, size))
+        val = DenseImages(val, size)
+        val[0]  # what is wrong with the validation data is told before the training
+        return dict(train=DenseImages(train, size, scale, distort, seed), val=val)
     if len(train.classes) < 2:
         raise UsageError(f"this task needs labels: a folder per class; {train.description}")
     view = "center" if cache_features or task == "knn" else "crop"

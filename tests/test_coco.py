@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import (CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, fill_polygon, load_coco,
-                      read_ids, rle_counts)
+from datasets import (IGNORED, CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, fill_polygon,
+                      load_coco, load_dense, open_regions, read_ids, rle_counts)
+from eval import DenseImages
 
 H, W = 8, 10
 
@@ -150,17 +151,19 @@ def test_annotations_of_an_image_for_detection(tmp_path):
     root = write(tmp_path)
     source = load_coco(root, "train")
     regions = CocoRegions(source, root, "train", "instances")
-    assert regions.categories == [dict(id=3, name="cat")]
-    height, width, annotations = regions.annotations(0)
-    assert (height, width) == (H, W) and [a["area"] for a in annotations] == [80, 30, 18, 4, 1]
-    assert [a["iscrowd"] for a in annotations] == [1, 0, 0, 0, 0]
-    square = annotations[3]
+    assert regions.categories == {3: "cat"}
+    image, annotations = regions.annotations(0)
+    assert (image["height"], image["width"]) == (H, W)
+    assert [a["area"] for a in annotations] == [4, 80, 18, 30, 1]  # in the order of the file
+    assert [a["iscrowd"] for a in annotations] == [0, 1, 0, 0, 0]
+    square = annotations[0]
     assert (square["category_id"], square["bbox"]) == (3, [2, 1, 2, 2])
-    mask = coco_mask(square["segmentation"], height, width)
+    mask = coco_mask(square["segmentation"], H, W)
     assert mask.sum() == 4 and mask[1:3, 2:4].all()
-    assert regions.annotations(1) == (H, W, []) and regions.annotations(3) is None
+    assert regions.annotations(1)[0]["id"] == 8 and regions.annotations(1)[1] == []
+    assert regions.annotations(3) == ({}, [])
     panoptic = CocoRegions(source, root, "train", "panoptic")
-    _, _, [annotation] = panoptic.annotations(0)
+    _, [annotation] = panoptic.annotations(0)
     ids = read_ids(panoptic.pngs / annotation["file_name"])
     assert {s["id"] for s in annotation["segments_info"]} == {70000, 5, 300} == set(ids[ids > 0].tolist())
 
@@ -172,7 +175,7 @@ def test_images_and_detection(tmp_path):
     assert source.description == f"{root}: COCO train2017, 4 images" and source.classes == []
     assert source[0]["image"].shape == (3, H, W) and source[0]["label"] == 0
     assert coco_folder(root, "train").name == "train2017" and coco_folder(root, "val") is None
-    with pytest.raises(UsageError, match=r"coco: no val\* folder with .jpg images"):
+    with pytest.raises(UsageError, match=r"coco: no images for the val split in a folder val\*"):
         load_coco(root, "val")
     (tmp_path / "folders" / "train" / "cat").mkdir(parents=True)  # as ImageNet is laid out
     Image.new("RGB", (W, H)).save(tmp_path / "folders" / "train" / "cat" / "1.jpg")
@@ -230,17 +233,187 @@ def message(call, *arguments):
     return str(caught.value)
 
 
+def annotate(root, kind="instances", split="train"):
+    """(path, content) of a JSON file that `write` wrote."""
+    path = root / "annotations" / f"{kind}_{split}2017.json"
+    return path, json.loads(path.read_text())
+
+
 def test_broken_segmentations(tmp_path):
-    path = write(tmp_path) / "annotations" / "instances_train2017.json"
-    data = json.loads(path.read_text())
-    for segmentation in ([[1, 2, 3]], dict(counts=[3, 4]), dict(counts="\u20ac"), [["a", "b"]], None):
+    path, data = annotate(write(tmp_path))
+    told = f"{path}: broken annotations of {tmp_path}/train2017/000000000007.jpg ("
+    for segmentation in ([[1, 2, 3, 4, 5, 6, 7]], dict(counts=[3, 4]), dict(counts="\u20ac"), [6 * ["a"]]):
         data["annotations"][0]["segmentation"] = segmentation
         path.write_text(json.dumps(data))
-        told = message(read, tmp_path, "train", "instances")
-        assert told.startswith("--regions instances: broken annotations of 000000000007 (")
-    data["annotations"] = [dict(image_id=7, area=0, segmentation=[])]  # no part, and no word about crowds
+        assert message(read, tmp_path, "train", "instances").startswith(told)
+
+
+@pytest.mark.parametrize("segmentation", [[], None, [2, 1, 2, 2], [[2, 1, 2, 2]], "missing"])
+def test_objects_without_a_mask_are_refused_when_the_file_is_opened(tmp_path, segmentation):
+    """Four numbers are a box, too."""
+    path, data = annotate(write(tmp_path))
+    data["annotations"][4]["segmentation"] = segmentation
+    if segmentation == "missing":
+        del data["annotations"][4]["segmentation"]
     path.write_text(json.dumps(data))
-    assert not read(tmp_path, "train", "instances").any()
+    source = load_coco(tmp_path, "train")
+    told = message(CocoRegions, source, tmp_path, "train", "instances")
+    assert told == f"{path}: an object of image 7 has no mask, which is needed beside its box"
+    assert message(load_dense, str(tmp_path), True) == told
+
+
+def test_missing_fields_are_computed(tmp_path):
+    """Area, box and crowd of the objects, and the size of the image."""
+    path, data = annotate(write(tmp_path))
+    for image in data["images"]:
+        del image["height"], image["width"]
+    for annotation in data["annotations"]:
+        annotation["category_id"] = 3
+        for field in ("area", "bbox", "iscrowd"):
+            annotation.pop(field, None)
+    path.write_text(json.dumps(data))
+    source = load_dense(str(tmp_path), True)
+    truth = source.truth(0, source[0])
+    assert truth["areas"].tolist() == [4, 80, 18, 30, 1] and not truth["crowd"].any()
+    boxes = [[2, 1, 2, 2], [0, 0, 10, 8], [0, 6, 9, 2], [1, 0, 6, 5], [9, 7, 1, 1]]  # x, y, width, height
+    assert truth["boxes"].tolist() == boxes and truth["labels"].tolist() == [1] * 5
+    expected = picture(  # by falling area; the second, no crowd now, is below all others
+        "1222222111", "1244222111", "1244222111", "1222222111", "1222222111", "1111111111", "3333333331",
+        "3333333335")
+    np.testing.assert_array_equal(read(tmp_path, "train", "instances"), expected)
+    data["annotations"] = [dict(image_id=7, category_id=3, segmentation=[[1, 1, 1.2, 1, 1.2, 1.2]])]
+    path.write_text(json.dumps(data))
+    source = load_dense(str(tmp_path), True)
+    truth = source.truth(0, source[0])  # no pixel's centre is inside
+    assert truth["boxes"].tolist() == [[0, 0, 0, 0]] and truth["areas"].tolist() == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Images and categories find their own annotations
+
+
+def small_coco(root, images, categories, split="train", objects=None):
+    """A COCO root: images is a dict of file_name -> category id of its one segment and object, in which the
+    rows up to this id are. categories: dict id -> name."""
+    listed, instances, segments = [], [], []
+    for number, (name, category) in enumerate(images.items()):
+        path = root / f"{split}2017" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (W, H), (90, 120, number)).save(path)
+        listed.append(dict(id=number, file_name=name))
+        square = [0, 0, W, 0, W, 1 + category % H, 0, 1 + category % H]
+        instances.append(dict(image_id=number, category_id=category, segmentation=[square]))
+        ids = np.zeros((H, W, 3), np.uint8)
+        ids[:1 + category % H, :, 0] = 9
+        (root / "annotations" / f"panoptic_{split}2017").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ids).save(root / "annotations" / f"panoptic_{split}2017" / f"{number}.png")
+        segments.append(dict(image_id=number, file_name=f"{number}.png",
+                             segments_info=[dict(id=9, category_id=category)]))
+    categories = [dict(id=k, name=name) for k, name in categories.items()]
+    for kind, annotations in (("instances", instances), ("panoptic", segments)):
+        path = root / "annotations" / f"{kind}_{split}2017.json"
+        path.write_text(json.dumps(dict(images=listed, annotations=annotations, categories=categories)))
+    return str(root)
+
+
+def rows_of(source):
+    """The path of each image -> its class, and the rows that this class has."""
+    found = {}
+    for i in range(len(source)):
+        truth = source.truth(i, source[i])
+        if isinstance(truth, dict):
+            found[source.path(i)] = truth["labels"][0] - 1, truth["masks"][0].any(1).sum()
+        else:
+            found[source.path(i)] = truth[0, 0], (truth[:, 0] != IGNORED).sum()
+    return found
+
+
+OBJECTS = pytest.mark.parametrize("objects", [True, False])
+
+
+@OBJECTS
+def test_categories_are_those_of_the_training_data_by_their_ids(tmp_path, objects):
+    """The validation file lists one of three categories, in another order of names."""
+    root = small_coco(tmp_path, {"1.jpg": 5, "2.jpg": 9, "3.jpg": 20}, {9: "dog", 20: "ant", 5: "cat"})
+    small_coco(tmp_path, {"1.jpg": 20, "2.jpg": 9}, {20: "ant", 9: "dog"}, "val")
+    train = load_dense(root, objects)
+    assert train.classes == ["cat", "dog", "ant"] and train.categories == {5: "cat", 9: "dog", 20: "ant"}
+    assert rows_of(train) == {"1.jpg": (0, 6), "2.jpg": (1, 2), "3.jpg": (2, 5)}
+    for known in (None, train.categories):
+        val = load_dense(root, objects, "val", categories=known)
+        assert val.classes == train.classes and rows_of(val) == {"1.jpg": (2, 5), "2.jpg": (1, 2)}
+    val = load_dense(root, objects, "val", categories={9: "dog", 20: "ant"})  # of a model of other data
+    assert val.classes == ["dog", "ant"] and rows_of(val) == {"1.jpg": (1, 5), "2.jpg": (0, 2)}
+
+
+@OBJECTS
+@pytest.mark.parametrize("names", [{9: "dog"}, {9: "dog", 5: "cow"}, {9: "dog", 20: "cat"}])
+def test_categories_that_the_training_data_do_not_have_are_refused(tmp_path, objects, names):
+    """The object of category 5: unknown to its own file, of another name, or to the training data alone."""
+    root = small_coco(tmp_path, {"1.jpg": 9}, {9: "dog", 5: "cat"} if 5 in names else {9: "dog"})
+    small_coco(tmp_path, {"1.jpg": 9, "2.jpg": 5}, names, "val")
+    path = f"{tmp_path}/annotations/{'instances' if objects else 'panoptic'}_val2017.json"
+    told = message(load_dense, root, objects, "val")
+    assert told.startswith(f"{path}: it has objects of category 5, which is not among its categories, or")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda data: data["categories"].append(dict(id=9, name="cow")), "9 is the id or file_name of 2 entries"),
+    (lambda data: data["images"].append(dict(id=0, file_name="3.jpg")), "0 is the id or file_name of 2"),
+    (lambda data: data["images"].append(dict(id=7, file_name="1.jpg")), "1.jpg is the id or file_name of 2"),
+    (lambda data: data["categories"][0].pop("name"), "is not a file of COCO annotations (it has no 'name')"),
+    (lambda data: data.pop("categories"), "it has objects of category 9, which is not among its categories"),
+])
+def test_doubled_and_nameless_entries_are_one_line(tmp_path, spoil, words):
+    root = small_coco(tmp_path, {"1.jpg": 9}, {9: "dog"})
+    path, data = annotate(tmp_path)
+    spoil(data)
+    path.write_text(json.dumps(data))
+    told = message(load_dense, root, True)
+    assert words in told and str(path) in told
+
+
+@OBJECTS
+@pytest.mark.parametrize("prefix", ["", "train2017/"])
+def test_annotations_belong_to_paths(tmp_path, objects, prefix):
+    """Not to the names without folder and extension. Images lie below folders, and are PNG files too."""
+    images = {"s/1.png": 0, "t/1.png": 1, "u/1.png": 2, "u/1.bmp": 3, "u/v/1.jpg": 4}
+    root = small_coco(tmp_path, images, {k: f"thing {k}" for k in range(5)})
+    for kind in ("instances", "panoptic"):
+        path, data = annotate(tmp_path, kind)
+        for image in data["images"]:
+            image["file_name"] = prefix + image["file_name"]
+        path.write_text(json.dumps(data))
+    assert rows_of(load_dense(root, objects)) == {name: (k, k + 1) for name, k in images.items()}
+    maps = CocoRegions(load_coco(root, "pretrain"), root, "pretrain", "panoptic")
+    for index, name in enumerate(sorted(images)):
+        assert maps.read(index, maps.source[index]).sum() == W * (images[name] + 1)
+
+
+@OBJECTS
+def test_the_run_tells_what_has_no_annotations(tmp_path, objects):
+    """Files that the JSON does not list are left out, and do not count as images of nothing."""
+    root = small_coco(tmp_path, {f"{k}.jpg": 0 for k in range(4)}, {0: "thing"})
+    os.rename(tmp_path / "train2017" / "1.jpg", tmp_path / "train2017" / "8.jpg")
+    Image.new("RGB", (W, H)).save(tmp_path / "train2017" / "9.png")
+    source = load_dense(root, objects)
+    assert list(rows_of(source)) == ["0.jpg", "2.jpg", "3.jpg"]
+    words = "COCO train2017, 5 images, objects: 4, files without entry: 2, entries without file: 1"
+    assert source.description == f"{root}: {words}"
+    for path in (tmp_path / "train2017").iterdir():
+        path.rename(path.with_name(f"x{path.name}"))
+    kind = "instances" if objects else "panoptic"
+    words = f"annotations/{kind}_train2017.json: nothing in it has the name of an image, such as x0.jpg"
+    assert message(load_dense, root, objects) == f"{root}/{words}"
+    assert message(open_regions, kind, load_coco(root, "train"), root) == f"{root}/{words}"
+
+
+def test_300_categories(tmp_path):
+    names = {k: f"thing {k}" for k in range(300)}
+    source = load_dense(small_coco(tmp_path, {"1.jpg": 298, "2.jpg": 255}, names), False)
+    assert rows_of(source) == {"1.jpg": (298, 3), "2.jpg": (255, 8)}
+    labels = DenseImages(source, (H, W), (1.0, 1.0))[0, 0]["label"]
+    assert labels.unique().tolist() == [IGNORED, 298]
 
 
 def test_errors(tmp_path):
@@ -249,19 +422,20 @@ def test_errors(tmp_path):
     png = annotations / "panoptic_train2017" / "000000000007.png"
     png.write_bytes(png.read_bytes()[:60])
     told = message(read, root, "train", "panoptic")
-    assert told.startswith("--regions panoptic: broken annotations of 000000000007 (")
+    path, image = f"{annotations}/panoptic_train2017.json", f"{root}/train2017/000000000007.jpg"
+    assert told.startswith(f"{path}: broken annotations of {image} (")
     png.unlink()
     told = message(read, root, "train", "panoptic")
-    assert told == f"--regions panoptic: there is no {annotations}/panoptic_train2017/000000000007.png"
+    assert told == f"{annotations}/panoptic_train2017.json: there is no {png}"
     (annotations / "panoptic_train2017").rmdir()  # the folder is a zip inside COCO's zip, easily left packed
     told = message(read, root, "train", "panoptic")
-    assert told == f"--regions panoptic: there is no {annotations}/panoptic_train2017"
+    assert told == f"--data {root}: there is no {annotations}/panoptic_train2017"
     for kind in ("instances", "panoptic"):
         path = annotations / f"{kind}_train2017.json"
         for broken in ('{"images": [', "[]", "{}", '{"images": [], "annotations": [3]}', "\udcff"):
             path.write_bytes(broken.encode(errors="surrogateescape"))
             (annotations / "panoptic_train2017").mkdir(exist_ok=True)
             told = message(read, root, "train", kind)
-            assert told.startswith(f"--regions {kind}: {path} is not a file of COCO")
+            assert told.startswith(f"--data {root}: {path} is not a file of COCO")
         path.unlink()
-        assert message(read, root, "train", kind) == f"--regions {kind}: there is no {path}"
+        assert message(read, root, "train", kind) == f"--data {root}: there is no {path}"

@@ -563,7 +563,7 @@ def test_a_users_masks_are_matched_by_name(folder, masked):
     source = load_data(folder)
     regions = open_regions(str(masked), source, folder)
     number = {source.name(i).rsplit("/", 1)[1]: i for i in range(len(source))}
-    assert [k for k, path in enumerate(regions.paths) if path] == sorted(number[f"{k}.png"] for k in range(3))
+    assert set(regions.files) == {source.path(number[f"{k}.png"]) for k in range(3)}
     assert np.array_equal(read("0.png")[0], render_scene(0, 32)[2])
     assert read("1.png").dtype == torch.bool and read("1.png").shape == (2, 32, 32)
     assert np.array_equal(read("1.png")[0], render_scene(1, 32)[2] == 1)
@@ -784,7 +784,7 @@ def test_regions_that_cannot_be_had(folder, tmp_path, monkeypatch):
     for kind, options, says in [
             ("instances", {}, "--regions instances: --data .* has none; they come with COCO and shapes"),
             ("panoptic", {}, "--regions panoptic"), ("samm", {}, "--regions samm: no such folder"),
-            (str(tmp_path / "nothing"), {}, "no .png or .npz in it has the name of an image"),
+            (str(tmp_path / "nothing"), {}, "nothing in it has the name of an image"),
             ("cam", dict(cam_weights=weights["none"]), "--cam-weights: there is no .*none.pt"),
             ("cam", dict(cam_weights=weights["weights"]),
              "--cam-weights .*weights.pt: the weights of .* could not be loaded .*weights.pt"),

@@ -767,8 +767,8 @@ def few_scenes(monkeypatch):
     """Of what --data names there are 4 images to evaluate."""
     load = evaluation.load_dense
 
-    def load_few(data, objects, split, size, limit=None):
-        return load(data, objects, split, size, limit or 4)
+    def load_few(data, objects, split, size, limit=None, categories=None):
+        return load(data, objects, split, size, limit or 4, categories)
 
     monkeypatch.setattr(evaluation, "load_dense", load_few)
 
@@ -898,7 +898,8 @@ def spoil(root, what):
     elif what == "size":
         Image.fromarray(np.full((30, 20), 1, np.uint8)).save(root / "annotations" / "training" / "0.png")
     elif what == "missing":
-        (root / "annotations" / "training" / "0.png").unlink()
+        for path in (root / "annotations" / "training").iterdir():
+            path.unlink()
     elif what == "broken":
         (root / "annotations" / "training" / "0.png").write_bytes(b"no image")
 
@@ -906,7 +907,7 @@ def spoil(root, what):
 @pytest.mark.parametrize("what, words", [
     ("label", "label 200 is not one of 150 classes"),
     ("size", "has 30x20 pixels, its annotations have 20x30"),
-    ("missing", "labels of {ade}/images/training/0.jpg: there is no {ade}/annotations/training/0.png"),
+    ("missing", "{ade}/annotations/training: nothing in it has the name of an image, such as 0.jpg"),
     ("broken", "{ade}/annotations/training/0.png cannot be read"),
 ])
 def test_labels_that_do_not_fit_are_one_line(dense, tmp_path, what, words):
@@ -944,9 +945,49 @@ def test_coco_objects_and_crowds(tmp_path):
     assert source.classes == ["dog", "cat"]
     empty, full = (source.truth(i, source[i]) for i in range(2))
     assert empty["masks"].shape == (0, 20, 30) and len(empty["labels"]) == 0
-    assert full["labels"].tolist() == [1, 2] and full["crowd"].tolist() == [True, False]
-    assert full["masks"][1].sum() == 50 and full["areas"].tolist() == [600, 50]
-    assert full["boxes"].tolist() == [[0, 0, 30, 20], [1.5, 3, 10.5, 5]]  # as annotated, not around the mask
+    assert full["labels"].tolist() == [2, 1] and full["crowd"].tolist() == [False, True]
+    assert full["masks"][0].sum() == 50 and full["areas"].tolist() == [50, 600]
+    assert full["boxes"].tolist() == [[1.5, 3, 10.5, 5], [0, 0, 30, 20]]  # as annotated, not around the mask
     items = DenseImages(source, (32, 32), (1, 1))
     assert items[0]["label"]["boxes"].shape == (0, 4) and items[1]["label"]["labels"].tolist() == [2]
-    assert DenseImages(source, (32, 32))[1]["label"]["labels"].tolist() == [1, 2]  # crowds are for figures
+    assert DenseImages(source, (32, 32))[1]["label"]["labels"].tolist() == [2, 1]  # crowds are for figures
+
+
+def spoil_validation(root, task):
+    """Of two images, the first has labels or objects that do not fit."""
+    if task == "detect":
+        path = root / "annotations" / "instances_val2017.json"
+        data = json.loads(path.read_text())
+        data["annotations"][0]["segmentation"] = [6 * ["a"]]
+        path.write_text(json.dumps(data))
+        return f"{path}: broken annotations of {root}/val2017/0.jpg"
+    path = root / "annotations" / "validation" / "0.png"
+    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(path)
+    return f"{path}: label 200 is not one of 150 classes"
+
+
+@pytest.mark.parametrize("task", ["semseg", "detect"])
+def test_validation_data_are_opened_before_the_training(dense, tmp_path, monkeypatch, task):
+    if task == "semseg":
+        write_ade20k(tmp_path / "data")
+    else:
+        for split in ("train", "val"):
+            write_objects(tmp_path / "data", split)
+    told = spoil_validation(tmp_path / "data", task)
+    monkeypatch.setattr(evaluation, "fit", lambda *_, **__: pytest.fail("it was trained"))
+    flags = ["--data", tmp_path / "data", "--image-size", 32, "--model", "nano", "--limit", 2]
+    code, _, err = dense(task, *flags)
+    assert code == 2 and told in err and "Traceback" not in err, err
+
+
+def write_objects(root, split):
+    """COCO's layout: two images with an object each."""
+    images, objects = [], []
+    for k in range(2):
+        (root / f"{split}2017").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20)).save(root / f"{split}2017" / f"{k}.jpg")
+        images.append(dict(id=k, file_name=f"{k}.jpg"))
+        objects.append(dict(image_id=k, category_id=1, segmentation=[[0, 0, 9, 0, 9, 9, 0, 9]]))
+    (root / "annotations").mkdir(exist_ok=True)
+    content = dict(images=images, annotations=objects, categories=[dict(id=1, name="square")])
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))

@@ -140,7 +140,7 @@ def write_coco(root):
 def write_annotations(root, split, numbers):
     """COCO's annotations: image k has one object and one segment, in `COCO_PLACE`, of category 30 + k."""
     images = [dict(id=k, file_name=f"{k:012d}.jpg", height=HEIGHT, width=WIDTH) for k in numbers]
-    categories = [dict(id=30 + k, name=f"{split} {k}") for k in (2, 0, 1)]
+    categories = [dict(id=30 + k, name=f"thing {k}") for k in (2, 0, 1)]
     x, y, width, height = COCO_PLACE[split]
     polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
     objects = [dict(image_id=k, category_id=30 + k, area=50 + k, bbox=COCO_PLACE[split], iscrowd=int(k == 1),
@@ -345,7 +345,7 @@ def test_labels_of_another_size_are_refused(tmp_path):
 def test_cocos_segments_are_classes_in_the_order_of_the_ids(split, count, tmp_path):
     write_coco(tmp_path)
     source = load_dense(str(tmp_path), False, split)
-    assert source.classes == [f"{split} {k}" for k in range(3)]
+    assert source.classes == [f"thing {k}" for k in range(3)]
     for i in range(count):
         truth = source.truth(i, source[i])
         assert truth.dtype == np.int16 and np.array_equal(truth, np.where(in_place(split), i, IGNORED))
@@ -355,7 +355,7 @@ def test_cocos_segments_are_classes_in_the_order_of_the_ids(split, count, tmp_pa
 def test_cocos_objects_have_the_areas_boxes_and_crowds_of_the_annotations(split, count, tmp_path):
     write_coco(tmp_path)
     source = load_dense(str(tmp_path), True, split)
-    assert source.classes == [f"{split} {k}" for k in range(3)]
+    assert source.classes == [f"thing {k}" for k in range(3)]
     for i in range(count):
         truth = source.truth(i, source[i])
         assert truth["masks"].dtype == bool and np.array_equal(truth["masks"], in_place(split)[None])
@@ -373,6 +373,89 @@ def test_cocos_regions_are_of_the_splits_own_annotations(split, tmp_path):
         assert np.array_equal(regions.read(0, source[0]), place[None])
         crowd = regions.read(1, source[1])  # is no instance, but a segment
         assert np.array_equal(crowd, place[None] & (kind == "panoptic"))
+
+
+def write_own(root, labels, layout="{what}/{split}", names=None):
+    """One's own images and masks: labels is a dict of split -> lists of two labels, an image each."""
+    for split, pairs in labels.items():
+        for number, (one, other) in enumerate(pairs):
+            masks = np.full((HEIGHT, WIDTH), one, np.uint16 if max(one, other) > 255 else np.uint8)
+            masks[3:, 5:] = other
+            images, to = (root / layout.format(what=what, split=split) for what in ("images", "masks"))
+            write(images / f"{number}" / "1.jpg", coded(split, number))
+            write(to / f"{number}" / "1.png", masks)
+    if names:
+        (root / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    return str(root)
+
+
+def labels_of(source):
+    """The classes of two pixels of each image: the first, and the last."""
+    truths = [source.truth(i, source[i]) for i in range(len(source))]
+    assert all((truth[3:, 5:] == truth[-1, -1]).all() for truth in truths)
+    return [(truth[0, 0], truth[-1, -1]) for truth in truths]
+
+
+@pytest.mark.parametrize("layout", ["{what}/{split}", "{split}/{what}"])
+def test_ones_own_masks_have_the_classes_of_the_training_masks(layout, tmp_path):
+    """Labels 0, 7, 300 and 255, which does not count; the validation masks have one of them."""
+    labels = dict(train=[(0, 7), (7, 300), (255, 300)], val=[(300, 255)])
+    root = write_own(tmp_path, labels, layout)
+    train, val = load_dense(root, False), load_dense(root, False, "val")
+    assert train.classes == val.classes == ["0", "7", "300"] and list(train.categories) == [0, 7, 300]
+    assert codes_of(train) == [("train", k, 0) for k in range(3)] and codes_of(val) == [("val", 0, 0)]
+    assert labels_of(train) == [(0, 1), (1, 2), (IGNORED, 2)] and labels_of(val) == [(2, IGNORED)]
+    masks = tmp_path / layout.format(what="masks", split="val")
+    write(masks / "0" / "1.png", np.full((HEIGHT, WIDTH), 9, np.uint8))
+    with pytest.raises(UsageError, match="val/.*1.png: label 9 is not one of 3 classes"):
+        labels_of(load_dense(root, False, "val"))
+
+
+def test_classes_txt_names_the_labels(tmp_path):
+    """Of one's own masks and of those in ADE20K's layout, in which 0 is then a class."""
+    names = ["grass", "tree", "lake"]
+    root = write_own(tmp_path / "own", dict(train=[(0, 1)], val=[(2, 255)]), names=names)
+    for split, expected in (("train", [(0, 1)]), ("val", [(2, IGNORED)])):
+        source = load_dense(root, False, split)
+        assert source.classes == names and labels_of(source) == expected
+    write_ade20k(tmp_path / "ade")
+    (tmp_path / "ade" / "classes.txt").write_text("\n".join(f"name {k}" for k in range(151)))
+    source = load_dense(str(tmp_path / "ade"), False, "val")
+    assert source.classes[150] == "name 150"
+    for i in range(2):
+        assert np.array_equal(source.truth(i, source[i]), quarters(3 * i + 1, 150, 0, LAST["val"]))
+
+
+@pytest.mark.parametrize("names", [None, ["paper", "ink"]])
+@pytest.mark.parametrize("last, expected", [
+    (0, [(0, 1), (1, 1), (0, 0)]), (1, [(0, IGNORED), (IGNORED, IGNORED), (0, 1)])])
+def test_masks_of_0_and_255_are_two_classes(tmp_path, names, last, expected):
+    """If there is a 1, too, 255 does not count, as elsewhere."""
+    root = write_own(tmp_path, dict(train=[(0, 255), (255, 255), (0, last)], val=[(255, 0)]), names=names)
+    train, val = load_dense(root, False), load_dense(root, False, "val")
+    assert labels_of(train) == expected
+    assert labels_of(val) == [(1, 0) if last == 0 else (IGNORED, 0)]
+    assert train.classes == val.classes == (names or ["0", "1" if last else "255"])
+
+
+def test_images_without_a_mask_are_left_out(tmp_path):
+    root = write_own(tmp_path, dict(train=[(0, 1), (1, 0), (2, 2)]))
+    (tmp_path / "masks" / "train" / "1" / "1.png").unlink()
+    source = load_dense(root, False)
+    assert codes_of(source) == [("train", 0, 0), ("train", 2, 0)] and labels_of(source) == [(0, 1), (2, 2)]
+    assert source.description == f"{root}: images/train, 3 images, 3 classes, images without mask: 1"
+    (tmp_path / "masks" / "train" / "2" / "1.png").write_bytes(b"no mask")
+    with pytest.raises(UsageError, match="--data .*: it cannot be read .cannot identify image file"):
+        load_dense(root, False)
+
+
+def test_images_that_differ_in_their_extensions_share_no_mask(tmp_path):
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        write(tmp_path / "images" / "train" / name, coded("train", 0))
+    for name in ("a.png", "b.png"):
+        write(tmp_path / "masks" / "train" / name, np.ones((HEIGHT, WIDTH), np.uint8))
+    source = load_dense(str(tmp_path), False)
+    assert [source.path(i) for i in range(len(source))] == ["b.jpg"]
 
 
 def test_the_scenes_objects_and_classes():
