@@ -56,12 +56,17 @@ class UsageError(ValueError):
     """A mistake of the user, told in one line: which file or flag, what it was, what it may be."""
 
 
+def did_you_mean(word, choices):
+    """The end of an error message: it asks for the choice that resembles a wrong word, if there is one."""
+    near = difflib.get_close_matches(str(word).lower(), choices, 1, 0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def check_folder(flag, path, choices):
-    """UsageError if there is no such folder, with the nearest of the names that `flag` may have instead."""
+    """UsageError if there is no such folder; `choices` are the names that `flag` may have instead."""
     if not os.path.isdir(path):
-        near = difflib.get_close_matches(str(path).lower(), choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{flag} {path}: no such folder, and not one of {', '.join(choices)}{hint}")
+        raise UsageError(f"{flag} {path}: no such folder, and not one of {', '.join(choices)}"
+                         f"{did_you_mean(path, choices)}")
 
 
 @contextlib.contextmanager

@@ -63,7 +63,6 @@ if PROGRAM in ("train.py", "eval.py"):  # not a notebook; now, because the impor
 import argparse
 import contextlib
 import datetime
-import difflib
 import inspect
 import json
 import math
@@ -86,8 +85,9 @@ from tqdm import tqdm
 
 import mim
 from datasets import (NAMED, SMALL, UNFINISHED, DeviceLoader, EpochBatches, Images, UsageError, collate,
-                      counted, default_regions, denormalize, digest, explained, load_data, make_loader,
-                      name_broken, normalize, open_regions, reason_of, seed_of, write_atomically)
+                      counted, default_regions, denormalize, did_you_mean, digest, explained, load_data,
+                      make_loader, name_broken, normalize, open_regions, reason_of, seed_of,
+                      write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch. Where
@@ -198,9 +198,9 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     the last learning rate and the speed. There are no states of random generators in the state: every draw
     follows from numbers that the run knows.
 
-    compute_losses: function (model, micro-batch, progress from 0 to 1) -> dict of scalars: first `loss`, which
-        is minimised, then others to log. The model is an argument because it is wrapped where several
-        processes train it.
+    compute_losses: function (model, micro-batch, progress of the run from 0 to 1) -> dict of scalars: first
+        `loss`, which is minimised, then others to log. The model is an argument because it is wrapped where
+        several processes train it.
     batch_size, accumulate: images and micro-batches of a step, over all processes; see `cut_batch`
     peak_lr, warmup_epochs, min_lr, fall: see `learning_rate`; a parameter group with `lr_scale` gets that
         much of the rate
@@ -679,10 +679,9 @@ def write_checkpoint(output, method, state, save_every=None):
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
 
 
-def run_settings(content, whole=False):
+def run_settings(content):
     """The settings in a checkpoint.pt of this program: those of the flags, and what a resumed run compares.
-    Of other files none, {}. ValueError if a flag would not take its setting, or if `whole` and it has none.
-    """
+    Of other files none, {}. ValueError if a flag would not take its setting."""
     args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or "method" not in args:
         return {}
@@ -690,8 +689,8 @@ def run_settings(content, whole=False):
         raise ValueError(f"its method is {args['method']}, and not one of {', '.join(mim.METHODS)}")
     flags = flags_of(functions_of(args))
     for name, (flag, _) in flags.items():
-        if whole or name in args:
-            check_setting(name, args.get(name, flag.empty), flag.annotation)
+        if name in args:
+            check_setting(name, args[name], flag.annotation)
     others = ("method", "vocab_size", "tokenizer_digest", "data_digest")
     return {name: args[name] for name in (*others, *flags) if name in args}
 
@@ -756,7 +755,7 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
         return output, None
     with explained(path, "it cannot be used"):
         state = mim.load_file(path)
-        args = run_settings(state, whole=resume)  # a run of an older version may be overwritten
+        args = run_settings(state)
         if not args:
             raise UsageError(f"{path} is not a checkpoint of train.py; {mim.listed(state)}")
         state["args"] = args
@@ -1091,7 +1090,7 @@ def check_setting(name, value, annotation):
             fitting = items and items == [read(str(item)) for item in items]
             fitting = fitting and set(items) <= set(options.get("choices", items))
     if not fitting:
-        raise ValueError(f"its setting {name} is missing or wrong: {value}")
+        raise ValueError(f"its setting {name} is wrong: {value}")
 
 
 def flag_help(function):
@@ -1183,9 +1182,8 @@ class Parser(argparse.ArgumentParser):
             owners = [words for words, functions in others.items() if name in flags_of(functions)]
             if owners:
                 raise UsageError(f"{flag} belongs to {' or '.join(owners)}")
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            raise UsageError(f"unknown argument {flag}: {hint}")
+            hint = did_you_mean(flag, self._option_string_actions)
+            raise UsageError(f"unknown argument {flag}: see --help{hint}")
         given = vars(arguments)
         for action in self._actions:
             for other, value in re.findall(r"not with (?:a |--)?(\w+)[ =]?(\w*)", action.help or ""):

@@ -315,7 +315,7 @@ def test_encoders_look_side_by_side(cli, tmp_path):
     (["speed", "some.pt"], "unknown argument some.pt"),
     (["compare", "--methods", "rma"], "--methods rma: there is no row rma (choose from mae, "),
     (["compare", "--methods", "amt:throw"], "--methods amt:throw: an option is NAME=VALUE, got 'throw'"),
-    (["compare", "--methods", "amt:trow=low"], "unknown argument --trow: did you mean --throw?"),
+    (["compare", "--methods", "amt:trow=low"], "unknown argument --trow: see --help; did you mean --throw?"),
     (["compare", "--methods", "mae:throw=low"], "--throw belongs to --method amt"),
     (["compare", "--methods", "amt:throw=high"], "--throw invalid choice: 'high'"),
     (["compare", "--methods", "amt:throw_ratio=2"], "throw_ratio must be in 0..1, got 2.0"),

@@ -1750,7 +1750,7 @@ MISTAKES = [
     ("{rmae}/checkpoint.pt --task segment --image-visible 2", "--image-visible must be"),
     ("{rmae}/checkpoint.pt --task segment --regions panoptic", "--regions panoptic: --data shapes has none"),
     ("{mae}/encoder.pt --task knn --limit 0", "--limit must be positive, got 0"),
-    ("{mae}/encoder.pt --task knn --dat shapes", "unknown argument --dat: did you mean --data"),
+    ("{mae}/encoder.pt --task knn --dat shapes", "unknown argument --dat: see --help; did you mean --data"),
 ]
 
 

@@ -466,7 +466,7 @@ MISTAKES = {
     "unknown method": ("--method mea", "--method invalid choice: 'mea' (choose from"),
     "near flag": (
         "--method amt --trow-ratio 0.4",
-        "unknown argument --trow-ratio: did you mean --throw-ratio"),
+        "unknown argument --trow-ratio: see --help; did you mean --throw-ratio"),
     "another method's flag": (
         "--method simmim --decoder-dim 4",
         "--decoder-dim belongs to --method mae or --method amt or --method objmae or"),
@@ -509,7 +509,9 @@ MISTAKES = {
     "near data": ("--method mae --data cifar", "did you mean cifar10"),
     "near regions": ("--method rmae --regions instance", "did you mean instances"),
     "small image": ("--method mae --image-size 4", "--image-size must be at least 8"),
-    "output is a file": ("--method mae --output file", "cannot write file/checkpoint.pt: what was there before is kept (File exists)"),
+    "output is a file": (
+        "--method mae --output file",
+        "cannot write file/checkpoint.pt: what was there before is kept (File exists)"),
 }
 
 
