@@ -1012,7 +1012,12 @@ class CocoRegions:
             for segment, mask in objects:
                 labels[mask] = number[segment["category_id"]]
             return labels
-        return as_truth(objects, shape, number)
+        truth = as_truth(objects, shape, number)
+        if self.kind == "lvis_v1":
+            image, _ = self.annotations(index)
+            for name, key in (("negative", "neg_category_ids"), ("partial", "not_exhaustive_category_ids")):
+                truth[name] = np.array([number[k] + 1 for k in image[key]], int)
+        return truth
 
 
 def measured(mask):
@@ -1239,8 +1244,10 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
 
     Without `objects` truth is [H, W] int16, classes or IGNORED. With them it is a dict of masks, bool
     [n, H, W]; boxes, [n, 4], COCO's (x, y, width, height) in pixels; labels, int64 [n] from 1; areas, [n] in
-    pixels; crowd, bool [n]. Files without annotations are left out. Raises UsageError if the data have no
-    such truth.
+    pixels; crowd, bool [n]; of LVIS also negative and partial (eval.py's `match_image`). Files without
+    annotations are left out. A source of LVIS has groups, a dict of rare, common and frequent -> labels, and
+    image_counts, the number of training images of each class. Raises UsageError if the data have no such
+    truth.
 
     categories: source.categories of the training data, by whose ids the classes are numbered; default: they
         are read, if they are there
@@ -1267,9 +1274,14 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
         source.description += (f", objects: {regions.used.total()}, files without entry: "
                                f"{regions.known.count(False)}, entries without file: "
                                f"{len(regions.spans) - len(source)}")
-        if lvis and split == "train":
-            repeat_rare(shorten(source, limit), regions)
-            return source
+        if lvis:
+            with explained(regions.file, "its categories are not LVIS's"):
+                source.groups = {name: [k for k, category in enumerate(regions.listed, start=1)
+                                        if category["frequency"] == name[0]]
+                                 for name in ("rare", "common", "frequent")}
+                source.image_counts = [category["image_count"] for category in regions.listed]
+                if split == "train":
+                    source, limit = repeat_rare(shorten(source, limit), regions), None
     elif objects:
         raise UsageError(f"--data {data}: it has no objects for the {split} split; give shapes or COCO")
     else:
@@ -1290,6 +1302,7 @@ def repeat_rare(source, regions, threshold=1e-3):
              for i in range(len(source))]
     source.order = np.repeat(source.order, np.diff(np.floor(np.cumsum(times)), prepend=0).astype(int))
     source.description += f", {len(source)} of them an epoch"
+    return source
 
 
 def as_truth(objects, shape, number):

@@ -1048,7 +1048,8 @@ def to_original(found, image, size):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Average precision as COCO counts it, of boxes and of masks: pycocotools' six figures for the same detections
+# Average precision as COCO and LVIS count it, of boxes and of masks: pycocotools' and lvis-api's figures for
+# the same detections
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
@@ -1091,10 +1092,13 @@ def match_image(truths, detections, kind="boxes"):
     free and reach the threshold. It takes a crowd, or a truth outside the range of areas, only if it can take
     no other; it is then neither hit nor miss. So is one that takes none, if its own area is outside the
     range. A crowd can be taken many times; the IoU with it is the part of the detection that lies inside it.
-    In each class, only the 100 detections with the highest scores count.
+    In each class, only the 100 detections with the highest scores count. In LVIS these are 300 of all classes
+    together, and of them only those of classes that the image is known to have or not to have; if not all
+    objects of a class are annotated, a detection that takes none is not a miss.
 
     truths: dict of arrays: boxes [n, 4] (x, y, width, height; from COCO's own, no bit is lost) or masks bool
-        [n, H, W], labels [n], crowd bool [n], and areas [n] as annotated, which decide the range
+        [n, H, W], labels [n], crowd bool [n], and areas [n] as annotated, which decide the range; of LVIS the
+        labels `negative`, which the image has not, and `partial`, of which it may have more
     detections: dict of arrays: boxes [m, 4] or masks bool [m, H, W], labels [m], scores [m]
     kind: boxes or masks; IoU and the detections' areas are of these
     returns: labels [k], scores [k], outcomes int8 [4, 10, k] of the detections that count, by falling score;
@@ -1103,8 +1107,12 @@ def match_image(truths, detections, kind="boxes"):
     areas_of, overlaps_of = (mask_areas, mask_overlaps) if kind == "masks" else (box_areas, box_overlaps)
     order = np.argsort(-detections["scores"], kind="stable")
     labels = detections["labels"][order]
-    rank = np.tril(labels[:, None] == labels, -1).sum(1)  # how many of the same class come before
-    order = order[rank < 100]
+    if "negative" in truths:  # LVIS
+        known = np.isin(labels, np.append(truths["labels"], truths["negative"]))
+        order = order[known & (np.arange(len(order)) < 300)]
+    else:
+        rank = np.tril(labels[:, None] == labels, -1).sum(1)  # how many of the same class come before
+        order = order[rank < 100]
     labels, scores = detections["labels"][order], detections["scores"][order]
     truths = {name: values[::-1] for name, values in truths.items()}  # of equal IoUs, COCO takes the last
     crowd = truths["crowd"]
@@ -1117,7 +1125,8 @@ def match_image(truths, detections, kind="boxes"):
 
     wanted = ~(crowd | outside(truths["areas"]))  # [4, n]
     free = np.ones((4, 10, len(crowd)), dtype=bool)
-    outcomes = np.where(outside(areas), NOT_COUNTED, MISS).astype(np.int8)
+    unsure = outside(areas) | np.isin(labels, truths.get("partial", []))
+    outcomes = np.where(unsure, NOT_COUNTED, MISS).astype(np.int8)
     outcomes = outcomes[:, None].repeat(10, axis=1)  # [4, 10, k]
     for i in np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(1)):
         possible = free & (iou[i] >= IOU_THRESHOLDS[:, None])

@@ -1,4 +1,4 @@
-"""COCO's average precision against pycocotools' figures, and against examples worked out by hand."""
+"""COCO's and LVIS's average precision against pycocotools' and lvis-api's figures, and examples by hand."""
 
 import functools
 
@@ -89,6 +89,27 @@ def scenario():
     return images
 
 
+@functools.cache
+def lvis_scenario():
+    """`scenario` as of LVIS: no crowds; in each image some classes are known to be absent, of some not all
+    objects are annotated. In images 8 and 21 there are over 300 detections."""
+    images = []
+    for k, (truths, found) in enumerate(scenario()):
+        random = np.random.RandomState(1000 + k)
+        others = np.setdiff1d([1, 2, 3, 4, 5], truths["labels"])
+        negative = others[random.rand(len(others)) < 0.5]
+        listed = np.union1d(truths["labels"], negative)
+        partial = listed[random.rand(len(listed)) < 0.3].astype(int)
+        truths = truths | dict(negative=negative, partial=partial, crowd=truths["crowd"] & False)
+        if k in (8, 21):
+            found = {name: np.concatenate(3 * [values]) for name, values in found.items()}
+            found["scores"] = found["scores"] * (1 - np.arange(len(found["scores"])) / 4096)
+        images.append((truths, found))
+    return images
+
+
+FREQUENCIES = dict(rare=[3, 4], common=[2], frequent=[1, 5])
+
 # 100 * stats[:6] of pycocotools 2.0.11: COCOeval(truths, truths.loadRes(detections), "bbox" or "segm"), then
 # evaluate, accumulate, summarize; the ids of images and of annotations are 1, 2, ... in scenario()'s order.
 EXPECTED = {
@@ -103,6 +124,25 @@ EXPECTED = {
 def test_the_figures_are_those_of_pycocotools(kind):
     figures = figures_of([match_image(truths, detections, kind) for truths, detections in scenario()])
     assert figures == pytest.approx(EXPECTED[kind], abs=1e-6)
+
+
+# 100 * the results AP, AP50, AP75, APs, APm, APl, APr, APc, APf of lvis-api 0.5.3: LVISEval(truths,
+# detections, "bbox" or "segm").run(), of `lvis_scenario`; for "segm" the detections are without their bbox.
+LVIS_EXPECTED = {
+    "boxes": dict(
+        ap=21.84233236, ap50=44.0673007, ap75=18.80099695, ap_small=18.7430637, ap_medium=26.12171455,
+        ap_large=31.15568023, ap_rare=18.28600602, ap_common=29.10583157, ap_frequent=19.98874592),
+    "masks": dict(
+        ap=20.08501089, ap50=42.06309151, ap75=17.54216546, ap_small=17.09659409, ap_medium=25.04047609,
+        ap_large=32.89124054, ap_rare=18.29755678, ap_common=25.73882889, ap_frequent=18.15182894),
+}
+
+
+@pytest.mark.parametrize("kind", ["boxes", "masks"])
+def test_the_figures_are_those_of_lvis_api(kind):
+    records = [match_image(truths, detections, kind) for truths, detections in lvis_scenario()]
+    figures, _ = average_precision(records, FREQUENCIES)
+    assert figures == pytest.approx(LVIS_EXPECTED[kind], abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["boxes", "masks"])

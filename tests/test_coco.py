@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import datasets
 from datasets import (IGNORED, CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, fill_polygon,
                       load_coco, load_dense, open_regions, read_ids, rle_counts)
 from eval import DenseImages
@@ -439,3 +440,68 @@ def test_errors(tmp_path):
             assert told.startswith(f"--data {root}: {path} is not a file of COCO")
         path.unlink()
         assert message(read, root, "train", kind) == f"--data {root}: there is no {path}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LVIS
+
+
+def write_lvis(root):
+    """Training images 0..9 and 20 validation images, of which the first is among COCO's training images."""
+    (root / "annotations").mkdir(parents=True)
+    categories = [dict(id=7, name="zebra", frequency="f", image_count=9),
+                  dict(id=2, name="ant", frequency="r", image_count=1),
+                  dict(id=4, name="bee", frequency="c", image_count=4)]
+    for split, paths in (("train", [f"train2017/{k}.jpg" for k in range(10)]),
+                         ("val", ["train2017/10.jpg", *(f"val2017/{k}.jpg" for k in range(19))])):
+        images, objects = [], []
+        for number, path in enumerate(paths):
+            (root / path).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (W, H), (9, 9, number)).save(root / path)
+            url = f"http://images.cocodataset.org/{path}"
+            images.append(dict(id=50 - number, coco_url=url, height=H, width=W, neg_category_ids=[2],
+                               not_exhaustive_category_ids=[7, 4]))
+            for category in [7] * (number < 9) + [2] * (number == 3) + [4] * (number in (3, 5, 8, 9)):
+                objects.append(dict(image_id=50 - number, category_id=category, area=6, bbox=[0, 0, 3, 2],
+                                    segmentation=[[0, 0, 3, 0, 3, 2, 0, 2]]))
+        content = dict(images=images, annotations=objects, categories=categories)
+        (root / "annotations" / f"lvis_v1_{split}.json").write_text(json.dumps(content))
+    return str(root)
+
+
+def test_lvis_is_read_by_its_urls(tmp_path):
+    val = load_dense(write_lvis(tmp_path), True, "val")
+    assert [val.path(i) for i in (0, 1)] == ["train2017/10.jpg", "val2017/0.jpg"] and len(val) == 20
+    assert val[1]["image"][2, 0, 0] == 1  # the blue that it was written with
+    assert val.classes == ["ant", "bee", "zebra"] and val.image_counts == [1, 4, 9]
+    assert val.groups == dict(rare=[1], common=[2], frequent=[3])
+    truth = val.truth(0, val[0])
+    assert truth["labels"].tolist() == [3] and truth["areas"].tolist() == [6]
+    assert truth["negative"].tolist() == [1] and truth["partial"].tolist() == [3, 2]
+    coco = small_coco(tmp_path / "coco", {"1.jpg": 1}, {1: "thing"})
+    assert not hasattr(load_dense(coco, True), "groups")
+
+
+def test_images_of_rare_classes_are_repeated(tmp_path, monkeypatch):
+    """With a threshold of 2, not 0.001, a class in 9 of 10 images asks for sqrt(2 / 0.9) = 1.49 times, one in
+    4 for 2.24, one in a single image for 4.47. An image is there as often as its rarest class asks."""
+    repeat = datasets.repeat_rare
+    monkeypatch.setattr(datasets, "repeat_rare", lambda source, regions: repeat(source, regions, 2))
+    root = write_lvis(tmp_path)
+    train = load_dense(root, True)
+    asked = [1.49, 1.49, 1.49, 4.47, 1.49, 2.24, 1.49, 1.49, 2.24, 2.24]
+    places, counts = np.unique(train.order, return_counts=True)
+    assert [train.paths[k].decode() for k in places] == [f"train2017/{k}.jpg" for k in range(10)]
+    assert len(train) == int(sum(asked)) and (abs(counts - asked) < 1).all()
+    assert [train.truth(i, train[i])["labels"].tolist() for i in range(2)] == [[3], [3]]
+    assert len(load_dense(root, True, "val")) == 20
+    monkeypatch.undo()
+    assert len(load_dense(root, True)) == 10 and len(load_dense(root, True, limit=4)) == 4
+
+
+def test_other_categories_than_lviss_are_one_line(tmp_path):
+    root = write_lvis(tmp_path)
+    path = tmp_path / "annotations" / "lvis_v1_train.json"
+    path.write_text(path.read_text().replace("image_count", "images"))
+    told = message(load_dense, root, True)
+    assert told == f"{path}: its categories are not LVIS's (it has no 'image_count')"
