@@ -900,6 +900,22 @@ def coco_mask(segmentation, height, width):
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
+def encode_mask(mask):
+    """A mask bool [height, width] -> COCO's segmentation by compressed run lengths, which `coco_mask`
+    reads."""
+    starts = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
+    counts = np.diff([0, *starts, mask.size]).tolist()
+    text = ""
+    for i, count in enumerate(counts):
+        value = count - (counts[i - 2] if i > 2 else 0)
+        more = True
+        while more:
+            bits, value = value & 31, value >> 5
+            more = value != -(bits >> 4)  # what is left is not the sign alone
+            text += chr(48 + bits + 32 * more)
+    return dict(size=list(mask.shape), counts=text)
+
+
 def read_ids(path):
     """A label PNG -> int32 [H, W]: a palette's indices, or of colours red + 256 green + 65536 blue."""
     with open_image(path) as image:

@@ -11,18 +11,19 @@ task.
 """
 
 # First, because it sets what a signal does while the rest is imported
-from train import (HIDDEN, SCALE, Fraction, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat,
+from train import (HIDDEN, SCALE, Fraction, Log, NonNegativeFloat, NonNegativeInt, Parser, PositiveFloat,
                    PositiveInt, add_lookahead, all_finite, autocast, build_encoder, call, check_place,
-                   check_setting, class_colours, cut_batch, draw_reconstruction, exit_with_one_line,
-                   first_process_first, flags_of, heat, image_pair, join_processes, load_method,
-                   load_tokenizer, not_empty, open_device, paint, parameter_groups, picture, picture_items,
-                   put_patches, rank, recipe as run_recipe, run_settings, save_picture, sized, train_epochs,
-                   world_size, write, write_atomically)
+                   check_setting, class_colours, copy_into, cut_batch, draw_reconstruction,
+                   exit_with_one_line, first_process_first, flags_of, heat, image_pair, join_processes,
+                   load_method, load_tokenizer, not_empty, open_device, paint, parameter_groups, picture,
+                   picture_items, put_patches, rank, recipe as run_recipe, run_settings, save_picture,
+                   save_png, sized, train_epochs, world_size, write, write_atomically)
 
 import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import json
 import math
 import sys
@@ -41,6 +42,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, box_convert
@@ -51,8 +53,8 @@ from tqdm import tqdm
 
 import mim
 from datasets import (IGNORED, MEAN, MIN_SIDE, SMALL, Files, Images, UsageError, boxes_of, counted, decode,
-                      default_regions, denormalize, digest, explained, load_data, load_dense, make_loader,
-                      name_broken, normalize, open_regions, seed_of)
+                      default_regions, denormalize, digest, encode_mask, explained, load_data, load_dense,
+                      make_loader, name_broken, normalize, open_regions, seed_of)
 
 PIECE = 256  # images that `extract` encodes at a time
 MEAN_COLOUR = [round(255 * m) for m in MEAN]  # fills up what an image does not cover
@@ -149,12 +151,11 @@ def as_items(data):
     return data if isinstance(data, (Images, Pairs)) else Pairs(data)
 
 
-def count_classes(dataset):
-    """The number of names in the data's `classes`. Without those, the largest label + 1; then all data are
-    read."""
+def class_names(dataset):
+    """The data's `classes`. Without those, the numbers up to the largest label; then all data are read."""
     if hasattr(dataset.source, "classes"):
-        return len(dataset.source.classes)
-    return 1 + max(int(dataset[i]["label"]) for i in range(len(dataset)))
+        return dataset.source.classes
+    return [str(k) for k in range(1 + max(int(dataset[i]["label"]) for i in range(len(dataset))))]
 
 
 def prepare(images, device):
@@ -244,38 +245,45 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
     features = pooled(frozen(encoder, device), pool)
     known, labels = extract(features, train, device, precision, workers, "train features")
     new, truth = extract(features, val, device, precision, workers, "val features")
-    return accuracies(knn_logits(known, labels, new, count_classes(train), k, temperature), truth)
+    return accuracies(knn_logits(known, labels, new, len(class_names(train)), k, temperature), truth)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The loop of all that is trained here
 
 
-def settings_of(task, arguments):
-    """The settings that a resumed run must have been started with: the plain values among the arguments of
-    a task, and a short hash of the encoder's weights."""
-    machine = ("output", "resume", "accumulate", "device", "precision", "workers")
+def settings_of(task, arguments, classes):
+    """What a task keeps in its file: the plain values among its arguments, with which alone a run can be
+    resumed, a short hash of the encoder's weights, and what else `load_finished` needs."""
+    machine = ("output", "resume", "accumulate", "eval_every", "device", "precision", "workers")
     plain = {name: value for name, value in arguments.items()
              if isinstance(value, (int, float, str)) and name not in machine}
-    weights = [value.float().cpu().numpy().tobytes() for value in arguments["encoder"].state_dict().values()]
-    return plain | dict(task=task, encoder=digest(b"".join(weights)))
+    encoder = arguments["encoder"]
+    weights = [value.float().cpu().numpy().tobytes() for value in encoder.state_dict().values()]
+    return plain | dict(task=task, encoder=digest(b"".join(weights)), image_size=list(encoder.image_size),
+                        num_heads=encoder.num_heads, classes=list(classes),
+                        categories=getattr(arguments["train"].source, "categories", None))
 
 
-def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr, lr_batch=256,
-        warmup_epochs=None, usual_warmup=10, warmup_steps=None, accumulate=None, output=None, resume=False,
-        settings=None, device="cpu", **options):
-    """Trains `model`: probes, fine-tuning and dense tasks share this loop. Returns a dict: the batch size and
-    the warm-up that it used.
+def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epochs, batch_size, base_lr,
+        lr_batch=256, warmup_epochs=None, usual_warmup=10, warmup_steps=None, min_lr=0.0, accumulate=None,
+        eval_every=None, output=None, resume=False, settings=None, seed=0, device="cpu", precision="fp32",
+        workers=0, **options):
+    """Trains `model`: probes, fine-tuning and dense tasks share this loop; these hand on to it what it takes
+    of their variables (`call`). Returns a dict: the batch size and the warm-up that it used, and in the first
+    process the score.
 
     train: a dataset whose items are dicts with image and label.
     compute_losses(model, images, labels) -> dict of scalars: "loss" and, if there are, its parts. The model
         is an argument because it is wrapped where several processes train it. Labels are as collated.
+    score(model) -> dict of figures, and perhaps a picture: after training, and every `eval_every` epochs.
     base_lr: learning rate per `lr_batch` images of the batch
     warmup_epochs: default: `usual_warmup`, or `warmup_steps` in epochs, but at most a ninth of the epochs; or
         usual_warmup percent of them, if that is more (SimMIM: 20%).
     output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
-        what a resumed run must have been started with (`settings_of`).
-    options: others of `train_epochs`, such as min_lr, fall, collate_fn.
+        what a resumed run must have been started with (`settings_of`). Beside it, with .jsonl for its ending,
+        lies a log, a line for each epoch.
+    options: others of `train_epochs`, such as fall, collate_fn.
     """
     batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
     if warmup_epochs is None:
@@ -284,19 +292,29 @@ def fit(model, optimizer, train, compute_losses, *, epochs, batch_size, base_lr,
     images = getattr(train.source, "digest", train.__len__)()  # plain data say how many they are
     settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, images=images,
                     warmup_epochs=warmup_epochs)
-    begun = resume and output is not None and Path(output).exists()
+    begun = open_kept(output, settings) if resume and output and Path(output).exists() else None
+    log, found = Log(output and Path(output).with_suffix(".jsonl"), begun, sys.stderr), {}
 
     def losses(model, batch, progress):
         return compute_losses(model, prepare(batch["image"], device), batch["label"])
 
-    for _, state in train_epochs(
+    for line, state in train_epochs(
             model, optimizer, train, losses, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
-            peak_lr=base_lr * batch_size / lr_batch, warmup_epochs=warmup_epochs,
-            state=open_kept(output, settings) if begun else None, device=device, **options):
-        if output is not None and rank() == 0:
+            peak_lr=base_lr * batch_size / lr_batch, warmup_epochs=warmup_epochs, min_lr=min_lr, state=begun,
+            seed=seed, device=device, precision=precision, workers=workers, **options):
+        if rank() > 0:
+            continue
+        if output is not None:
             write_atomically(output, functools.partial(torch.save, state | dict(args=settings)))
+        if line:
+            due = line["epoch"] == epochs or eval_every and line["epoch"] % eval_every == 0
+            found = score(model.eval()) if due else {}
+            figures = {name: value for name, value in found.items() if name != "picture"}
+            log.add(dict(task=settings.get("task")) | line | figures)
     model.eval()
-    return dict(batch_size=batch_size, warmup_epochs=round(warmup_epochs, 3))
+    if rank() == 0 and not found:  # a whole run was resumed
+        found = score(model)
+    return dict(batch_size=batch_size, warmup_epochs=round(warmup_epochs, 3)) | found
 
 
 def open_kept(path, settings):
@@ -379,7 +397,7 @@ def train_probe(features, make_head, make_optimizer, train, val, cache_features,
     make_head(dim, num_classes); make_optimizer(parameters, lr).
     """
     train, val = as_items(train), as_items(val)
-    num_classes = count_classes(train)
+    num_classes = len(class_names(train))
     with torch.no_grad():
         dim = features(prepare(train[0]["image"][None], device)).shape[-1]
     torch.manual_seed(seed)
@@ -395,16 +413,16 @@ def train_probe(features, make_head, make_optimizer, train, val, cache_features,
                 inputs = features(inputs)
         return dict(loss=F.cross_entropy(head(inputs), labels.to(device)))
 
-    settled = fit(head, optimizer, train, compute_losses, base_lr=base_lr, seed=seed, device=device,
-                  workers=0 if cache_features else workers, **options)
-
     def logits(images):
         inputs = features(images)
         with autocast(device, "fp32"):
             return head(inputs)
 
-    result = accuracies(*extract(logits, val, device, precision, workers, "val"))
-    return head, result | settled | dict(features="cached" if cache_features else "augmented")
+    result = fit(head, optimizer, train, compute_losses, base_lr=base_lr, seed=seed, device=device,
+                 workers=0 if cache_features else workers,
+                 score=lambda _: accuracies(*extract(logits, val, device, precision, workers, "val")),
+                 **options)
+    return head, result | dict(features="cached" if cache_features else "augmented")
 
 
 def linear(encoder, train, val, epochs: PositiveInt = 90, batch_size: PositiveInt = 16384,
@@ -495,6 +513,14 @@ class Classifier(nn.Module):
     def forward(self, images):
         return self.head(self.fc_norm(self.encoder.features(images, self.pool)))
 
+    def predict(self, image):
+        """An image uint8 [3, H, W] -> dict of the five likeliest classes of its centre, labels [5], scores
+        [5], and boxes [5, 4], which are all of the image."""
+        centre = Images([dict(image=image, label=-1)], self.encoder.image_size, "center")[0]["image"]
+        scores, labels = self(normalize(centre[None])).float().softmax(1)[0].sort(descending=True)
+        boxes = labels.new_tensor([[0, 0, image.shape[2], image.shape[1]]]).expand(len(labels), -1)
+        return dict(labels=labels[:5], scores=scores[:5], boxes=boxes[:5])
+
 
 def layer_wise_adamw(encoder, heads, weight_decay, layer_decay):
     """AdamW whose groups have `lr_scale` = layer_decay^(layers above): BEiT's layer-wise learning rate decay.
@@ -531,8 +557,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
              warmup_epochs: NonNegativeFloat | None = None, usual_warmup=5, min_lr: NonNegativeFloat = 1e-6,
              weight_decay: NonNegativeFloat = 0.05, lookahead: NonNegativeInt = 0,
              layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, label_smoothing: Fraction = 0.1,
-             pool: Literal["cls", "mean"] = "mean", accumulate: PositiveInt | None = None, output=None,
-             resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
+             pool: Literal["cls", "mean"] = "mean", accumulate: PositiveInt | None = None,
+             eval_every: PositiveInt | None = None, output=None, resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
              workers=0) -> dict:
     """End-to-end fine-tuning (MAE, Table 9, and its code for ViT-B): layer-wise decay, mixup and cutmix.
 
@@ -557,12 +583,13 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
     pool: what is classified: cls (the class token) or mean (of the patches; a new norm comes after the mean)
     accumulate: number of micro-batches of a step, over all processes; default: the smallest that leaves at
         most 256 images in each
+    eval_every: evaluate after every so many epochs, too
     resume: go on from --output
     seed: of everything random
     """
-    settings = settings_of("finetune", locals())
     train, val = as_items(train), as_items(val)
-    num_classes = count_classes(train)
+    classes = class_names(train)
+    settings, num_classes = settings_of("finetune", locals(), classes), len(classes)
     torch.manual_seed(seed)
     model = Classifier(trainable(encoder, drop_path), num_classes, pool).to(device)
     optimizer = layer_wise_adamw(model.encoder, [model.fc_norm, model.head], weight_decay, layer_decay)
@@ -576,13 +603,12 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
         logits = model(images).float()
         return dict(loss=F.cross_entropy(logits, targets, label_smoothing=label_smoothing))
 
-    result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
-                 base_lr=base_lr, lr_batch=lr_batch, warmup_epochs=warmup_epochs, usual_warmup=usual_warmup,
-                 min_lr=min_lr, accumulate=accumulate, output=output, resume=resume, settings=settings,
-                 seed=seed, device=device, precision=precision, workers=workers)
-    if rank() == 0:
-        result |= accuracies(*extract(model, val, device, precision, workers, "val"))
-    return result
+    return call(fit, locals(), score=lambda model: score_labels(model, val, device, precision, workers))
+
+
+def score_labels(model, val, device="cpu", precision="fp32", workers=0) -> dict:
+    """The accuracies of a `Classifier` on datasets.Images, in percent."""
+    return accuracies(*extract(model, val, device, precision, workers, "val"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -678,7 +704,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder, num_classes, head="upernet", width=768):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.num_classes = encoder, num_classes
         self.after = [math.ceil(len(encoder.blocks) * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
         if head == "upernet":
             encoder.norm.requires_grad_(False)  # it reads the blocks
@@ -696,24 +722,52 @@ class Segmenter(nn.Module):
             x = as_map(self.encoder(images)[:, 1:], self.encoder.grid)
         return resize(self.head(x).float(), images.shape[-2:])
 
+    def predict(self, image):
+        """An image uint8 [3, H, W] of any size -> dict(classes=[H, W]), of its pixels.
+
+        As BEiT's and CAE's code evaluates: the image is resized to cover the encoder's size; windows of this
+        size lie on it at steps of two thirds of a window, and their logits are averaged.
+        """
+        size, sides = self.encoder.image_size, fitting_size(image, self.encoder.image_size, max)
+        images = normalize(v2.functional.resize(image[None], sides))
+        sums, counts = images.new_zeros(self.num_classes, *sides), images.new_zeros(sides)
+        for top, left in itertools.product(*map(window_starts, sides, size)):
+            window = np.s_[..., top:top + size[0], left:left + size[1]]
+            sums[window] += self(images[window])[0]
+            counts[window] += 1
+        best, classes = -math.inf, 0
+        for k, logits in enumerate(sums / counts):  # one after another: all could fill the memory
+            logits = resize(logits[None, None], image.shape[1:])[0, 0]
+            best, classes = logits.clamp(min=best), torch.where(logits > best, k, classes)
+        return dict(classes=classes)
+
+
+def window_starts(length, window):
+    """Where windows begin that cover a length, at steps of two thirds of a window: 683, 512 -> [0, 171]."""
+    last = length - window
+    return [min(start, last) for start in range(0, last + window * 2 // 3, window * 2 // 3)]
+
 
 class DenseImages(torch.utils.data.Dataset):
-    """Images with their dense truth (datasets.load_dense), transformed together.
+    """Images with their dense truth (datasets.load_dense), for training transformed together.
 
-    size: (height, width) of the images. scale: in training, an image is first resized to the largest size
-        that fits, times a random factor of this range; then a random part is cut out, or the rest is filled
-        up, and half of the images are mirrored. None, for evaluation: as large as fits, the rest filled up.
+    scale: in training, an image is resized to a random factor of this range times the scale at which it fits
+        into `size`, (height, width), if its truth is objects, or covers it, if that is classes of pixels.
+        Then a random part is cut out, or the rest is filled up, and half of the images are mirrored. Of ten
+        parts the first is taken in which less than 75% of the pixels have the same class. None, for
+        evaluation: images and labels are as the source gives them.
     distort: whether colours are changed at random, too.
     Items: dict(image uint8 [3, *size], label), the label a tensor map of classes, or a dict of the objects'
-        tensors. In evaluation the label is as load_dense gives it, and `original` is the image as it was.
+        tensors.
     """
 
     def __init__(self, source, size, scale=None, distort=False, seed=0):
         self.source, self.size, self.seed, self.scale = source, list(size), seed, scale
         fill = {tv_tensors.Mask: 0, "others": MEAN_COLOUR}
-        parts = [v2.ScaleJitter(self.size, scale or (1, 1)),
-                 v2.RandomCrop(self.size, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()]
-        self.transform = v2.Compose(parts + [v2.RandomPhotometricDistort()] * distort)
+        self.crop = v2.RandomCrop(self.size, pad_if_needed=True, fill=fill)
+        jitters = [dict(brightness=0.125), dict(contrast=0.5), dict(saturation=0.5), dict(hue=0.05)]
+        colours = [v2.RandomApply([v2.ColorJitter(**jitter)]) for jitter in jitters] * distort
+        self.transform = v2.Compose([v2.RandomHorizontalFlip(), *colours])
 
     def __len__(self):
         return len(self.source)
@@ -722,15 +776,23 @@ class DenseImages(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with explained(self.source.name(index), "it cannot be decoded as an image"):
             item = self.source[index]
-        original, label = item["image"], self.source.truth(index, item)
+        image, label = item["image"], self.source.truth(index, item)
         if self.scale is None:
-            return dict(image=fit_inside(original, self.size), label=label, original=original)
+            return dict(image=image, label=label)
         objects = isinstance(label, dict)
         # 0 is what masks are filled up with: no object, and of classes those that do not count
         masks = tv_tensors.Mask(label["masks"].astype(np.uint8) if objects else label - IGNORED)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            image, masks = self.transform(tv_tensors.Image(original), masks)
+            factor = torch.empty(()).uniform_(*self.scale).item()
+            sides = fitting_size(image, self.size, min if objects else max, factor)
+            whole = v2.Resize(sides)(tv_tensors.Image(image), masks)
+            for _ in range(10):
+                image, masks = self.crop(*whole)
+                counts = masks[masks > 0].bincount(minlength=1)
+                if objects or counts.max() < 0.75 * counts.sum():
+                    break
+            image, masks = self.transform(image, masks)
         if not objects:
             return dict(image=image, label=masks + IGNORED)
         seen = (masks.sum((1, 2)) > 1) & torch.from_numpy(~label["crowd"])  # crowds are no objects to learn
@@ -738,9 +800,10 @@ class DenseImages(torch.utils.data.Dataset):
         return dict(image=image, label=dict(boxes=boxes_of(masks), masks=masks, labels=labels))
 
 
-def fitting_size(image, size):
-    """The (height, width) of an image [3, H, W] when it is as large as fits into `size`."""
-    scale = min(size[0] / image.shape[1], size[1] / image.shape[2])
+def fitting_size(image, size, fit=min, factor=1.0):
+    """The (height, width) of an image [3, H, W] at a factor times the largest scale at which it fits inside
+    `size` or, with fit=max, the smallest at which it covers it."""
+    scale = factor * fit(size[0] / image.shape[1], size[1] / image.shape[2])
     return [max(1, round(side * scale)) for side in image.shape[1:]]
 
 
@@ -748,7 +811,7 @@ def fit_inside(image, size, fill=MEAN_COLOUR, interpolation=v2.InterpolationMode
     """A uint8 image [C, H, W], as large as fits into `size`; `fill` is the colour of the empty part on the
     right and below."""
     h, w = fitting_size(image, size)
-    image = v2.functional.resize(image, [h, w], interpolation, antialias=True)
+    image = v2.functional.resize(image, [h, w], interpolation)
     return v2.functional.pad(image, [0, 0, size[1] - w, size[0] - h], fill=fill)
 
 
@@ -758,26 +821,22 @@ def collate_dense(items):
     return dict(image=images, label=[item["label"] for item in items], broken=torch.empty(0))
 
 
-@torch.no_grad()
-def predict_dense(model, dataset, device, precision, workers):
-    """Yields (item, what the model gives for its image) for the images of a dataset in order."""
-    loader = make_loader(dataset, workers, device, list, batch_size=16)
-    for items in tqdm(loader, "val", leave=False, disable=None):
-        with autocast(device, precision):
-            outputs = model(prepare(torch.stack([item["image"] for item in items]), device))
-        yield from zip(items, outputs)
+def val_items(val, workers):
+    """The items of a dataset in order, one at a time, so that memory is that of one image."""
+    return tqdm(make_loader(val, workers, collate_fn=dict, batch_size=None), "val", leave=False, disable=None)
 
 
 def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", freeze: bool = False,
            epochs: PositiveInt = 127, batch_size: PositiveInt = 16, base_lr: PositiveFloat = 1e-4,
            warmup_epochs: NonNegativeFloat | None = None, weight_decay: NonNegativeFloat = 0.05,
            layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, width: PositiveInt = 768,
-           output=None, resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
-           workers=0) -> dict:
+           accumulate: PositiveInt | None = None, eval_every: PositiveInt | None = None, output=None,
+           resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
     """Semantic segmentation, as on ADE20K by BEiT's and CAE's code: 160,000 steps of 16 images.
 
     encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=False)`. Returns miou, the mean
     over the classes that val has of intersection over union, and pixel_accuracy, in percent, and a picture.
+    Images of any size are segmented as a whole (`Segmenter.predict`).
 
     head: what is trained on the encoder's outputs: upernet, or linear (batch norm and one linear layer)
     freeze: train the head alone
@@ -789,37 +848,38 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
     layer_decay: learning rate of a block over that of the one above (not with --freeze)
     drop_path: stochastic depth of the last block (not with --freeze)
     width: channels of UPerNet's maps (not with --head linear)
+    accumulate: number of micro-batches of a step, over all processes; batch norm is over one of them
+    eval_every: evaluate after every so many epochs, too
     resume: go on from --output
     seed: of everything random
     """
-    settings, names = settings_of("semseg", locals()), train.source.classes
+    classes = train.source.classes
+    settings = settings_of("semseg", locals(), classes)
     torch.manual_seed(seed)
-    model = Segmenter(trainable(encoder, drop_path, freeze), len(names), head, width).to(device)
+    model = Segmenter(trainable(encoder, drop_path, freeze), len(classes), head, width).to(device)
     optimizer = layer_wise_adamw(model.encoder, [model.head], weight_decay, layer_decay)
 
     def compute_losses(model, images, maps):
         truth = torch.stack(maps).to(device).long()
         return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
 
-    result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
-                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=1500,
-                 fall=lambda progress: 1 - progress, collate_fn=collate_dense, output=output, resume=resume,
-                 settings=settings, seed=seed, device=device, precision=precision, workers=workers)
-    if rank() > 0:
-        return result
-    pairs, shown = torch.zeros(len(names), len(names), dtype=torch.long), []
-    for item, logits in predict_dense(model, val, device, precision, workers):
-        image, truth = item["original"], torch.as_tensor(item["label"]).long()
-        h, w = fitting_size(image, val.size)
-        found = resize(logits[None, :, :h, :w].float(), image.shape[1:])[0].argmax(0).cpu()
-        counted = truth != IGNORED
-        pairs += (truth * len(names) + found)[counted].bincount(minlength=pairs.numel()).view_as(pairs)
-        shown += [(image, as_masks(found), as_masks(truth))] * (len(shown) < 4)
-    hits, occurs = pairs.diag(), pairs.sum(1) > 0
-    iou = hits / (pairs.sum(0) + pairs.sum(1) - hits).clamp_min(1)
-    return result | dict(miou=round(100 * iou[occurs].mean().item(), 2), classes=int(occurs.sum()),
-                         pixel_accuracy=round(100 * (hits.sum() / pairs.sum()).item(), 2),
-                         picture=draw_masks(shown, names))
+    return call(fit, locals(), lr_batch=16, warmup_steps=1500, fall=lambda progress: 1 - progress,
+                collate_fn=collate_dense, score=lambda model: score_pixels(model, val, precision, workers))
+
+
+def score_pixels(model, val, precision="fp32", workers=0) -> dict:
+    """The figures of a `Segmenter` on `DenseImages`, see `semseg`."""
+    names, pairs, shown = val.source.classes, 0, []
+    for item in val_items(val, workers):
+        truth, found = item["label"], predict(model, item["image"], precision)["classes"]
+        both = len(names) * truth.astype(int) + found
+        pairs = pairs + np.bincount(both[truth != IGNORED], minlength=len(names) ** 2)
+        shown += [(item["image"], as_masks(found), as_masks(truth))] * (len(shown) < 4)
+    pairs = pairs.reshape(len(names), -1)
+    hits, occurs = pairs.diagonal(), pairs.sum(1) > 0
+    iou = hits / np.maximum(pairs.sum(0) + pairs.sum(1) - hits, 1)
+    return dict(miou=round(100 * iou[occurs].mean(), 2), classes=int(occurs.sum()),
+                pixel_accuracy=round(100 * hits.sum() / pairs.sum(), 2), picture=draw_masks(shown, names))
 
 
 # An image [C, H, W] uint8 -> its longer side brought to 256 pixels, on a white square
@@ -828,27 +888,31 @@ enlarge = functools.partial(fit_inside, size=(256, 256), fill=255, interpolation
 
 def as_masks(classes):
     """The classes [H, W] of an image's pixels -> for `draw_masks`."""
-    labels = classes[classes != IGNORED].unique()
+    labels = np.unique(classes[classes != IGNORED])
     return dict(masks=classes == labels[:, None, None], labels=labels)
 
 
 def draw_masks(shown, names):
-    """Of some images: (uint8 [3, H, W], what was predicted, truth) -> a picture with a legend of the classes.
+    """Of some images: (uint8 [3, H, W], what was predicted, perhaps the truth) -> a picture with a legend of
+    the classes.
 
-    The last two are dicts of masks [n, H, W] and labels [n], the classes' numbers; and of boxes [n, 4] (x, y,
-    width, height), which are drawn with their names.
+    The last two are dicts of labels [n], the classes' numbers, and of masks [n, H, W], which are painted, and
+    boxes [n, 4] (x, y, width, height), which are drawn with their names; with scores, only those that have
+    more than 0.5.
     """
     colours, rows, legend = class_colours(len(names)), [], {}
     for image, *parts in shown:
         row = [enlarge(image) / 255]
         for part in parts:
-            masks, labels = (torch.as_tensor(part[name]) for name in ("masks", "labels"))
+            sure = part["scores"] > 0.5 if "scores" in part else ...
+            part = {name: torch.as_tensor(values[sure]) for name, values in part.items()}
+            labels, tile = part["labels"].long(), row[0]
             of = colours[labels]
-            tile = paint(row[0], 0.6 * enlarge(masks.byte(), fill=0), of)
             legend |= {names[k]: colours[k].view(3, 1, 1) for k in labels}
+            if "masks" in part:
+                tile = paint(tile, 0.6 * enlarge(part["masks"].byte(), fill=0), of)
             if "boxes" in part and len(labels) > 0:
-                boxes = torch.as_tensor(part["boxes"]) * 256 / max(image.shape[1:])
-                boxes = box_convert(boxes, "xywh", "xyxy")
+                boxes = box_convert(part["boxes"] * 256 / max(image.shape[1:]), "xywh", "xyxy")
                 of = [tuple(colour) for colour in (255 * of).int().tolist()]
                 tile = draw_bounding_boxes(tile, boxes, colors=of, width=2)
                 corners = (boxes[:, :2] + 3).tolist()
@@ -928,50 +992,96 @@ class ViTDet(nn.Module):
         return {str(level): x for level, x in enumerate(maps)}
 
 
-def make_detector(encoder, num_classes, width=256, window=14):
+class AlignedPool(MultiScaleRoIAlign):
+    """torchvision's RoIAlign, but aligned as detectron2's: where that would read half a position too far to
+    the right and below, the boxes are moved."""
+
+    def forward(self, maps, boxes, image_shapes):
+        strides = 1 / boxes[0].new_tensor(self.scales)
+        moved = [some - strides[self.map_levels([some]), None] / 2 for some in boxes]
+        return super().forward(maps, moved, image_shapes)
+
+
+class Detector(MaskRCNN):
     """Mask R-CNN (He et al., ICCV 2017, arXiv:1703.06870), torchvision's, with ViTDet's backbone and heads.
 
     In training model(images, targets) -> dict of losses to add up; otherwise model(images) -> a dict per
-    image with boxes [n, 4], labels [n], scores [n] and masks [n, 1, H, W] in [0, 1]. images: [B, 3, H, W],
-    normalised, of the encoder's size. targets: a dict per image with boxes [m, 4] (x1, y1, x2, y2 in pixels),
-    labels [m] in 1..num_classes, masks [m, H, W] of 0 and 1.
+    image with boxes [n, 4], labels [n], scores [n] and masks [n, 1, 28, 28] in [0, 1], each inside its box.
+    images: [B, 3, H, W], normalised, of the encoder's size. targets: a dict per image with boxes [m, 4] (x1,
+    y1, x2, y2 in pixels), labels [m] from 1, masks [m, H, W] of 0 and 1.
 
-    num_classes: of objects, without the background.
+    num_classes: with the background, which is class 0.
     width: channels of all maps; the box head's linear layer has 4 * width.
     window: patches on the side of the windows that most blocks attend in.
 
-    For images of up to 96 pixels we change three things: batch norm (it learns faster with many images a
-    step), shallower heads, fewer regions.
+    Departs from ViTDet's released detector, where torchvision has nothing else: the boxes' loss is smooth L1,
+    not L1; in training, proposals are not clipped to the part of the canvas that an image covers. Biases have
+    no weight decay. For images of up to 96 pixels we change three things: batch norm (it learns faster with
+    many images a step), shallower heads, fewer regions.
     """
-    (H, W), p = encoder.image_size, encoder.patch_size
-    if p % 4 or H % (2 * p) or W % (2 * p):
-        raise UsageError("detection needs a patch_size divisible by 4, and an image_size divisible by twice "
-                         f"the patch_size, got {p} and {H}x{W}")
-    small = max(H, W) <= SMALL
-    norm = nn.BatchNorm2d if small else layer_norm_2d
-    rois, proposals, convs = (32, 100, [width]) if small else (512, 1000, 4 * [width])
-    strides = [p // 4, p // 2, p, 2 * p, 4 * p]
 
-    def roi_pool(size):
-        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], size, sampling_ratio=2)
-        # torchvision would guess these, as powers of two. Feature Pyramid Networks, Eq. 1, for any patch
-        # size: objects of 14 x 14 patches (ViT-B: 224 pixels) belong to the patches' own grid.
-        pool.scales = [1 / stride for stride in strides[:4]]
-        pool.map_levels = LevelMapper(0, 3, canonical_scale=14 * p, canonical_level=2)
-        return pool
+    def __init__(self, encoder, num_classes, width=256, window=14):
+        (H, W), p = encoder.image_size, encoder.patch_size
+        if p % 4 or H % (2 * p) or W % (2 * p):
+            raise UsageError("detection needs a patch_size divisible by 4, and an image_size divisible by "
+                             f"twice the patch_size, got {p} and {H}x{W}")
+        small = max(H, W) <= SMALL
+        norm = nn.BatchNorm2d if small else layer_norm_2d
+        rois, proposals, convs = (32, 100, [width]) if small else (512, 1000, 4 * [width])
+        strides = [p // 4, p // 2, p, 2 * p, 4 * p]
 
-    return MaskRCNN(
-        ViTDet(encoder, width, window, norm),
-        fixed_size=(W, H), size_divisible=1, image_mean=3 * [0.0], image_std=3 * [1.0],  # images are ready
-        rpn_anchor_generator=AnchorGenerator([(8 * stride,) for stride in strides], 5 * [(0.5, 1.0, 2.0)]),
-        rpn_head=RPNHead(width, 3, conv_depth=2),
-        rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
-        rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
-        box_roi_pool=roi_pool(7), box_batch_size_per_image=rois,
-        box_head=FastRCNNConvFCHead((width, 7, 7), convs, [4 * width], norm),
-        box_predictor=FastRCNNPredictor(4 * width, num_classes + 1),
-        mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, norm),
-        mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1))
+        def roi_pool(size):
+            pool = AlignedPool(["0", "1", "2", "3"], size, sampling_ratio=0)  # 0: as many as positions
+            # torchvision would guess these, as powers of two. Feature Pyramid Networks, Eq. 1, for any patch
+            # size: objects of 14 x 14 patches (ViT-B: 224 pixels) belong to the patches' own grid.
+            pool.scales = [1 / stride for stride in strides[:4]]
+            pool.map_levels = LevelMapper(0, 3, canonical_scale=14 * p, canonical_level=2)
+            return pool
+
+        super().__init__(
+            ViTDet(encoder, width, window, norm),
+            rpn_anchor_generator=AnchorGenerator([(8 * stride,) for stride in strides],
+                                                 5 * [(0.5, 1.0, 2.0)]),
+            rpn_head=RPNHead(width, 3, conv_depth=2),
+            rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
+            rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
+            box_roi_pool=roi_pool(7), box_batch_size_per_image=rois,
+            box_head=FastRCNNConvFCHead((width, 7, 7), convs, [4 * width], norm),
+            box_predictor=FastRCNNPredictor(4 * width, num_classes),
+            mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, norm),
+            mask_predictor=MaskRCNNPredictor(width, width, num_classes))
+
+    def forward(self, images, targets=None, covered=None):
+        """covered: (height, width) of the upper left part to which boxes are clipped; default: all."""
+        maps = self.backbone(images)
+        images = ImageList(images, len(images) * [covered or images.shape[2:]])
+        proposals, losses = self.rpn(images, maps, targets)
+        found, others = self.roi_heads(maps, proposals, images.image_sizes, targets)
+        return losses | others if self.training else found
+
+    def predict(self, image):
+        """An image uint8 [3, H, W] of any size -> dict of the objects in it: boxes [n, 4] (x, y, width,
+        height; in double precision, as COCO's tools read them), labels [n], scores [n] and masks, bool
+        [n, H, W]."""
+        (H, W), size = image.shape[1:], self.backbone.encoder.image_size
+        h, w = fitting_size(image, size)
+        found, = self(normalize(fit_inside(image, size)[None]), covered=(h, w))
+        boxes, scale = found["boxes"], found["boxes"].new_tensor(2 * [W / w, H / h])
+        masks = image.new_zeros(len(boxes), H, W, dtype=torch.bool)
+        # torchvision cuts the masks to learn half a pixel too far to the right and below.
+        for i, box in enumerate((boxes + 0.5) * scale):
+            masks[i] = paste(found["masks"][i], box, (H, W)) > 0.5
+        boxes = box_convert((boxes * scale).double(), "xyxy", "xywh")
+        return found | dict(boxes=boxes, scores=found["scores"].float(), masks=masks)
+
+
+def paste(mask, box, size):
+    """A mask [1, h, w], resized into the box (x1, y1, x2, y2) of an empty image of `size`: [H, W]."""
+    start, end = box.view(2, 2)
+    scale = box.new_tensor(size[::-1]) / (end - start)  # from places in the image, -1 to 1, to those in the box
+    theta = torch.stack([*scale.diag(), scale - (start + end) / (end - start)], dim=1)
+    grid = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
+    return F.grid_sample(mask[None].float(), grid, align_corners=False)[0, 0]
 
 
 def stepwise(progress):
@@ -982,7 +1092,8 @@ def stepwise(progress):
 def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100, batch_size: PositiveInt = 64,
            base_lr: PositiveFloat = 2.5e-5, warmup_epochs: NonNegativeFloat | None = None,
            weight_decay: NonNegativeFloat = 0.1, layer_decay: Fraction = 0.7, drop_path: Fraction = 0.1,
-           width: PositiveInt = 256, window: PositiveInt = 14, output=None, resume: bool = False,
+           width: PositiveInt = 256, window: PositiveInt = 14, accumulate: PositiveInt | None = None,
+           eval_every: PositiveInt | None = None, output=None, resume: bool = False,
            seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
     """Object detection and instance segmentation, as ViTDet's on COCO (R-MAE, §4.1): Mask R-CNN.
 
@@ -999,12 +1110,15 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     drop_path: stochastic depth of the last block (not with --freeze)
     width: channels of the feature pyramid and the heads
     window: patches on the side of the windows that most blocks attend in
+    accumulate: number of micro-batches of a step, over all processes
+    eval_every: evaluate after every so many epochs, too
     resume: go on from --output
     seed: of everything random
     """
-    settings, names = settings_of("detect", locals()), train.source.classes
+    classes = ["background", *train.source.classes]
+    settings = settings_of("detect", locals(), classes)
     torch.manual_seed(seed)
-    model = make_detector(trainable(encoder, drop_path, freeze), len(names), width, window).to(device)
+    model = Detector(trainable(encoder, drop_path, freeze), len(classes), width, window).to(device)
     backbone = model.backbone
     heads = [backbone.rescalers, backbone.outputs, model.rpn, model.roi_heads]
     optimizer = layer_wise_adamw(backbone.encoder, heads, weight_decay, layer_decay)
@@ -1014,37 +1128,23 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
         parts = model(images, targets)
         return dict(loss=sum(parts.values()), **parts)
 
-    result = fit(model, optimizer, train, compute_losses, epochs=epochs, batch_size=batch_size,
-                 base_lr=base_lr, lr_batch=16, warmup_epochs=warmup_epochs, warmup_steps=250, fall=stepwise,
-                 collate_fn=collate_dense, output=output, resume=resume, settings=settings, seed=seed,
-                 device=device, precision=precision, workers=workers)
-    if rank() > 0:
-        return result
-    records, shown = dict(box=[], mask=[]), []
-    for item, found in predict_dense(model, val, device, precision, workers):
-        image, truth = item["original"], item["label"]
-        found = to_original(found, image, val.size)
+    return call(fit, locals(), lr_batch=16, warmup_steps=250, fall=stepwise, collate_fn=collate_dense,
+                score=lambda model: score_objects(model, val, precision, workers))
+
+
+def score_objects(model, val, precision="fp32", workers=0) -> dict:
+    """The figures of a `Detector` on `DenseImages`, see `detect`."""
+    records, shown, result = dict(box=[], mask=[]), [], {}
+    for item in val_items(val, workers):
+        truth, found = item["label"], predict(model, item["image"], precision)
         records["box"].append(match_image(truth, found, "boxes"))
         records["mask"].append(match_image(truth, found, "masks"))
-        sure = {name: values[found["scores"] > 0.5] for name, values in found.items()}
-        shown += [(image, sure, truth)] * (len(shown) < 6)
+        shown += [(item["image"], found, truth)] * (len(shown) < 6)
     for name, record in records.items():
         figures, _ = average_precision(record)
         for figure, value in figures.items():
             result[f"{name}_{figure}"] = None if value is None else round(value, 2)
-    return result | dict(picture=draw_masks(shown, ["", *names]))
-
-
-def to_original(found, image, size):
-    """Detections in an image that `fit_inside` brought to `size` -> those in the image itself, as numpy
-    arrays, the boxes (x, y, width, height) in double precision, as COCO's tools read them."""
-    h, w = fitting_size(image, size)
-    H, W = image.shape[1:]
-    masks = resize(found["masks"][:, :, :h, :w].float(), (H, W))[:, 0] > 0.5
-    boxes = found["boxes"].cpu() * torch.tensor(2 * [W / w, H / h])
-    boxes = box_convert(boxes.double(), "xyxy", "xywh")
-    found = found | dict(boxes=boxes, masks=masks, scores=found["scores"].float())
-    return {name: value.cpu().numpy() for name, value in found.items()}
+    return result | dict(picture=draw_masks(shown, ["", *val.source.classes]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1410,6 +1510,66 @@ def segment(method, dataset, image_visible: Fraction = 1.0, count: PositiveInt =
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Models that were trained here
+
+FINISHED = dict(finetune=(Classifier, score_labels), semseg=(Segmenter, score_pixels),
+                detect=(Detector, score_objects))
+
+
+def load_finished(path):
+    """The model that `finetune`, `semseg` or `detect` left in a file, in evaluation mode; its `classes` are
+    the names of the labels that its `predict` gives."""
+    with explained(path, "it is no model of --task finetune, semseg or detect"):
+        content = mim.load_file(path)
+        args = content["args"]
+        encoder, _ = mim.vit_from_checkpoint(content["model"], args["image_size"], args["num_heads"])
+        build, classes = FINISHED[args["task"]][0], args["classes"]
+        model = call(build, args, encoder=encoder, num_classes=len(classes))
+        copy_into(model.state_dict(), content["model"], "model")
+    model.classes, model.categories, model.image_size = classes, args["categories"], encoder.image_size
+    return model.eval()
+
+
+def predict(model, image, precision="fp32"):
+    """What a finished model says of an image uint8 [3, H, W]: its `predict`, as a dict of numpy arrays."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), autocast(device, precision):
+        found = model.predict(image.to(device))
+    return {name: value.cpu().numpy() for name, value in found.items()}
+
+
+# A prediction's name in `predict` -> its name in COCO's result format, and how it is written there
+COCO_FORMAT = dict(scores=("score", float), boxes=("bbox", np.ndarray.tolist), masks=("segmentation", encode_mask))
+
+
+def predict_images(model, output, images: list[str] | None = None, precision="fp32") -> dict:
+    """Writes what a finished model says of image files beside its picture: everything in COCO's result
+    format, as JSON; of a `Segmenter` the classes of pixels, too, a PNG for each image.
+
+    images: image files to predict: the checkpoint is then a model that the task has trained
+    """
+    results, shown, path = [], [], output.with_suffix(".json")
+    if path.exists() and not output.exists():
+        raise UsageError(f"--output {output}: {path} is there, and no result of eval.py")
+    ids = [0, *(model.categories or range(len(model.classes)))][-len(model.classes):]  # 0: the background
+    for number, name in enumerate(images, start=1):
+        image, stem = open_photo(name), Path(name).stem
+        known = dict(image_id=int(stem) if stem.isdecimal() else stem, file_name=name)
+        found = predict(model, image, precision)
+        if "classes" in found:
+            file = output.with_name(f"{output.stem}-{number}-{stem}.png")
+            labels = found["classes"].astype(np.min_scalar_type(len(model.classes)))
+            save_png(check_output(file), Image.fromarray(labels), "semseg")
+            found, known["labels"] = as_masks(found["classes"]), str(file)
+        shown.append((image, found))
+        for i, label in enumerate(found["labels"].tolist()):
+            results.append(known | dict(category_id=ids[label], category_name=model.classes[label]) | {
+                key: convert(found[name][i]) for name, (key, convert) in COCO_FORMAT.items() if name in found})
+    write_atomically(path, lambda to: to.write(json.dumps(results).encode()))
+    return dict(predictions=path, picture=draw_masks(shown, model.classes))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Checkpoints and images of the command line
 
 
@@ -1509,33 +1669,37 @@ def read_changes(changes, method="mae", base="mae"):
     return parser.parse(words)
 
 
-def open_pair(data, task, size, limit=None, val_limit: PositiveInt | None = None, cache_features=False,
-              seed=0):
-    """dict(train, val) of --data for a task that trains or compares: datasets.Images, or `DenseImages`.
+def open_pair(data, task, size, finished=None, limit=None, val_limit: PositiveInt | None = None,
+              cache_features=False, seed=0):
+    """dict(train, val) of --data for a task that trains or compares: datasets.Images, or `DenseImages`; for a
+    `finished` model val alone.
 
     val_limit: use so many of the validation images, evenly spread; default: all
     """
     dense, small = task in ("semseg", "detect"), max(size) <= SMALL
+    load, known = functools.partial(load_data, data), {}
+    if dense:
+        load = functools.partial(load_dense, data, task == "detect")
     with first_process_first():
+        train = finished or load("train", size, limit)
         if dense:
-            train = load_dense(data, task == "detect", "train", size, limit)
-            val = load_dense(data, task == "detect", "val", size, val_limit, train.categories)
-        else:
-            train, val = load_data(data, "train", size, limit), load_data(data, "val", size, val_limit)
+            known = dict(categories=train.categories)
+        val = load("val", size, val_limit, **known)
     if rank() == 0:
-        print(f"{train.description}; {val.description}", file=sys.stderr)
+        print("; ".join(source.description for source in [train] * (not finished) + [val]), file=sys.stderr)
+    if not dense and (len(train.classes) < 2 or finished and finished.classes != val.classes):
+        raise UsageError(f"this task needs labels: a folder per class; {val.description}")
+    pair = dict(val=DenseImages(val, size) if dense else Images(val, size, "center"))
+    pair["val"][0]  # what is wrong with the validation data is told before the training
+    if finished:
+        return pair
     if dense:  # small images are scaled less, and keep their colours
         scale = (0.8, 1.25) if small else (0.1, 2.0) if task == "detect" else (0.5, 2.0)
         distort = task == "semseg" and not small
-        val = DenseImages(val, size)
-        val[0]  # what is wrong with the validation data is told before the training
-        return dict(train=DenseImages(train, size, scale, distort, seed), val=val)
-    if len(train.classes) < 2:
-        raise UsageError(f"this task needs labels: a folder per class; {train.description}")
+        return pair | dict(train=DenseImages(train, size, scale, distort, seed))
     view = "center" if cache_features or task == "knn" else "crop"
     augment = augmentation() if task == "finetune" else None
-    train = Images(train, size, view, crop_scale=(0.08, 1.0), augment=augment, seed=seed)
-    return dict(train=train, val=Images(val, size, "center"))
+    return pair | dict(train=Images(train, size, view, (0.08, 1.0), augment=augment, seed=seed))
 
 
 def load_unlabelled(data, size=None, limit=None):
@@ -1546,6 +1710,15 @@ def load_unlabelled(data, size=None, limit=None):
         return load_data(data, "pretrain", size, limit)
 
 
+def open_photo(path):
+    """A file of --images -> uint8 [3, H, W]; UsageError if it is none."""
+    with explained(f"--images {path}", "it cannot be used as an image"):
+        image = decode(path)
+        if min(image.shape[1:]) < MIN_SIDE:
+            raise ValueError(f"a side has fewer than {MIN_SIDE} pixels")
+    return image
+
+
 def open_images(data, size, settings, images: list[str] | None = None, count: PositiveInt = 8):
     """What is drawn, the files of --images, or the val split of --data, as a dict: dataset (datasets.Images),
     and of some of it images [count, 3, H, W] and regions, if it has any.
@@ -1554,9 +1727,7 @@ def open_images(data, size, settings, images: list[str] | None = None, count: Po
     count: images in the picture, spread over those of --data (not with --images)
     """
     for path in images or ():
-        with explained(f"--images {path}", "it cannot be used as an image"):
-            if min(decode(path).shape[1:]) < MIN_SIDE:
-                raise ValueError(f"a side has fewer than {MIN_SIDE} pixels")
+        open_photo(path)
     source = Files("", images, [], [], "") if images else load_unlabelled(data, size, settings.get("limit"))
     if images and settings.get("regions") not in (None, "fh"):
         raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
@@ -1568,13 +1739,14 @@ def open_images(data, size, settings, images: list[str] | None = None, count: Po
 
 
 def task_of(path):
-    """The task whose model or picture a file is; None if another program made it."""
-    for read in (lambda: Image.open(path).info, lambda: mim.load_file(path)["args"]):
+    """The task whose model, log or picture a file is; None if another program made it."""
+    for read in (lambda: Image.open(path).info, lambda: mim.load_file(path)["args"],
+                 lambda: json.loads(open(path).readline())):
         with contextlib.suppress(Exception):  # on others' files, readers raise anything
             return read()["task"]
 
 
-def check_output(path, checkpoint):
+def check_output(path, checkpoint=None):
     """Returns the path of a result, after trying now, and not after an hour of training, to write beside it.
     UsageError if that fails, or if eval.py has not written what is there."""
     check_place(path)
@@ -1611,8 +1783,8 @@ def open_result(checkpoint, task, output: str | None = None, resume=False, overw
     if path.exists() and not (resume or overwrite):
         raise UsageError(f"--output {path}: it holds a result: --resume goes on from it, --overwrite starts "
                          "anew")
-    if task != "finetune":
-        check_output(path.with_suffix(".png"), checkpoint)
+    for suffix in (".jsonl", ".png"):
+        check_output(path.with_suffix(suffix), checkpoint)
     return path
 
 
@@ -1632,7 +1804,7 @@ def functions_of(task):
     if takes.keys() & {"images", "dataset"}:
         functions += [open_images, open_picture]
     if "output" in takes:
-        functions.append(open_result)
+        functions += [open_result, predict_images]
     return functions
 
 
@@ -1671,15 +1843,25 @@ def main(argv):
     """One evaluation, from the command line to its line of JSON."""
     began = time.perf_counter()
     given = parse(argv)
-    task, run = given["task"], TASKS[given["task"]]
-    functions = functions_of(task)
-    if {"data", "images"} <= given.keys() and open_pair not in functions:
+    task, checkpoint = given["task"], given["checkpoint"]
+    run, functions = TASKS[task], functions_of(task)
+    if {"data", "images"} <= given.keys() and task != "attentive":
         raise UsageError("--images are drawn instead of --data: leave one out")
     device, precision, workers = call(open_device, given)
     join_processes(device)
-    if world_size() > 1 and open_result not in functions:
-        raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
-    if open_encoder in functions:
+    finished = task in FINISHED and task_of(checkpoint) == task
+    if finished:
+        model, settings = load_finished(checkpoint).to(device), {}
+        for name in given.keys() & {"limit", "overwrite", *flags_of([run, open_encoder, recipe])}:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is for training, and {checkpoint} is trained")
+        run, functions = FINISHED[task][1], [open_pair, open_picture]
+        if "images" in given:
+            settings["output"] = beside(checkpoint, f"{task}-predictions.png")
+            run, functions = predict_images, [open_picture]
+    elif "images" in given and task in FINISHED:
+        raise UsageError(f"--images: {checkpoint} is no model that --task {task} has trained")
+    elif open_encoder in functions:
         model, method = call(open_encoder, given)
         method = given.get("method", method)
         small = max(model.image_size) <= SMALL
@@ -1687,6 +1869,8 @@ def main(argv):
     else:
         model, args = call(open_method, given)
         settings = kept_settings(model, args, given)
+    if world_size() > 1 and open_result not in functions:
+        raise UsageError(f"--task {task} runs in one process: start it with python, not with torchrun")
     # What the user gave, else what the model asks for; else the default of the function that takes it
     settings = dict(data="shapes", seed=0) | settings | given
     settings |= dict(device=device, precision=precision, workers=workers)
@@ -1694,10 +1878,10 @@ def main(argv):
         if open_output in functions:
             settings["output"] = call(open_output, settings)
     size = sized(model).image_size
-    objects = dict(encoder=model, method=model, tokenizer=call(load_tokenizer, settings))
+    objects = dict(encoder=model, method=model, model=model, tokenizer=call(load_tokenizer, settings))
     for open_data in (open_pair, open_images):
         if open_data in functions:
-            objects |= call(open_data, settings | dict(settings=settings, size=size))
+            objects |= call(open_data, settings | dict(settings=settings, size=size, finished=finished and model))
     result = call(run, settings | objects)  # it takes one model, and of the data what it names
     if "picture" in result:
         path = settings["output"]

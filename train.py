@@ -342,9 +342,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         if hasattr(method, "maps_due") and method.maps_due(epoch, epochs):
             update_maps(method, source, device, precision, workers)
 
-    log = []
-    if state is not None and (output / "log.jsonl").exists():  # a kill may leave one line more
-        log = (output / "log.jsonl").read_text().splitlines()[:state["epoch"]]
+    log = Log(output / "log.jsonl", state)
     for line, kept in train_epochs(
             method, optimizer, dataset, compute_losses, epochs=epochs, batch_size=batch_size,
             accumulate=accumulate, peak_lr=lr or base_lr * batch_size / lr_batch,
@@ -354,9 +352,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         if rank() > 0:
             continue
         if line:
-            log.append(json.dumps(line))
-            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-            write_atomically(output / "log.jsonl", lambda to: to.write("\n".join([*log, ""]).encode()))
+            log.add(line)
             heading = f"{type(method).__name__}, epoch {line['epoch']} of {epochs}, {source.description}"
             draw_examples(output / "reconstruction.png", method, examples, tokenizer, device, seed, heading)
         # If the disk is full or read-only, the run fails here before its first epoch and not after it.
@@ -663,6 +659,23 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
 # Files
 
 
+class Log:
+    """The log of a run or, after a checkpoint `state`, what it had until then: a line of JSON for each epoch,
+    in a file, if `path` is not None; `stream` gets them, too, in words."""
+
+    def __init__(self, path, state=None, stream=None):
+        self.path, self.stream, self.lines = path, stream, []
+        if state and path.exists():  # a kill may leave one line more
+            self.lines = path.read_text().splitlines()[:state["epoch"]]
+
+    def add(self, figures):
+        self.lines.append(json.dumps(figures))
+        words = [f"{name} {value:.4g}" for name, value in figures.items() if type(value) in (int, float)]
+        tqdm.write(", ".join(words), self.stream)
+        if self.path:
+            write_atomically(self.path, lambda to: to.write("\n".join([*self.lines, ""]).encode()))
+
+
 def write_checkpoint(output, method, state, save_every=None):
     """Writes encoder.pt, a plain state dict with timm's names (a tokenizer's: with DALL-E's), and then
     checkpoint.pt, the state, from which the run can go on. What evaluation needs to know of the run is in the
@@ -807,13 +820,16 @@ def picture(columns, legend={}):
 
 
 def save_picture(path, image, task, heading=""):
-    """A picture [3, H, W] in 0..1 below a heading -> a PNG file, in which eval.py finds later of which task
-    it is."""
+    """A picture [3, H, W] in 0..1 below a heading -> a PNG file."""
     image = write(F.pad(image, (0, 0, 17 * bool(heading), 0), value=1.0), {(4, 0): heading})
+    save_png(path, TF.to_pil_image((255 * image).round().byte()), task)
+
+
+def save_png(path, image, task):
+    """Writes a PIL image as a PNG file, in which eval.py finds later of which task it is."""
     text = PngImagePlugin.PngInfo()
     text.add_text("task", task)
-    picture = TF.to_pil_image((255 * image).round().byte())
-    write_atomically(path, lambda to: picture.save(to, "png", pnginfo=text))
+    write_atomically(path, lambda to: image.save(to, "png", pnginfo=text))
 
 
 def picture_items(dataset, count=8):

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import datasets
-from datasets import (IGNORED, CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, fill_polygon,
-                      load_coco, load_dense, open_regions, read_ids, rle_counts)
+from datasets import (IGNORED, CocoRegions, MaskFolder, UsageError, coco_folder, coco_mask, encode_mask,
+                      fill_polygon, load_coco, load_dense, open_regions, read_ids, rle_counts)
 from eval import DenseImages
 
 H, W = 8, 10
@@ -118,6 +118,15 @@ def test_run_lengths():
     # down the columns: zeros in all of the first and one of the second, then three ones
     mask = coco_mask(dict(size=[4, 3], counts=[5, 3, 4]), 4, 3)
     np.testing.assert_array_equal(mask, picture("...", ".1.", ".1.", ".1."))
+
+
+def test_masks_are_encoded_as_they_are_read():
+    rng = np.random.default_rng(0)
+    for share in (0, 0.02, 0.5, 1):
+        mask = np.repeat(np.repeat(rng.random((23, 31)) < share, 7, 0), 9, 1)
+        encoded = encode_mask(mask)
+        assert encoded == dict(size=[161, 279], counts=compress(run_lengths(mask)))
+        assert np.array_equal(coco_mask(encoded, 161, 279), mask)
 
 
 @pytest.mark.parametrize("year", [2014, 2017])

@@ -140,7 +140,7 @@ def fake_cuda():
         patch.setitem(mim.SIZES, "nano", dict(embed_dim=32, depth=1, num_heads=2))
         patch.setattr(nn.init, "trunc_normal_", lambda *args, **options: None)  # it reads what it has drawn
         patch.setattr(evaluation, "frozen", lambda model, device: model.to(device).eval())  # without the copy
-        patch.setattr(evaluation, "settings_of", lambda task, arguments: {})  # a digest of weights
+        patch.setattr(evaluation, "settings_of", lambda *arguments: {})  # a digest of weights
         for module in (train, evaluation):
             patch.setattr(module, "make_loader", batches_in_order)
             patch.setattr(module, "picture", tiles_on_the_device)
@@ -382,7 +382,7 @@ def detection():
     """The backbone and the heads. torchvision's choice of proposals indexes by booleans, on every device."""
     for options in ({}, dict(relative_position=True)):
         with unset_fake_temporarily():
-            model = evaluation.make_detector(evaluation.trainable(encoder(**options), 0.1), 3, 16, window=4)
+            model = evaluation.Detector(evaluation.trainable(encoder(**options), 0.1), 3, 16, window=4)
         model, heads = model.to(CUDA), model.roi_heads
 
         def losses():

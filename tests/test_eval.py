@@ -1305,7 +1305,8 @@ PROBE = ENCODER | TRAINED | {"--method": differs("lomar"), "--data": differs("{f
 TUNED = ENCODER | TRAINED | {
     "--weight-decay": differs("5"), "--layer-decay": differs("0.1"), "--drop-path": differs("0.9"),
     "--resume": "tests of resuming", "--overwrite": "test_safety.py", "--output": "every command has it",
-    "--method": same("amt"),
+    "--method": same("amt"), "--accumulate": differs("2", "--batch-size 4"), "--eval-every": same("1"),
+    "--images": "test_dense.py and below, with a model that is trained",
 }
 DENSE = TUNED | {"--data": "test_dense.py", "--val-limit": differs("1"), "--batch-size": differs("4"),
                  "--freeze": differs(""), "--width": differs("4")}
@@ -1331,7 +1332,8 @@ TASK_FLAGS = {
     "linear": PROBE | {"--pool": differs("mean")},
     "attentive": PICTURE | PROBE | dict.fromkeys(ENCODER, "as for linear") | {"--method": same("lomar")},
     "finetune": TUNED | {"--data": differs("{folder}"), "--pool": differs("cls"),
-                         "--accumulate": differs("2"), "--label-smoothing": differs("0.5"),
+                         "--eval-every": differs("1"),  # one score more
+                         "--label-smoothing": differs("0.5"),
                          "--lr-batch": differs("16"), "--min-lr": differs("1e-5"),
                          "--lookahead": differs("1"),
                          "--method": differs("amt")},

@@ -172,7 +172,8 @@ def test_an_evaluation_does_not_overwrite_what_is_not_its_own(evaluate, kept, im
             code, err = evaluate(task, "--output", name, *flags)
             assert code == 2 and f"--output {name}: it is " in err and err.count("\n") == 1, err
     os.mkdir("beside")
-    for name, task in (("attention.png", "attention"), ("finetune.pt", "finetune"), ("semseg.png", "semseg")):
+    for name, task in (("attention.png", "attention"), ("finetune.pt", "finetune"), ("semseg.png", "semseg"),
+                       ("detect.jsonl", "detect")):
         Path(name).write_text("mine")  # where the result would lie if --output were not given
         code, err = evaluate(task)
         assert code == 2 and f"--output {name}: it is no result of eval.py" in err
@@ -190,7 +191,7 @@ def test_a_result_is_overwritten_on_demand_and_a_picture_always(evaluate):
     code, err = evaluate("finetune", "--epochs", 1, "--seed", 1, "--overwrite")
     assert code == 0 and Path("finetune.pt").read_bytes() != before, err
     before = Path("finetune.pt").read_bytes()
-    code, err = evaluate("finetune", "--overwrite", encoder="finetune.pt")
+    code, err = evaluate("semseg", "--output", "finetune.pt", "--overwrite", encoder="finetune.pt")
     assert code == 2 and "or the checkpoint itself" in err and Path("finetune.pt").read_bytes() == before
 
 
