@@ -1048,12 +1048,16 @@ def find_masks(source, folder, extensions=(".png",)):
     A mask has the file name of its image. It lies in the same subfolder as the image or, if no other image
     has this name, in the folder itself. Images that differ in their extensions alone have none.
     """
-    files = {os.path.splitext(path)[0]: os.path.join(folder, path) for path in find_files(folder, extensions)}
-    paths, found = [source.path(i) for i in range(len(source))], {}
-    keys = [os.path.splitext(path)[0] for path in paths]
-    for keys in ([os.path.basename(key) for key in keys], keys):  # the file in the subfolder counts
-        count = collections.Counter(keys)
-        found |= {path: files[key] for path, key in zip(paths, keys) if key in files and count[key] == 1}
+    by_stem, by_name, found = collections.defaultdict(list), collections.defaultdict(list), {}
+    for path in map(source.path, range(len(source))):
+        stem, _ = os.path.splitext(path)
+        by_stem[stem].append(path)
+        by_name[os.path.basename(stem)].append(path)
+    for path in find_files(folder, extensions):
+        stem, _ = os.path.splitext(path)
+        owners = by_stem[stem] or by_name[stem]
+        if len(owners) == 1:
+            found[owners[0]] = os.path.join(folder, path)
     return found
 
 

@@ -255,7 +255,7 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
 def settings_of(task, arguments, classes):
     """What a task keeps in its file: the plain values among its arguments, with which alone a run can be
     resumed, a short hash of the encoder's weights, and what else `load_finished` needs."""
-    machine = ("output", "resume", "accumulate", "eval_every", "device", "precision", "workers")
+    machine = ("output", "resume", "accumulate", "eval_every", "per_class", "device", "precision", "workers")
     plain = {name: value for name, value in arguments.items()
              if isinstance(value, (int, float, str)) and name not in machine}
     encoder = arguments["encoder"]
@@ -830,8 +830,9 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
            epochs: PositiveInt = 127, batch_size: PositiveInt = 16, base_lr: PositiveFloat = 1e-4,
            warmup_epochs: NonNegativeFloat | None = None, weight_decay: NonNegativeFloat = 0.05,
            layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, width: PositiveInt = 768,
-           accumulate: PositiveInt | None = None, eval_every: PositiveInt | None = None, output=None,
-           resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
+           accumulate: PositiveInt | None = None, eval_every: PositiveInt | None = None, per_class=False,
+           output=None, resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
+           workers=0) -> dict:
     """Semantic segmentation, as on ADE20K by BEiT's and CAE's code: 160,000 steps of 16 images.
 
     encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=False)`. Returns miou, the mean
@@ -864,11 +865,15 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
         return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
 
     return call(fit, locals(), lr_batch=16, warmup_steps=1500, fall=lambda progress: 1 - progress,
-                collate_fn=collate_dense, score=lambda model: score_pixels(model, val, precision, workers))
+                collate_fn=collate_dense,
+                score=lambda model: score_pixels(model, val, per_class, precision, workers))
 
 
-def score_pixels(model, val, precision="fp32", workers=0) -> dict:
-    """The figures of a `Segmenter` on `DenseImages`, see `semseg`."""
+def score_pixels(model, val, per_class: bool = False, precision="fp32", workers=0) -> dict:
+    """The figures of a `Segmenter` on `DenseImages`, see `semseg`.
+
+    per_class: the IoU of each class that occurs, too
+    """
     names, pairs, shown = val.source.classes, 0, []
     for item in val_items(val, workers):
         truth, found = item["label"], predict(model, item["image"], precision)["classes"]
@@ -878,8 +883,11 @@ def score_pixels(model, val, precision="fp32", workers=0) -> dict:
     pairs = pairs.reshape(len(names), -1)
     hits, occurs = pairs.diagonal(), pairs.sum(1) > 0
     iou = hits / np.maximum(pairs.sum(0) + pairs.sum(1) - hits, 1)
-    return dict(miou=round(100 * iou[occurs].mean(), 2), classes=int(occurs.sum()),
-                pixel_accuracy=round(100 * hits.sum() / pairs.sum(), 2), picture=draw_masks(shown, names))
+    result = dict(miou=round(100 * iou[occurs].mean(), 2), classes=int(occurs.sum()),
+                  pixel_accuracy=round(100 * hits.sum() / pairs.sum(), 2), picture=draw_masks(shown, names))
+    if per_class:
+        result["iou_by_class"] = {names[k]: round(100 * iou[k], 2) for k in np.flatnonzero(occurs)}
+    return result
 
 
 # An image [C, H, W] uint8 -> its longer side brought to 256 pixels, on a white square
@@ -1002,6 +1010,52 @@ class AlignedPool(MultiScaleRoIAlign):
         return super().forward(maps, moved, image_shapes)
 
 
+def federated_loss(logits, labels, weights, count=50):
+    """Federated loss (Zhou et al., "Probabilistic two-stage detection", arXiv:2103.07461): binary
+    cross-entropy, summed over some classes, averaged over the regions.
+
+    These are the classes of the labels and, if they with the background are fewer than `count`, others, drawn
+    without replacement in proportion to the weights.
+
+    logits: [n, 1 + num_classes], of which the background's are not used. labels: [n], 0 for the background.
+    weights: [1 + num_classes].
+    """
+    keys = weights / torch.empty_like(weights).exponential_()  # the largest are such a draw
+    keys[labels] = math.inf
+    chosen = keys >= keys.topk(min(count, len(keys))).values[-1]
+    chosen[0] = False
+    truth = F.one_hot(labels, len(keys)).float()
+    losses = F.binary_cross_entropy_with_logits(logits[:, chosen], truth[:, chosen], reduction="sum")
+    return losses / len(labels)
+
+
+class FederatedLogits(torch.Tensor):
+    """Logits of LVIS's classes. Where torchvision's Mask R-CNN asks for the cross-entropy or the softmax of
+    logits, of these it gets the federated loss or the sigmoid. `weights` is as in `federated_loss`."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function not in (F.cross_entropy, F.softmax):
+            return super().__torch_function__(function, types, args, kwargs)
+        logits = args[0].as_subclass(torch.Tensor).float()
+        return logits.sigmoid() if function is F.softmax else federated_loss(logits, args[1], args[0].weights)
+
+
+class FederatedPredictor(FastRCNNPredictor):
+    """Boxes and `FederatedLogits` of regions; image_counts: in how many images the classes are. Classes are
+    drawn in proportion to the square roots, as in detectron2."""
+
+    def __init__(self, in_channels, num_classes, image_counts):
+        super().__init__(in_channels, num_classes)
+        self.register_buffer("weights", torch.tensor([0, *image_counts]).sqrt(), persistent=False)
+
+    def forward(self, x):
+        logits, boxes = super().forward(x)
+        logits = logits.as_subclass(FederatedLogits)
+        logits.weights = self.weights
+        return logits, boxes
+
+
 class Detector(MaskRCNN):
     """Mask R-CNN (He et al., ICCV 2017, arXiv:1703.06870), torchvision's, with ViTDet's backbone and heads.
 
@@ -1013,6 +1067,8 @@ class Detector(MaskRCNN):
     num_classes: with the background, which is class 0.
     width: channels of all maps; the box head's linear layer has 4 * width.
     window: patches on the side of the windows that most blocks attend in.
+    image_counts: of LVIS alone, in how many images each class is; then the loss is `federated_loss`, and 300
+        detections of an image are given, not 100, that have a score of 0.02, not 0.05.
 
     Departs from ViTDet's released detector, where torchvision has nothing else: the boxes' loss is smooth L1,
     not L1; in training, proposals are not clipped to the part of the canvas that an image covers. Biases have
@@ -1020,7 +1076,7 @@ class Detector(MaskRCNN):
     many images a step), shallower heads, fewer regions.
     """
 
-    def __init__(self, encoder, num_classes, width=256, window=14):
+    def __init__(self, encoder, num_classes, width=256, window=14, image_counts=None):
         (H, W), p = encoder.image_size, encoder.patch_size
         if p % 4 or H % (2 * p) or W % (2 * p):
             raise UsageError("detection needs a patch_size divisible by 4, and an image_size divisible by "
@@ -1038,6 +1094,10 @@ class Detector(MaskRCNN):
             pool.map_levels = LevelMapper(0, 3, canonical_scale=14 * p, canonical_level=2)
             return pool
 
+        predictor, more = FastRCNNPredictor(4 * width, num_classes), {}
+        if image_counts:
+            predictor = FederatedPredictor(4 * width, num_classes, image_counts)
+            more = dict(box_score_thresh=0.02, box_detections_per_img=300)
         super().__init__(
             ViTDet(encoder, width, window, norm),
             rpn_anchor_generator=AnchorGenerator([(8 * stride,) for stride in strides],
@@ -1047,9 +1107,9 @@ class Detector(MaskRCNN):
             rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
             box_roi_pool=roi_pool(7), box_batch_size_per_image=rois,
             box_head=FastRCNNConvFCHead((width, 7, 7), convs, [4 * width], norm),
-            box_predictor=FastRCNNPredictor(4 * width, num_classes),
+            box_predictor=predictor,
             mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, norm),
-            mask_predictor=MaskRCNNPredictor(width, width, num_classes))
+            mask_predictor=MaskRCNNPredictor(width, width, num_classes), **more)
 
     def forward(self, images, targets=None, covered=None):
         """covered: (height, width) of the upper left part to which boxes are clipped; default: all."""
@@ -1093,12 +1153,13 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
            base_lr: PositiveFloat = 2.5e-5, warmup_epochs: NonNegativeFloat | None = None,
            weight_decay: NonNegativeFloat = 0.1, layer_decay: Fraction = 0.7, drop_path: Fraction = 0.1,
            width: PositiveInt = 256, window: PositiveInt = 14, accumulate: PositiveInt | None = None,
-           eval_every: PositiveInt | None = None, output=None, resume: bool = False,
+           eval_every: PositiveInt | None = None, per_class=False, output=None, resume: bool = False,
            seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
     """Object detection and instance segmentation, as ViTDet's on COCO (R-MAE, §4.1): Mask R-CNN.
 
     encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=True)`. Returns COCO's six
-    figures in percent (`average_precision`) of boxes and of masks, box_ap, mask_ap, ..., and a picture.
+    figures in percent (`average_precision`; nine of LVIS) of boxes and of masks, box_ap, mask_ap, ..., and a
+    picture.
 
     freeze: train only what follows the encoder
     epochs: passes over the training images
@@ -1116,9 +1177,11 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     seed: of everything random
     """
     classes = ["background", *train.source.classes]
-    settings = settings_of("detect", locals(), classes)
+    image_counts = getattr(train.source, "image_counts", None)
+    settings = settings_of("detect", locals(), classes) | dict(image_counts=image_counts)
     torch.manual_seed(seed)
-    model = Detector(trainable(encoder, drop_path, freeze), len(classes), width, window).to(device)
+    model = Detector(trainable(encoder, drop_path, freeze), len(classes), width, window, image_counts)
+    model.to(device)
     backbone = model.backbone
     heads = [backbone.rescalers, backbone.outputs, model.rpn, model.roi_heads]
     optimizer = layer_wise_adamw(backbone.encoder, heads, weight_decay, layer_decay)
@@ -1129,22 +1192,27 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
         return dict(loss=sum(parts.values()), **parts)
 
     return call(fit, locals(), lr_batch=16, warmup_steps=250, fall=stepwise, collate_fn=collate_dense,
-                score=lambda model: score_objects(model, val, precision, workers))
+                score=lambda model: score_objects(model, val, per_class, precision, workers))
 
 
-def score_objects(model, val, precision="fp32", workers=0) -> dict:
-    """The figures of a `Detector` on `DenseImages`, see `detect`."""
-    records, shown, result = dict(box=[], mask=[]), [], {}
+def score_objects(model, val, per_class: bool = False, precision="fp32", workers=0) -> dict:
+    """The figures of a `Detector` on `DenseImages`, see `detect`.
+
+    per_class: the AP of each class that occurs, too
+    """
+    records, shown, result, names = dict(box=[], mask=[]), [], {}, ["", *val.source.classes]
     for item in val_items(val, workers):
         truth, found = item["label"], predict(model, item["image"], precision)
         records["box"].append(match_image(truth, found, "boxes"))
         records["mask"].append(match_image(truth, found, "masks"))
         shown += [(item["image"], found, truth)] * (len(shown) < 6)
     for name, record in records.items():
-        figures, _ = average_precision(record)
+        figures, by_class = average_precision(record, getattr(val.source, "groups", {}))
         for figure, value in figures.items():
             result[f"{name}_{figure}"] = None if value is None else round(value, 2)
-    return result | dict(picture=draw_masks(shown, ["", *val.source.classes]))
+        if per_class:
+            result[f"{name}_ap_by_class"] = {names[k]: round(value, 2) for k, value in by_class.items()}
+    return result | dict(picture=draw_masks(shown, names))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1804,7 +1872,7 @@ def functions_of(task):
     if takes.keys() & {"images", "dataset"}:
         functions += [open_images, open_picture]
     if "output" in takes:
-        functions += [open_result, predict_images]
+        functions += [open_result, predict_images, FINISHED[task][1]]
     return functions
 
 

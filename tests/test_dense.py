@@ -1175,3 +1175,119 @@ def write_objects(root, split):
     (root / "annotations").mkdir(exist_ok=True)
     content = dict(images=images, annotations=objects, categories=[dict(id=1, name="square")])
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LVIS's loss and detector
+
+
+def chosen_classes(logits, labels, weights, count):
+    """The columns of the logits that the loss depends on."""
+    logits = logits.clone().requires_grad_()
+    evaluation.federated_loss(logits, torch.tensor(labels), torch.tensor(weights), count).backward()
+    return set(logits.grad.any(0).nonzero()[:, 0].tolist())
+
+
+def test_the_federated_loss_of_all_classes_by_hand():
+    logits, labels = torch.randn(4, 6), torch.tensor([2, 0, 5, 2])
+    loss = evaluation.federated_loss(logits, labels, torch.ones(6))
+    truth = torch.zeros(4, 6)
+    truth[0, 2] = truth[2, 5] = truth[3, 2] = 1
+    share = logits.sigmoid()
+    expected = -(truth * share.log() + (1 - truth) * (1 - share).log())[:, 1:].sum() / 4
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_federated_loss_takes_the_classes_of_the_labels_and_draws_others():
+    """The background is one of the count, though it has no loss."""
+    torch.manual_seed(0)
+    logits, weights = torch.randn(3, 8), [0.0, 1, 3, 1, 1, 0, 1, 1]
+    for count, labels in ((4, [0, 5, 2]), (4, [5, 5, 2]), (2, [1, 5, 2]), (1, [0, 0, 0])):
+        classes = {*labels, 0} - {0}
+        found = [chosen_classes(logits, labels, weights, count) for _ in range(20)]
+        assert all(some >= classes and 0 not in some for some in found)
+        assert {len(some) for some in found} == {max(count - (0 in labels), len(classes))}
+    drawn = [chosen_classes(logits, [0, 0, 6], weights, 3) - {6} for _ in range(800)]
+    shares = [sum(k in some for some in drawn) / 800 for k in range(8)]  # in proportion to the weights
+    assert shares == pytest.approx([0, 1 / 7, 3 / 7, 1 / 7, 1 / 7, 0, 0, 1 / 7], abs=0.05)
+
+
+@pytest.fixture
+def rarely():
+    """A detector of three classes for LVIS."""
+    return Detector(make_encoder(32, 4), 4, width=8, image_counts=[1, 4, 16])
+
+
+def test_lviss_detector_gives_sigmoids(rarely):
+    """So that an object can be of two classes. At most 300 detections of at least 0.02."""
+    heads = rarely.eval().roi_heads
+    assert (heads.score_thresh, heads.detections_per_img) == (0.02, 300)
+    torch.nn.init.zeros_(heads.box_predictor.cls_score.weight)
+    logits = torch.tensor([9, 2, -3.5, 1])  # the first is the background's
+    heads.box_predictor.cls_score.bias.data[:] = logits
+    with torch.no_grad():
+        found, = rarely(torch.randn(1, 3, 32, 32))
+    scores = {k: found["scores"][found["labels"] == k] for k in (1, 2, 3)}
+    assert len(scores[2]) and all(scores[k] == pytest.approx(logits[k].sigmoid().item()) for k in scores)
+
+
+def test_lviss_detector_learns_by_the_federated_loss(rarely, monkeypatch):
+    asked = []
+
+    def note(logits, labels, weights):
+        asked.append((type(logits), labels.max().item(), weights.tolist()))
+        return logits.sum() * 0 + 7
+
+    monkeypatch.setattr(evaluation, "federated_loss", note)
+    targets = [dict(boxes=torch.tensor([[4.0, 4, 20, 20]]), labels=torch.tensor([2]),
+                    masks=torch.ones(1, 32, 32, dtype=torch.uint8))]
+    losses = rarely.train()(torch.randn(1, 3, 32, 32), targets)
+    assert losses["loss_classifier"] == 7 and asked == [(torch.Tensor, 2, [0, 1, 2, 4])]
+    sum(losses.values()).backward()
+    plain = Detector(make_encoder(32, 4), 4, width=8).train()
+    assert plain(torch.randn(1, 3, 32, 32), targets)["loss_classifier"] != 7
+    assert (plain.roi_heads.score_thresh, plain.roi_heads.detections_per_img) == (0.05, 100)
+
+
+def test_lviss_detector_is_evaluated_as_lvis_is_and_rebuilt(monkeypatch, tmp_path):
+    """Of the classes red is rare, green frequent, and the image is known to have no red. An object is green,
+    a second is not annotated."""
+    image, truth = spots(8, 16)
+    truth = {name: values[1:] for name, values in truth.items()}
+    truth |= dict(negative=np.array([1]), partial=np.array([], int))
+    source = Truth((image, truth), (image, truth), classes=["red", "green"])
+    source.image_counts, source.groups = [1, 2000], dict(rare=[1], common=[], frequent=[2])
+    monkeypatch.setattr(evaluation, "Detector", Spotter)
+    train = DenseImages(Truth(*2 * [spots(32, 32)], classes=["red", "green"]), (32, 32), (1, 1))
+    train.source.image_counts = source.image_counts
+    result = detect(make_encoder(32, depth=2), train, DenseImages(source, (32, 32)), epochs=1, batch_size=2,
+                    width=8, per_class=True, output=tmp_path / "detect.pt")
+    figures = {name: result[f"box_{name}"] for name in ("ap", "ap_rare", "ap_common", "ap_frequent")}
+    assert figures == dict(ap=100, ap_rare=None, ap_common=None, ap_frequent=100)
+    assert result["box_ap_by_class"] == result["mask_ap_by_class"] == {"green": 100}
+    predictor = load_finished(tmp_path / "detect.pt").roi_heads.box_predictor
+    assert predictor.weights.tolist() == pytest.approx([0, 1, 2000 ** 0.5])
+
+
+def test_each_class_has_its_own_figure_if_asked(monkeypatch):
+    truth = np.zeros((8, 8), np.int16)
+    truth[4:6, :4], truth[4:6, 4:], truth[6:] = 2, 3, datasets.IGNORED
+    val = Truth((painting(torch.from_numpy(np.where(truth == 3, 2, truth.clip(0)))), truth), classes=NAMES)
+    result = segmentation(monkeypatch, val, size=(8, 8), per_class=True)
+    assert "iou_by_class" not in segmentation(monkeypatch, val, size=(8, 8))
+    found = result["iou_by_class"]
+    assert found == {NAMES[0]: 100, NAMES[2]: 50, NAMES[3]: 0} and result["miou"] == 50
+    result = detection(monkeypatch, spots(8, 16), spots(16, 8, labels=[1, 1]), per_class=True)
+    assert set(result["box_ap_by_class"]) == {"red", "green"} == set(result["mask_ap_by_class"])
+    assert result["box_ap_by_class"]["red"] < result["box_ap_by_class"]["green"] == 100
+    assert np.mean([*result["box_ap_by_class"].values()]) == pytest.approx(result["box_ap"], abs=0.01)
+    assert "box_ap_by_class" not in detection(monkeypatch, spots(8, 16))
+
+
+@pytest.mark.parametrize("task, name", [("semseg", "iou_by_class"), ("detect", "box_ap_by_class")])
+def test_figures_of_classes_on_the_command_line(task, name, finished, cli, few_scenes):
+    """Of a model that is trained; in training, test_eval.py tries the flag."""
+    code, out, err = cli(evaluation, finished[task], "--task", task, "--val-limit", 4, "--per-class")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])[name]
+    assert found and set(found) <= {"background", *datasets.SHAPES}

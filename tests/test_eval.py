@@ -1309,7 +1309,7 @@ TUNED = ENCODER | TRAINED | {
     "--images": "test_dense.py and below, with a model that is trained",
 }
 DENSE = TUNED | {"--data": "test_dense.py", "--val-limit": differs("1"), "--batch-size": differs("4"),
-                 "--freeze": differs(""), "--width": differs("4")}
+                 "--freeze": differs(""), "--width": differs("4"), "--per-class": differs("")}
 PICTURE = {
     "--data": differs("{folder}"), "--output": "every command has it", "--count": differs("2"),
     "--images": differs("{image}"), "--seed": differs("1"),
