@@ -968,10 +968,10 @@ class CocoRegions:
                      for image in data["images"]]
             folder = f"{Path(source.root).name}/"
             paths = [path.removeprefix(folder) for path in paths]
-            for keys in (paths, [i["id"] for i in data["images"]], [c["id"] for c in self.listed]):
+            for keys in (paths, [category["id"] for category in self.listed]):
                 for key, times in collections.Counter(keys).items():
                     if times > 1:
-                        raise UsageError(f"{self.file}: {key} is the id or file_name of {times} entries")
+                        raise UsageError(f"{self.file}: {key} is listed {times} times")
             kept = [pickle.dumps((image, found[image["id"]])) for image in data["images"]]
             ends = np.cumsum([len(k) for k in kept]).tolist()
         # One string of bytes: processes share its memory; of a list, each worker would soon have a copy.
@@ -1004,18 +1004,16 @@ class CocoRegions:
                     height, width = ids.shape
                     found += [(segment, ids == segment["id"]) for segment in annotation["segments_info"]]
                 else:
-                    mask = coco_mask(annotation["segmentation"], height, width)
-                    found.append((measured(mask) | annotation, mask))
+                    found.append((annotation, coco_mask(annotation["segmentation"], height, width)))
         check_shape(name, item["image"], (height, width), exact=True)
         return found
 
     def read(self, index, item):
         """Label map [1, H, W]: smaller instances lie on top of larger ones; crowds of them are left out."""
-        labels, found = np.zeros(item["image"].shape[1:], np.int32), self.objects(index, item)
-        if self.kind != "panoptic":
-            found.sort(key=lambda pair: -pair[0]["area"])
-            found = [pair for pair in found if not pair[0]["iscrowd"]]
-        for number, (_, mask) in enumerate(found, start=1):
+        labels = np.zeros(item["image"].shape[1:], np.int32)
+        masks = [mask for annotation, mask in self.objects(index, item)
+                 if self.kind == "panoptic" or not annotation.get("iscrowd")]
+        for number, mask in enumerate(sorted(masks, key=np.count_nonzero, reverse=True), start=1):
             labels[mask] = number
         return torch.from_numpy(labels)[None]
 
@@ -1028,18 +1026,15 @@ class CocoRegions:
             for segment, mask in objects:
                 labels[mask] = number[segment["category_id"]]
             return labels
-        truth = as_truth(objects, shape, number)
-        if self.kind == "lvis_v1":
-            image, _ = self.annotations(index)
-            for name, key in (("negative", "neg_category_ids"), ("partial", "not_exhaustive_category_ids")):
-                truth[name] = np.array([number[k] + 1 for k in image[key]], int)
+        masks = np.array([mask for _, mask in objects], bool).reshape(-1, *shape)
+        truth = as_truth(masks, [number[o["category_id"]] + 1 for o, _ in objects])
+        for name, key in (("boxes", "bbox"), ("areas", "area"), ("crowd", "iscrowd")):
+            for k, (annotation, _) in enumerate(objects):
+                truth[name][k] = annotation.get(key, truth[name][k])
+        image, _ = self.annotations(index)
+        for key in ("neg_category_ids", "not_exhaustive_category_ids") if self.kind == "lvis_v1" else ():
+            truth[key] = np.array([number[k] + 1 for k in image[key]], int)
         return truth
-
-
-def measured(mask):
-    """A mask bool [H, W] -> what COCO says of an object: dict(area, bbox=[x, y, width, height], iscrowd)."""
-    x1, y1, x2, y2 = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
-    return dict(area=np.count_nonzero(mask), bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=0)
 
 
 def find_masks(source, folder, extensions=(".png",)):
@@ -1264,10 +1259,10 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
 
     Without `objects` truth is [H, W] int16, classes or IGNORED. With them it is a dict of masks, bool
     [n, H, W]; boxes, [n, 4], COCO's (x, y, width, height) in pixels; labels, int64 [n] from 1; areas, [n] in
-    pixels; crowd, bool [n]; of LVIS also negative and partial (eval.py's `match_image`). Files without
-    annotations are left out. A source of LVIS has groups, a dict of rare, common and frequent -> labels, and
-    image_counts, the number of training images of each class. Raises UsageError if the data have no such
-    truth.
+    pixels; crowd, bool [n]; of LVIS also labels, neg_category_ids and not_exhaustive_category_ids. A source
+    of LVIS has groups, a dict of labels -> r, c or f (rare, common, frequent), and image_counts, the number
+    of training images of each class. Files without annotations are left out. Raises UsageError if the data
+    have no such truth.
 
     categories: source.categories of the training data, by whose ids the classes are numbered; default: they
         are read, if they are there
@@ -1296,9 +1291,7 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
                                f"{len(regions.spans) - len(source)}")
         if lvis:
             with explained(regions.file, "its categories are not LVIS's"):
-                source.groups = {name: [k for k, category in enumerate(regions.listed, start=1)
-                                        if category["frequency"] == name[0]]
-                                 for name in ("rare", "common", "frequent")}
+                source.groups = {k: category["frequency"] for k, category in enumerate(regions.listed, 1)}
                 source.image_counts = [category["image_count"] for category in regions.listed]
                 if split == "train":
                     source, limit = repeat_rare(shorten(source, limit), regions), None
@@ -1325,28 +1318,21 @@ def repeat_rare(source, regions, threshold=1e-3):
     return source
 
 
-def as_truth(objects, shape, number):
-    """The dense truth of objects, pairs of COCO's dict and a mask, in an image of a shape [H, W].
-
-    number: category id -> class from 0
-    """
-    def column(key, kind):
-        return np.array([o[key] for o, _ in objects], kind)
-
-    return dict(masks=np.array([mask for _, mask in objects], bool).reshape(-1, *shape),
-                boxes=column("bbox", float).reshape(-1, 4), areas=column("area", float),
-                labels=np.array([number[k] + 1 for k in column("category_id", int)], int),
-                crowd=column("iscrowd", bool))
+def as_truth(masks, labels):
+    """Masks bool [n, H, W] and the labels of their objects -> their dense truth, as far as masks tell it."""
+    boxes = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in masks]
+    boxes = np.array(boxes, float).reshape(-1, 4)
+    boxes[:, 2:] -= boxes[:, :2]
+    areas = np.array([np.count_nonzero(mask) for mask in masks], float)
+    return dict(masks=masks, boxes=boxes, labels=np.array(labels, int), areas=areas,
+                crowd=np.zeros(len(masks), bool))
 
 
 def scene_truth(index, item):
-    """The objects of a built-in scene; in small images some may be hidden."""
-    instances, objects = item["instances"].numpy(), []
-    for number, shape in enumerate(item["shapes"], start=1):
-        mask = instances == number
-        if mask.any():
-            objects.append((dict(category_id=shape) | measured(mask), mask))
-    return as_truth(objects, instances.shape, range(len(SHAPES)))
+    """The objects of a built-in scene."""
+    instances = item["instances"].numpy()
+    numbers = np.setdiff1d(instances, 0)  # in small images some may be hidden
+    return as_truth(instances == numbers[:, None, None], np.array(item["shapes"])[numbers - 1] + 1)
 
 
 def boxes_of(masks):

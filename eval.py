@@ -1041,19 +1041,12 @@ class FederatedLogits(torch.Tensor):
         return logits.sigmoid() if function is F.softmax else federated_loss(logits, args[1], args[0].weights)
 
 
-class FederatedPredictor(FastRCNNPredictor):
-    """Boxes and `FederatedLogits` of regions; image_counts: in how many images the classes are. Classes are
-    drawn in proportion to the square roots, as in detectron2."""
-
-    def __init__(self, in_channels, num_classes, image_counts):
-        super().__init__(in_channels, num_classes)
-        self.register_buffer("weights", torch.tensor([0, *image_counts]).sqrt(), persistent=False)
-
-    def forward(self, x):
-        logits, boxes = super().forward(x)
-        logits = logits.as_subclass(FederatedLogits)
-        logits.weights = self.weights
-        return logits, boxes
+def as_federated(weights, predictor, inputs, outputs):
+    """A forward hook of a FastRCNNPredictor: its logits become `FederatedLogits`."""
+    logits, boxes = outputs
+    logits = logits.as_subclass(FederatedLogits)
+    logits.weights = weights.to(logits.device)
+    return logits, boxes
 
 
 class Detector(MaskRCNN):
@@ -1096,7 +1089,8 @@ class Detector(MaskRCNN):
 
         predictor, more = FastRCNNPredictor(4 * width, num_classes), {}
         if image_counts:
-            predictor = FederatedPredictor(4 * width, num_classes, image_counts)
+            weights = torch.tensor([0, *image_counts]).sqrt()  # as in detectron2
+            predictor.register_forward_hook(functools.partial(as_federated, weights))
             more = dict(box_score_thresh=0.02, box_detections_per_img=300)
         super().__init__(
             ViTDet(encoder, width, window, norm),
@@ -1266,7 +1260,8 @@ def match_image(truths, detections, kind="boxes"):
 
     truths: dict of arrays: boxes [n, 4] (x, y, width, height; from COCO's own, no bit is lost) or masks bool
         [n, H, W], labels [n], crowd bool [n], and areas [n] as annotated, which decide the range; of LVIS the
-        labels `negative`, which the image has not, and `partial`, of which it may have more
+        labels neg_category_ids, which the image has not, and not_exhaustive_category_ids, of which it may
+        have more
     detections: dict of arrays: boxes [m, 4] or masks bool [m, H, W], labels [m], scores [m]
     kind: boxes or masks; IoU and the detections' areas are of these
     returns: labels [k], scores [k], outcomes int8 [4, 10, k] of the detections that count, by falling score;
@@ -1275,8 +1270,8 @@ def match_image(truths, detections, kind="boxes"):
     areas_of, overlaps_of = (mask_areas, mask_overlaps) if kind == "masks" else (box_areas, box_overlaps)
     order = np.argsort(-detections["scores"], kind="stable")
     labels = detections["labels"][order]
-    if "negative" in truths:  # LVIS
-        known = np.isin(labels, np.append(truths["labels"], truths["negative"]))
+    if "neg_category_ids" in truths:  # LVIS
+        known = np.isin(labels, np.append(truths["labels"], truths["neg_category_ids"]))
         order = order[known & (np.arange(len(order)) < 300)]
     else:
         rank = np.tril(labels[:, None] == labels, -1).sum(1)  # how many of the same class come before
@@ -1293,7 +1288,7 @@ def match_image(truths, detections, kind="boxes"):
 
     wanted = ~(crowd | outside(truths["areas"]))  # [4, n]
     free = np.ones((4, 10, len(crowd)), dtype=bool)
-    unsure = outside(areas) | np.isin(labels, truths.get("partial", []))
+    unsure = outside(areas) | np.isin(labels, truths.get("not_exhaustive_category_ids", []))
     outcomes = np.where(unsure, NOT_COUNTED, MISS).astype(np.int8)
     outcomes = outcomes[:, None].repeat(10, axis=1)  # [4, 10, k]
     for i in np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(1)):
@@ -1327,7 +1322,7 @@ def average_precision(records, groups={}):
     Each figure is the mean over the classes with truths in its range of areas, in percent; None if no class
     has any.
 
-    groups: dict of name -> labels; each adds a figure, ap_NAME, the AP of these classes alone
+    groups: dict of labels -> names; each name adds a figure, ap_NAME, the AP of its classes alone
     """
     figures = {name: {} for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")}
     joined = [np.concatenate(parts, axis=-1) for parts in zip(*records)]
@@ -1344,8 +1339,8 @@ def average_precision(records, groups={}):
                 if name == "ap":
                     figures["ap50"][label], figures["ap75"][label] = precisions[0], precisions[5]
     by_class = figures["ap"]
-    for name, some in groups.items():
-        figures[f"ap_{name}"] = {label: by_class[label] for label in some if label in by_class}
+    for name in sorted(set(groups.values())):
+        figures[f"ap_{name}"] = {label: ap for label, ap in by_class.items() if groups[label] == name}
     means = {name: float(np.mean([*values.values()])) if values else None for name, values in figures.items()}
     return means, by_class
 

@@ -100,7 +100,8 @@ def lvis_scenario():
         negative = others[random.rand(len(others)) < 0.5]
         listed = np.union1d(truths["labels"], negative)
         partial = listed[random.rand(len(listed)) < 0.3].astype(int)
-        truths = truths | dict(negative=negative, partial=partial, crowd=truths["crowd"] & False)
+        truths = truths | dict(neg_category_ids=negative, not_exhaustive_category_ids=partial)
+        truths["crowd"] = np.zeros(len(truths["crowd"]), bool)
         if k in (8, 21):
             found = {name: np.concatenate(3 * [values]) for name, values in found.items()}
             found["scores"] = found["scores"] * (1 - np.arange(len(found["scores"])) / 4096)
@@ -108,7 +109,7 @@ def lvis_scenario():
     return images
 
 
-FREQUENCIES = dict(rare=[3, 4], common=[2], frequent=[1, 5])
+FREQUENCIES = {1: "f", 2: "c", 3: "r", 4: "r", 5: "f"}
 
 # 100 * stats[:6] of pycocotools 2.0.11: COCOeval(truths, truths.loadRes(detections), "bbox" or "segm"), then
 # evaluate, accumulate, summarize; the ids of images and of annotations are 1, 2, ... in scenario()'s order.
@@ -131,10 +132,10 @@ def test_the_figures_are_those_of_pycocotools(kind):
 LVIS_EXPECTED = {
     "boxes": dict(
         ap=21.84233236, ap50=44.0673007, ap75=18.80099695, ap_small=18.7430637, ap_medium=26.12171455,
-        ap_large=31.15568023, ap_rare=18.28600602, ap_common=29.10583157, ap_frequent=19.98874592),
+        ap_large=31.15568023, ap_r=18.28600602, ap_c=29.10583157, ap_f=19.98874592),
     "masks": dict(
         ap=20.08501089, ap50=42.06309151, ap75=17.54216546, ap_small=17.09659409, ap_medium=25.04047609,
-        ap_large=32.89124054, ap_rare=18.29755678, ap_common=25.73882889, ap_frequent=18.15182894),
+        ap_large=32.89124054, ap_r=18.29755678, ap_c=25.73882889, ap_f=18.15182894),
 }
 
 
@@ -237,8 +238,8 @@ def test_of_two_truths_the_nearer_by_the_last_bit_is_taken(first):
 
 
 def test_nothing_to_evaluate_has_no_figures():
-    figures, by_class = average_precision([], dict(rare=[1]))
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ap_rare")
+    figures, by_class = average_precision([], {1: "r"})
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ap_r")
     assert figures == dict.fromkeys(names) and by_class == {}
 
 
@@ -247,8 +248,8 @@ def test_the_classes_and_their_groups_have_their_own_figures():
     boxes = [(0, 0, 40, 40), (50, 50, 90, 90), (0, 50, 40, 90), (100, 50, 140, 90)]
     truths = rectangles(boxes, [1, 2, 3, 3], crowd=[False] * 4, areas=[1600.0] * 4)
     record = match_image(truths, rectangles(boxes[::2], [1, 3], scores=[0.5, 0.9]))
-    figures, by_class = average_precision([record], dict(rare=[2, 4], common=[3, 1], frequent=[4]))
+    figures, by_class = average_precision([record], {1: "c", 2: "r", 3: "c", 4: "f", 5: "r"})
     half = 100 * 51 / 101
     assert by_class == pytest.approx({1: 100, 2: 0, 3: half})
-    assert figures["ap"] == pytest.approx((100 + half) / 3) and figures["ap_rare"] == 0
-    assert figures["ap_common"] == pytest.approx((100 + half) / 2) and figures["ap_frequent"] is None
+    assert figures["ap"] == pytest.approx((100 + half) / 3) and figures["ap_r"] == 0
+    assert figures["ap_c"] == pytest.approx((100 + half) / 2) and figures["ap_f"] is None

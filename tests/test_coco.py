@@ -368,9 +368,8 @@ def test_categories_that_the_training_data_do_not_have_are_refused(tmp_path, obj
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda data: data["categories"].append(dict(id=9, name="cow")), "9 is the id or file_name of 2 entries"),
-    (lambda data: data["images"].append(dict(id=0, file_name="3.jpg")), "0 is the id or file_name of 2"),
-    (lambda data: data["images"].append(dict(id=7, file_name="1.jpg")), "1.jpg is the id or file_name of 2"),
+    (lambda data: data["categories"].append(dict(id=9, name="cow")), "9 is listed 2 times"),
+    (lambda data: data["images"].append(dict(id=7, file_name="1.jpg")), "1.jpg is listed 2 times"),
     (lambda data: data["categories"][0].pop("name"), "is not a file of COCO annotations (it has no 'name')"),
     (lambda data: data.pop("categories"), "it has objects of category 9, which is not among its categories"),
 ])
@@ -483,10 +482,11 @@ def test_lvis_is_read_by_its_urls(tmp_path):
     assert [val.path(i) for i in (0, 1)] == ["train2017/10.jpg", "val2017/0.jpg"] and len(val) == 20
     assert val[1]["image"][2, 0, 0] == 1  # the blue that it was written with
     assert val.classes == ["ant", "bee", "zebra"] and val.image_counts == [1, 4, 9]
-    assert val.groups == dict(rare=[1], common=[2], frequent=[3])
+    assert val.groups == {1: "r", 2: "c", 3: "f"}
     truth = val.truth(0, val[0])
     assert truth["labels"].tolist() == [3] and truth["areas"].tolist() == [6]
-    assert truth["negative"].tolist() == [1] and truth["partial"].tolist() == [3, 2]
+    assert truth["neg_category_ids"].tolist() == [1]
+    assert truth["not_exhaustive_category_ids"].tolist() == [3, 2]
     coco = small_coco(tmp_path / "coco", {"1.jpg": 1}, {1: "thing"})
     assert not hasattr(load_dense(coco, True), "groups")
 

@@ -1254,19 +1254,20 @@ def test_lviss_detector_is_evaluated_as_lvis_is_and_rebuilt(monkeypatch, tmp_pat
     a second is not annotated."""
     image, truth = spots(8, 16)
     truth = {name: values[1:] for name, values in truth.items()}
-    truth |= dict(negative=np.array([1]), partial=np.array([], int))
+    truth |= dict(neg_category_ids=np.array([1]), not_exhaustive_category_ids=np.array([], int))
     source = Truth((image, truth), (image, truth), classes=["red", "green"])
-    source.image_counts, source.groups = [1, 2000], dict(rare=[1], common=[], frequent=[2])
+    source.image_counts, source.groups = [1, 2000], {1: "r", 2: "f"}
     monkeypatch.setattr(evaluation, "Detector", Spotter)
     train = DenseImages(Truth(*2 * [spots(32, 32)], classes=["red", "green"]), (32, 32), (1, 1))
     train.source.image_counts = source.image_counts
     result = detect(make_encoder(32, depth=2), train, DenseImages(source, (32, 32)), epochs=1, batch_size=2,
                     width=8, per_class=True, output=tmp_path / "detect.pt")
-    figures = {name: result[f"box_{name}"] for name in ("ap", "ap_rare", "ap_common", "ap_frequent")}
-    assert figures == dict(ap=100, ap_rare=None, ap_common=None, ap_frequent=100)
+    figures = {name: result[f"box_{name}"] for name in ("ap", "ap_r", "ap_f")}
+    assert figures == dict(ap=100, ap_r=None, ap_f=100)
     assert result["box_ap_by_class"] == result["mask_ap_by_class"] == {"green": 100}
-    predictor = load_finished(tmp_path / "detect.pt").roi_heads.box_predictor
-    assert predictor.weights.tolist() == pytest.approx([0, 1, 2000 ** 0.5])
+    heads = load_finished(tmp_path / "detect.pt").roi_heads
+    logits, _ = heads.box_predictor(torch.zeros(1, 32))
+    assert heads.detections_per_img == 300 and logits.weights.tolist() == pytest.approx([0, 1, 2000 ** 0.5])
 
 
 def test_each_class_has_its_own_figure_if_asked(monkeypatch):
