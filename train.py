@@ -1095,36 +1095,35 @@ def call(function, flags, **fixed):
 
 
 def check_setting(name, value, annotation):
-    """ValueError for a value, from a file, that no flag of this annotation could have given: its text would
-    not be read as the same value."""
-    options, fitting = flag_options(annotation), False
-    with contextlib.suppress(Exception):  # what reads the texts raises anything
-        if value is None or "action" in options:
-            fitting = type(value) in (typing.get_args(annotation) or [annotation])
-        else:
-            items, read = value if "nargs" in options else [value], options.get("type", str)
-            fitting = items and items == [read(str(item)) for item in items]
-            fitting = fitting and set(items) <= set(options.get("choices", items))
+    """Raises ValueError if a value, which comes from a file, could not have come from a flag of this
+    annotation.
+    """
+    parser = Parser(add_help=False)
+    parser.add_argument("--flag", **flag_options(annotation))
+    words = ["--flag=" + str(value)]
+    if isinstance(value, bool):
+        words = ["--flag" if value else "--no-flag"]
+    elif isinstance(value, list):
+        words = ["--flag", *map(str, value)]
+    fitting = value is None and type(None) in typing.get_args(annotation)
+    with contextlib.suppress(UsageError):
+        fitting = fitting or parser.parse_args(words).flag == value
     if not fitting:
         raise ValueError(f"its setting {name} is wrong: {value}")
 
 
-def flag_help(function):
-    """Reads the lines `name: text` of a docstring -> {name: text}. For a class, the docstrings of its base
-    classes are read too."""
-    found = {}
-    for part in reversed(getattr(function, "__mro__", [function])):  # a class has bases
-        text = inspect.cleandoc(part.__doc__ or "")
-        for names, line in re.findall(r"^((?:\w+, )*\w+): (.*(?:\n {4,}\S.*)*)", text, re.MULTILINE):
-            found |= dict.fromkeys(names.split(", "), " ".join(line.split()))
-    return found
-
-
 def flags_of(functions):
-    """The flags of functions: {name: (inspect.Parameter, help)}. Where two have one name the first counts."""
+    """The flags of functions and classes: {name: (inspect.Parameter, help)}.
+
+    The help is the line "name: text" of the docstring, for a class also of its base classes' docstrings.
+    Where two functions have a flag of one name, the first counts.
+    """
     flags = {}
     for function in functions:
-        texts = flag_help(function)
+        parts = getattr(function, "__mro__", [function])  # a class and its bases
+        text = "\n".join(inspect.cleandoc(part.__doc__ or "") for part in reversed(parts))
+        lines = re.findall(r"^((?:\w+, )*\w+): (.*(?:\n {4,}\S.*)*)", text, re.MULTILINE)
+        texts = {name: " ".join(line.split()) for names, line in lines for name in names.split(", ")}
         for name, p in inspect.signature(function).parameters.items():
             if p.annotation is not p.empty and p.default is not p.empty:
                 flags.setdefault(name, (p, texts.get(name, "")))
