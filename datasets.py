@@ -4,9 +4,10 @@ Contents: constants and normalisation; sources (the built-in scenes, torchvision
 and batches (crops, loaders, broken files); regions (instances, COCO, masks from a folder, computed ones);
 dense truth (classes of pixels, objects); Felzenszwalb-Huttenlocher segments.
 
-A *source* reads one image as it is. `Images` makes items of them: cropped, flipped, uint8. `normalize` does
-the rest on the device, a batch at a time. All randomness of an item follows from (seed, epoch, index). So a
-run is the same for any number of workers and processes, and a resumed run equals one that was never stopped.
+A *source* reads images as they are, one at a time. `Images` makes items of them, which are cropped and
+flipped, still in uint8. `normalize` does the rest on the device, for a whole batch. All random numbers of an
+item follow from (seed, epoch, index). So a run is the same for any number of workers and processes, and a
+resumed run is the same as one that was never stopped.
 """
 
 import collections
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 import mim
 
-try:  # torchvision has announced that it will drop its decoders; then Pillow decodes JPEGs too
+try:  # torchvision has announced that it will drop its decoders; Pillow then decodes JPEGs, too
     from torchvision.io import decode_image
 except ImportError:
     decode_image = None
@@ -49,11 +50,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; all the 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of 89 million pixels
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MIN_SIDE = 8  # pixels; an image with a shorter side counts as broken
-SMALL = 96  # pixels; images up to this size are evaluated whole, and the recipes for them are smaller
+SMALL = 96  # pixels; images of up to this size are evaluated as a whole, and have recipes of their own
 
 
 class UsageError(ValueError):
-    """A mistake of the user, told in one line: which file or flag, what it was, what it may be."""
+    """A mistake of the user, explained in one line: which file or flag it is, what it was, what it may be."""
 
 
 def did_you_mean(word, choices):
@@ -63,7 +64,7 @@ def did_you_mean(word, choices):
 
 
 def check_folder(flag, path, choices):
-    """UsageError if there is no such folder; `choices` are the names that `flag` may have instead."""
+    """Raises UsageError if there is no such folder. choices: the names that the flag may have instead."""
     if not os.path.isdir(path):
         raise UsageError(f"{flag} {path}: no such folder, and not one of {', '.join(choices)}"
                          f"{did_you_mean(path, choices)}")
@@ -71,7 +72,8 @@ def check_folder(flag, path, choices):
 
 @contextlib.contextmanager
 def explained(what, problem):
-    """Whatever is raised inside becomes a UsageError, which names the missing file, or tells the problem."""
+    """A context manager that turns any exception into a UsageError: "WHAT: PROBLEM (the exception's
+    message)". If a file is missing, the error names it instead."""
     try:
         yield
     except UsageError:
@@ -79,15 +81,15 @@ def explained(what, problem):
     except FileNotFoundError as error:
         raise UsageError(f"{what}: there is no {error.filename}") from None
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
-        if "DataLoader worker" in str(error):  # one was killed meanwhile, which is not of what is inside
+        if "DataLoader worker" in str(error):  # a worker was killed meanwhile; this is not the cause
             raise
         raise UsageError(f"{what}: {problem} ({reason_of(error)})") from None
 
 
 def reason_of(error):
-    """An exception's message in one line, without the words that Python and torch have for themselves."""
+    """The message of an exception in one line, without what only programmers of Python and torch need."""
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-        error = error.__context__  # torch.save hides it
+        error = error.__context__  # the cause, which torch.save hides
     if getattr(error, "errno", None) == errno.ENOSPC:
         return "the disk is full"
     words = getattr(error, "strerror", None) or str(error)
@@ -108,10 +110,8 @@ UNFINISHED = []  # the files that `write_atomically` is writing
 
 
 def write_atomically(path, write):
-    """write(file) into a new file, which then takes the name `path`: under that name a file is always whole.
-
-    Makes the folder if it is not there. Raises UsageError if the system refuses.
-    """
+    """Calls write(file) for a new file, and then gives it the name `path`. So a file of this name is always
+    whole. Makes the folder if it is missing. Raises UsageError if the file cannot be written."""
     temporary = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another process may write here too
     with explained(f"cannot write {path}", "what was there before is kept"):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +126,12 @@ def write_atomically(path, write):
 
 
 def digest(data):
-    """A short hash of bytes, by which it is later seen whether others are the same."""
+    """A short hash of bytes, by which others can be compared with them later."""
     return hashlib.sha256(data).hexdigest()[:12]
 
 
 def seed_of(*keys):
-    """Non-negative ints -> one 64-bit seed that depends on all of them, and on how many they are."""
+    """Non-negative ints -> one seed of 64 bits, which depends on all of them and on their number."""
     return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
 
 
@@ -139,7 +139,7 @@ def seed_of(*keys):
 def statistics(device):
     """ImageNet's mean and standard deviation, [2, 3, 1, 1].
 
-    They are copied to a device once, because each copy makes the CPU wait for the GPU.
+    They are copied to each device only once, because the CPU waits for the GPU at every copy.
     """
     return torch.tensor((MEAN, STD), device=device).view(2, 3, 1, 1)
 
@@ -161,17 +161,17 @@ def denormalize(images):
 
 
 class Source:
-    """A place that images come from. Besides its length a source has:
+    """A set of images. Besides its length a source has:
 
     source[i] -> dict(image uint8 [3, H, W], label int); the built-in scenes also give instances and shapes
-    name(i): the path of image i if it is a file, else a name of this form; no two images have the same
-    path(i): the same for a file, but relative to the folder of the images
-    title: the first part of such names
+    name(i): the path of image i or, if it is no file, a name that looks like one; no two images share a name
+    path(i): for a file its path below the folder of the images, else its name
+    title: the first part of the names, if the images are no files
     classes: list of the classes' names
     image_size: the images' natural size in pixels
     description: one line
-    in_memory: whether the images are few, small and of one size
-    order: array, the images' places in what is stored; --limit shortens it
+    in_memory: True if the images are few, small and of one size
+    order: array with the place of each image in what is stored; --limit shortens it
     """
 
     in_memory = False
@@ -186,7 +186,7 @@ class Source:
         return self.name(index)
 
     def digest(self):
-        """The `digest` of the images' paths, in their order."""
+        """The `digest` of the paths of all images, in their order."""
         return digest(os.fsencode("\n".join(self.path(i) for i in range(len(self)))))
 
 
@@ -340,7 +340,7 @@ class Shapes(Source):
 
 
 class Arrays(Source):
-    """A torchvision dataset with its images in one array: CIFAR [N, 32, 32, 3], STL-10 [N, 3, 96, 96]."""
+    """A torchvision dataset whose images are one array: CIFAR [N, 32, 32, 3], STL-10 [N, 3, 96, 96]."""
 
     in_memory = True
 
@@ -361,12 +361,12 @@ class Arrays(Source):
 class Files(Source):
     """Image files below a folder, with their labels.
 
-    paths: relative to root. labels: [] for none. turn: whether EXIF rotations are applied.
+    paths: relative to root. labels: [] if there are none. turn: True to apply the rotations in EXIF data.
     """
 
     def __init__(self, root, paths, labels, classes, description, turn=True):
         self.root, self.classes, self.description, self.turn = root, classes, description, turn
-        # Arrays: processes share their memory; of a list, each worker would soon have a copy.
+        # Processes share the memory of arrays; of a list, each worker would soon have a copy.
         self.paths = np.array([os.fsencode(p) for p in paths])
         self.labels = np.array(labels if len(labels) else [0] * len(paths))
         self.order = np.arange(len(paths))
@@ -384,18 +384,15 @@ class Files(Source):
 
 
 def open_image(path):
-    """A file, opened by Pillow, which reads only its header, and raises an error if it is no image, or one of
-    more than 178,956,970 pixels.
-
-    OSError for FIFOs and devices: to read them may never end.
-    """
+    """Opens an image file with Pillow, which reads only the header. Pillow raises an error if the file is no
+    image or has more than 178,956,970 pixels. Raises OSError for FIFOs and devices, which might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is not a regular file")
     return Image.open(path)
 
 
 def longer_side(path):
-    """The longer side of an image file in pixels, from its header; 224 if that cannot be read."""
+    """The longer side of an image file in pixels, from its header, or 224 if the header cannot be read."""
     try:
         with open_image(path) as image:
             return max(image.size)
@@ -406,8 +403,8 @@ def longer_side(path):
 def to_bytes(pixels):
     """Grey pixels, uint16, int32 or float32 -> uint8.
 
-    White is 65535 in uint16 and 1 in floats up to 1. Otherwise it is the largest value, but at least 255.
-    Pixels that are no finite numbers become black.
+    White is 65535 in uint16, and 1 in floats if none is larger. Otherwise it is the largest value, but at
+    least 255. Pixels that are not finite numbers become black.
     """
     pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
     kind, white = pixels.dtype.kind, max(pixels.max(), 255)
@@ -419,10 +416,11 @@ def to_bytes(pixels):
 
 
 def decode(path, turn=True):
-    """An image file of any kind -> uint8 RGB [3, H, W]; the EXIF rotation is applied unless turn=False.
+    """Reads an image file of any kind -> uint8 RGB [3, H, W]. turn: True to apply the rotation in EXIF data.
 
-    torchvision decodes JPEGs, Pillow everything else: torchvision's PNG decoder can crash the whole process
-    on a damaged file. Raises what they raise if the file cannot be decoded, and as `open_image`.
+    torchvision decodes JPEGs, and Pillow all other files, because torchvision's PNG decoder can crash the
+    whole process on a damaged file. Raises what these raise if the file cannot be decoded, and what
+    `open_image` does.
     """
     with open_image(path) as image:
         if image.format in ("JPEG", "MPO") and decode_image:
@@ -435,14 +433,14 @@ def decode(path, turn=True):
 
 
 def find_files(folder, extensions=EXTENSIONS):
-    """The regular files with these extensions below a folder, at any depth, as sorted relative paths.
+    """Finds the regular files with these extensions below a folder, at any depth -> sorted relative paths.
 
-    Links are followed, but no folder is visited twice, nor one that holds `folder` itself. Hidden files and
-    folders, whose names begin with a dot, are left out. UsageError names a folder that cannot be read.
+    Links are followed, but no folder is visited twice, and none that contains `folder` itself. Hidden files
+    and folders, whose names begin with a dot, are left out. Raises UsageError if a folder cannot be read.
     """
     visited, found, folders = {*Path(folder).resolve().parents}, [], [(False, "")]
     while folders:
-        _, below = heapq.heappop(folders)  # links last: of two paths, the one without them counts
+        _, below = heapq.heappop(folders)  # links come last: of two paths the one without links counts
         real = Path(folder, below).resolve()
         if real in visited:
             continue
@@ -460,9 +458,9 @@ def find_files(folder, extensions=EXTENSIONS):
 
 
 def find_labelled(folder):
-    """The images below a folder, as relative paths, and the name of each one's class.
+    """Finds the images below a folder -> their relative paths, and the names of their classes.
 
-    The class is the first folder of the path, or what the list of Tiny ImageNet's val folder says.
+    The class is the first folder of the path. In the val folder of Tiny ImageNet a list has the classes.
     """
     annotations = Path(folder, "val_annotations.txt")
     if annotations.is_file():  # file name, class, box
@@ -473,12 +471,12 @@ def find_labelled(folder):
 
 
 def load_folder(root, split):
-    """A folder of one of these layouts -> Files. With split="pretrain", all there is to train on.
+    """Opens a folder of one of these layouts -> Files. The split "pretrain" is all that may be trained on.
 
-    - COCO's own: train2017/, val2017/ and annotations/; no labels;
+    - COCO's own: train2017/, val2017/ and annotations/; without labels;
     - train/ and val/ with a folder per class (ImageNet; Tiny ImageNet with its val_annotations.txt);
-    - a folder per class, at least two: every tenth image of a class is the val split;
-    - plain images at any depth: no labels, one split.
+    - a folder per class, at least two; every tenth image of a class belongs to the val split;
+    - plain images at any depth; without labels, and with one split.
     """
     check_folder("--data", root, NAMED)
     if coco_folder(root, "train"):
@@ -502,14 +500,14 @@ def load_folder(root, split):
     labels = np.searchsorted(classes, names)
     if layout == "a folder per class" and split != "pretrain":
         _, first = np.unique(labels, return_index=True)
-        place = np.arange(len(labels)) - first[labels]  # how many images of its class come before each image
+        place = np.arange(len(labels)) - first[labels]  # the number of each image within its class
         kept = np.flatnonzero((place % 10 == 9) == (split == "val"))
         paths, labels = [paths[i] for i in kept], labels[kept]
     if not paths:
         raise UsageError(f"--data {root}: no images in {folder} for the {split} split "
                          f"(looked for {' '.join(EXTENSIONS)})")
     description = f"{root}: {layout}, {counted(len(paths), 'images')}, {counted(len(classes), 'classes')}"
-    if classes:  # an album by year has years for classes; pre-training takes no notice
+    if classes:  # in an album by year they are years; pre-training ignores them
         description += f" ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
     return Files(folder, paths, labels, classes, description)
 
@@ -518,7 +516,7 @@ NAMED = {"shapes": 64, "cifar10": 32, "cifar100": 32, "stl10": 96}  # the images
 
 
 def load_named(name, split, root):
-    """torchvision's CIFAR-10, CIFAR-100 or STL-10, downloaded below `root` if it is not there."""
+    """Opens torchvision's CIFAR-10, CIFAR-100 or STL-10, which is downloaded to `root` if it is not there."""
     cls = getattr(torchvision.datasets, name.upper())
     options = dict(train=split != "val")
     if name == "stl10":
@@ -534,10 +532,12 @@ def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: in
 
     data: the images: shapes (built-in scenes), cifar10, cifar100, stl10 (downloaded), or a folder: train/ and
         val/ with a folder per class, a folder per class, COCO's layout, or plain images
-    limit: use so many of the training images, evenly spread, and so of the classes of a folder; default: all
+    limit: use only so many of the training images, evenly spread over all images and so over the classes;
+        default: all
 
-    split: "pretrain" (labels unused), "train" or "val". image_size: of the scenes, an int or (height, width).
-    root: where torchvision's data sets lie. Raises UsageError if there is no such data, or no image in it.
+    split: "pretrain" (labels are not used), "train" or "val". image_size: that of the scenes, an int or
+    (height, width). root: the folder of torchvision's data sets. Raises UsageError if there are no such data,
+    or no images.
     """
     sides = np.ravel(image_size or 64).tolist()
     if min(sides) < MIN_SIDE:
@@ -550,7 +550,7 @@ def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: in
 
 
 def shorten(source, limit):
-    """Leaves `limit` of a source's images, evenly spread; None: all."""
+    """Shortens a source to `limit` of its images, evenly spread. None: to all of them."""
     if limit is None or limit >= len(source):
         return source
     if limit < 1:
@@ -565,23 +565,25 @@ def shorten(source, limit):
 
 
 def resized_crop(image, box, size):
-    """A box (top, left, height, width) of an image uint8 [3, H, W], resized to `size`, bicubic."""
+    """Cuts the box (top, left, height, width) out of an image, uint8 [3, H, W], and resizes it to `size`."""
     # torchvision's uint8 kernel is fast on contiguous pixels, and slow on a slice of a larger image.
     box = TF.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
     return TF.resize(box, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)[0]
 
 
 def crop_boxes(images, box, flip, size, mode="bicubic"):
-    """Boxes of a batch of images, floats [B, C, H, W], resized on their device: [B, C, *size].
+    """Cuts a box out of each image of a batch, floats [B, C, H, W], and resizes them on their device: [B, C,
+    *size].
 
-    box: [B, 4] (x1, y1, x2, y2) as fractions of the image. flip: [B] bool, whether the crop is mirrored.
+    box: [B, 4] (x1, y1, x2, y2) as fractions of the image. flip: [B] bool, True where the crop is mirrored.
     """
     # affine_grid counts from -1 to 1: the crop's point x is the image's point (x2 - x1) * x + (x1 + x2 - 1).
     first, last = box.split(2, dim=1)
     sides, centre = last - first, last + first - 1
     sides[:, 0] *= 1 - 2 * flip.float()
     theta = torch.cat([torch.diag_embed(sides), centre[:, :, None]], dim=2)
-    # grid_sample does not antialias, so an image larger than `size` is sampled more finely, then averaged.
+    # grid_sample does not antialias. So an image that is larger than `size` is sampled more finely, and
+    # averaged.
     times = math.ceil(max(1, images.shape[2] / size[0], images.shape[3] / size[1]))
     shape = (*images.shape[:2], times * size[0], times * size[1])
     grid = F.affine_grid(theta, shape, align_corners=False)
@@ -590,10 +592,11 @@ def crop_boxes(images, box, flip, size, mode="bicubic"):
 
 
 def random_boxes(count, scale, generator):
-    """RandomResizedCrop's boxes for `count` square images: [count, 4] (x1, y1, x2, y2) as fractions.
+    """Draws the boxes of RandomResizedCrop for `count` square images: [count, 4] (x1, y1, x2, y2) as
+    fractions.
 
-    As in torchvision, of ten draws of area and width / height the first that fits counts; if none does, the
-    whole image. Here a box need not lie on whole pixels.
+    As in torchvision, area and width / height are drawn ten times, and the first box that fits into the image
+    is taken, or the whole image if none fits. Unlike in torchvision, a box need not lie on whole pixels.
     """
     area = torch.empty(count, 10).uniform_(*scale, generator=generator)
     widest = math.log(4 / 3)
@@ -610,17 +613,18 @@ def random_boxes(count, scale, generator):
 class Images(Dataset):
     """Items of a source: dict(image uint8 [3, h, w], label, index, box [4], flip, broken, perhaps regions).
 
-    view: "crop" a random resized crop (training); "whole" the full image, resized; "center" the largest
-        centred crop, and 7/8 of its sides for images of 97 to 224 pixels, as the papers evaluate.
-    crop_scale: area of the random crop, as fractions of the image's.
-    flip: whether every second random crop, by chance, is mirrored.
+    view: "crop" is a random resized crop (for training); "whole" is the full image, resized; "center" is the
+        largest centred crop, or 7/8 of its sides for images of 97 to 224 pixels, as the papers evaluate.
+    crop_scale: smallest and largest area of the random crop, as fractions of the image.
+    flip: True to mirror random crops with a probability of one half.
     augment: a transforms.v2 transform of the cropped uint8 image, such as RandAugment.
-    regions: where the maps of the images' regions come from (`open_regions`). Items then have `regions`,
-        cropped and flipped exactly as the image: label maps [L, h, w] uint8, 0 for nothing, or floats (CAM).
+    regions: gives the maps of the images' regions (`open_regions`). Items then have `regions`, cropped and
+        flipped exactly as the image: label maps [L, h, w] uint8, in which 0 is no region, or floats (CAM).
 
-    box: the crop (x1, y1, x2, y2) as fractions of the whole image. Keys are an index or (epoch, index): the
-    random crop changes with the epoch. If a file cannot be decoded, the next readable image replaces it;
-    `index` is then that image's, and `broken` the unreadable one's (else -1).
+    box: the crop (x1, y1, x2, y2) as fractions of the whole image. The key of an item is an index or (epoch,
+    index): the random crop changes with the epoch. If a file cannot be decoded, the next readable image takes
+    its place. The item's `index` is then that of this image, and `broken` that of the unreadable one (else
+    -1).
     """
 
     source: object
@@ -642,7 +646,7 @@ class Images(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         item, index, broken = self.read(index)
         H, W = item["image"].shape[-2:]
-        state = torch.get_rng_state()  # torchvision draws from the global generator, which the caller may use
+        state = torch.get_rng_state()  # torchvision draws from the global generator, as its users may
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
         top, left, height, width = crop = self.choose_crop(H, W)
         flip = self.flip and self.view == "crop" and bool(torch.rand(()) < 0.5)
@@ -657,7 +661,7 @@ class Images(Dataset):
         return out
 
     def read(self, index):
-        """(item, index, broken): the source's item at `index`, or the next one that is readable."""
+        """Returns (item, index, broken): the source's item at `index`, or the next one that is readable."""
         for place in range(index, index + min(100, len(self))):
             place %= len(self)
             with contextlib.suppress(Exception):  # decoders raise anything from OSError to SyntaxError
@@ -670,8 +674,8 @@ class Images(Dataset):
     def choose_crop(self, H, W):
         """The crop (top, left, height, width) of an image of H x W pixels.
 
-        MAE's code resizes the whole image for evaluation and then cuts out its centre. Here the centre is cut
-        out first, on whole pixels of the original, so that it can lie half a pixel off.
+        For evaluation, MAE's code resizes the whole image and then cuts out the centre. Here the centre is
+        cut out first, on whole pixels of the original, and so it can be half a pixel off.
         """
         if self.view == "whole":
             return 0, 0, H, W
@@ -685,10 +689,11 @@ class Images(Dataset):
 
 @dataclass
 class EpochBatches:
-    """Batch sampler: keys (epoch, index) in a seeded order for each epoch, without an incomplete batch.
+    """A batch sampler of keys (epoch, index). Each epoch has its own order, and no incomplete batch.
 
-    A step's batch is cut into `accumulate` equal micro-batches, dealt to the processes in turn. So 2
-    processes see what 1 process sees that accumulates 2 micro-batches. Set `.epoch` before each epoch.
+    The batch of a step is cut into `accumulate` equal micro-batches, and the processes take them in turn. So
+    two processes see what one process sees that accumulates two micro-batches. Set `.epoch` before each
+    epoch.
     """
 
     num_images: int
@@ -709,7 +714,8 @@ class EpochBatches:
 
 
 def collate(items):
-    """Items -> a batch; where an image has fewer layers of regions than another, empty layers are added."""
+    """Joins items to a batch. If an image has fewer layers of regions than another, empty layers are
+    added."""
     batch = default_collate([{k: item[k] for k in item if k != "regions"} for item in items])
     if "regions" in items[0]:
         batch["regions"] = pad_sequence([item["regions"] for item in items], batch_first=True)
@@ -717,10 +723,10 @@ def collate(items):
 
 
 def make_loader(dataset, workers=0, device=None, collate_fn=collate, **options):
-    """A DataLoader for `Images`. options: batch_sampler=... or batch_size=...
+    """Makes a DataLoader for `Images`. options: batch_sampler=... or batch_size=...
 
-    Its workers live as long as it does. For a CUDA device, memory is pinned, so that copies with
-    non_blocking=True run beside the computation.
+    The workers live as long as the loader. For a CUDA device the memory is pinned, so that copies with
+    non_blocking=True run while the GPU computes.
     """
     pin_memory = str(device).startswith("cuda")
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory,
@@ -728,10 +734,11 @@ def make_loader(dataset, workers=0, device=None, collate_fn=collate, **options):
 
 
 class DeviceLoader:
-    """The batches of an `Images` of random crops, made on the device; for sources that are in memory.
+    """The batches of random crops of an `Images`, made on the device, for sources that are in memory.
 
-    All images lie on the device. The boxes and flips of an epoch are drawn at once, one for each image, from
-    (seed, epoch): every process draws the same. The crops are not those of `Images`. Batches have no labels.
+    All images lie on the device. The boxes and flips of all images are drawn at the beginning of an epoch,
+    from (seed, epoch), so that every process draws the same. They are not the crops of `Images`. Batches have
+    no labels.
     """
 
     def __init__(self, dataset, batches, device):
@@ -751,7 +758,8 @@ class DeviceLoader:
 
 
 def name_broken(loader, source, known):
-    """Yields the batches of a loader. A broken file that is not in the set `known` is named, and added."""
+    """Yields the batches of a loader. Prints the name of each broken file that is not yet in the set `known`,
+    and adds it to the set."""
     for batch in loader:
         for index in set(batch["broken"].tolist()) - known - {-1}:
             known.add(index)
@@ -760,15 +768,16 @@ def name_broken(loader, source, known):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Regions. regions.read(i, item) -> maps [L, h, w] of image i, at any resolution; item is the source's.
-# Integers are labels: 0 is nothing, and the regions of different layers may overlap. Booleans are L single
-# regions. Floats are responses of at most 1.
+# Regions. regions.read(i, item) -> maps [L, h, w] of image i, at any resolution; item is source[i]. Integers
+# are labels: 0 is no region, and regions of different layers may overlap. Booleans are L single regions.
+# Floats are responses of at most 1.
 
 
 def pack_masks(masks):
-    """Binary masks, bool [M, H, W] -> label maps [L, H, W] of at most 8 layers, in which none overlap.
+    """Binary masks, bool [M, H, W] -> label maps [L, H, W] of at most 8 layers, inside which no masks
+    overlap.
 
-    The largest come first; what fits into none of the layers is left out.
+    The largest masks are placed first. Those that fit into none of the layers are left out.
     """
     packed = np.zeros((8, *masks.shape[1:]), np.int64)
     order = np.argsort(-masks.sum((1, 2)), kind="stable")
@@ -780,15 +789,15 @@ def pack_masks(masks):
 
 
 def renumber(maps):
-    """Label maps [L, H, W], or binary masks -> uint8 label maps, in which 1 is the largest region of a layer.
+    """Label maps [L, H, W] or binary masks -> uint8 label maps, in which 1 is the largest region of a layer.
 
-    Of more than 255 regions in a layer, the smallest become 0.
+    If a layer has more than 255 regions, the smallest become 0.
     """
     layers = pack_masks(maps.numpy()) if maps.dtype == torch.bool else maps.numpy()
     out = np.zeros(layers.shape, np.uint8)
     for layer, into in zip(layers, out):
         areas = np.bincount(layer.ravel())
-        areas[0] = -1  # what is nothing comes last, and gets no number
+        areas[0] = -1  # no region: it comes last, and gets no number
         order = np.argsort(-areas, kind="stable")[:-1][:255]
         number = np.zeros(len(areas), np.uint8)
         number[order] = np.arange(1, len(order) + 1)
@@ -797,11 +806,12 @@ def renumber(maps):
 
 
 def crop_regions(maps, box, flip, size):
-    """Cuts out and mirrors the maps of `regions.read` as the image: labels uint8 or floats, [L, *size]."""
+    """Cuts out and mirrors the maps of `regions.read` as the image -> labels, uint8, or floats, [L,
+    *size]."""
     if maps.is_floating_point():
         return crop_boxes(maps[None], box[None], torch.tensor([flip]), size, "bilinear")[0]
 
-    def places(side, first, last, count):  # of the pixels' centres; v2's `nearest` is half a pixel off
+    def places(side, first, last, count):  # of the centres of the pixels; v2's `nearest` is half a pixel off
         return (side * (first + (last - first) * (torch.arange(count) + 0.5) / count)).long()
 
     x1, y1, x2, y2 = box
@@ -811,7 +821,8 @@ def crop_regions(maps, box, flip, size):
 
 
 def check_shape(name, image, shape, exact=False):
-    """UsageError if the shape (h, w) of maps has not the proportions of their image (exact: its size)."""
+    """Raises UsageError if maps of shape (h, w) do not have the proportions of their image (exact: its
+    size)."""
     (H, W), (h, w) = image.shape[1:], shape
     if (h, w) != (H, W) if exact else abs(h * W - w * H) > max(H, W, h, w):
         raise UsageError(f"{name} has {W}x{H} pixels, its annotations have {w}x{h}")
@@ -1086,16 +1097,16 @@ class MaskFolder:
 
 @dataclass
 class ComputedRegions(Dataset):
-    """FH segments or class activation maps: `fill` computes them before training, a file for each image.
+    """FH segments or class activation maps, which `fill` computes before training, one file per image.
 
-    A file is written whole or not at all, so that an interrupted `fill` continues where it was. Its name has
-    the size and the modification time of the image: maps of an image that has been replaced are never used.
+    A file is written as a whole or not at all, so that an interrupted `fill` goes on where it stopped. Its
+    name has the size and the modification time of the image, so that maps of a replaced image are never used.
     """
 
     source: object
     folder: str  # its name has the settings, so that maps of other settings are never used
-    scales: list | None = None  # FH's scales; None for class activation maps
-    open_classifier: object = None  # called if activation maps are missing; gives a function, see `open_cam`
+    scales: list | None = None  # of FH; None for class activation maps
+    open_classifier: object = None  # called if maps are missing; returns the function of `open_cam`
 
     def path(self, index):
         name = self.source.name(index)
@@ -1105,7 +1116,7 @@ class ComputedRegions(Dataset):
         return os.path.join(self.folder, name.lstrip(os.sep) + ".npz")
 
     def fill(self, workers=0, rank=0, world_size=1):
-        """Computes what is missing of this process's share of the images."""
+        """Computes the missing maps of this process's share of the images."""
         missing = [i for i in range(rank, len(self.source), world_size) if not os.path.exists(self.path(i))]
         if not missing:
             return
@@ -1117,11 +1128,11 @@ class ComputedRegions(Dataset):
                     self.save(index, maps)
 
     def __getitem__(self, index):
-        """The work of a worker of `fill`: it computes FH segments, or reads an image for the classifier."""
+        """What a worker does for `fill`: it computes FH segments, or reads an image for the classifier."""
         images = Images(self.source, 224, "whole")
         if self.scales is None:
             return images[index]
-        item, index, _ = images.read(index)  # if the file is broken, that of the image that will replace it
+        item, index, _ = images.read(index)  # of a broken file: the image that will take its place
         self.save(index, fh_maps(item["image"], self.scales))
         return dict(index=index)
 
@@ -1139,10 +1150,10 @@ class ComputedRegions(Dataset):
 
 
 def fh_maps(image, scales):
-    """FH segments of an image uint8 [3, H, W] -> int32 [scales, h, w], numbered from 1.
+    """Computes FH segments of an image, uint8 [3, H, W] -> int32 [scales, h, w], numbered from 1.
 
-    Maps with a side of more than 640 pixels are made smaller. A crop of a fifth of such a map still has
-    more than 224 pixels a side.
+    Maps with a side of more than 640 pixels are made smaller. A crop of a fifth of their area still has more
+    than 224 pixels per side.
     """
     maps = felzenszwalb(image.numpy(), scales) + 1
     step = max(1.0, max(maps.shape[1:]) / 640)
@@ -1151,7 +1162,8 @@ def fh_maps(image, scales):
 
 
 def resnet50(weights=None):
-    """torchvision's ImageNet ResNet-50, its weights from a file or downloaded; UsageError if that fails."""
+    """torchvision's ResNet-50 for ImageNet, with weights from a file or downloaded. Raises UsageError if that
+    fails."""
     with explained(f"--cam-weights {weights or 'is not given, so there was a download'}",
                    "the weights of torchvision's ResNet-50 could not be loaded"):
         network = torchvision.models.resnet50(weights=None if weights else "IMAGENET1K_V1")
@@ -1161,10 +1173,9 @@ def resnet50(weights=None):
 
 
 def open_cam(weights, labelled, device):
-    """A function: batch of items -> class activation maps uint8 [B, 1, h, w], at the ResNet-50's resolution.
-
-    labelled: of the images' labels instead of the predicted classes.
-    """
+    """Returns a function from a batch of items to class activation maps, uint8 [B, 1, h, w], at the
+    resolution of the ResNet-50. labelled: the maps are of the images' labels instead of the predicted
+    classes."""
     network = resnet50(weights).to(device).eval()
 
     def classify(batch):
@@ -1179,14 +1190,15 @@ REGIONS = ("instances", "panoptic", "fh", "cam")
 
 
 def default_regions(method, data):
-    """The value of --regions where it is not given."""
+    """The value of --regions if it is not given."""
     if data == "shapes" or method == "objmae" and coco_folder(data, "train"):
         return "instances"
     return "cam" if method == "objmae" else "fh"
 
 
 def default_scales(source, data):
-    """Scales of FH: R-MAE (§4) for COCO and ImageNet; for small images ours, as their area."""
+    """The scales of FH: those of R-MAE (§4) for COCO and ImageNet; for small images ours, in proportion to
+    their area."""
     if source.image_size <= SMALL:
         return [max(4, round(s * source.image_size**2 / 64**2)) for s in (25, 50, 100)]
     return [500, 1000, 1500] if coco_folder(data, "train") else [1000]

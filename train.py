@@ -1,18 +1,18 @@
 """Pre-training, from a folder of images to a checkpoint: `python train.py --method amt --data /imagenet`.
 
-Several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. What every flag means: `--method amt
---help`.
+On several GPUs or machines: `torchrun --nproc_per_node=8 train.py ...`. The flags of a method are explained
+by `--method amt --help`.
 
-Flags. Every annotated argument with a default is a flag, whichever function or class it belongs to, and its
-line in the docstring is its help; flags that are "not with" another there exclude each other. `functions_of`
-lists the functions of a method's run, and `call` hands each of them the settings that it names. A setting is
-what the user gave, else what the method's recipe says, else the default.
+Flags. Every annotated argument with a default is a flag, whichever function or class it belongs to. Its line
+in the docstring is its help; if that says "not with" another flag, the two exclude each other. `functions_of`
+lists the functions of a method's run, and `call` hands each of them the settings that it names. A setting has
+the value that the user gave, or else that of the method's recipe, or else the default.
 
-This file reads from the top: the recipes, the loop, one run (`pretrain`), the command line (`main`); then
-what these use. The random numbers of a step depend only on (seed, step, micro-batch), those of an image only
-on (seed, epoch, index). So a run that was stopped and continued with --resume gives the same result as one
-that was never stopped: the same bits on a CPU with the same number of threads, and on CUDA the same up to the
-order in which kernels add numbers.
+This file reads from the top: the recipes, the loop (`train_epochs`), one run (`pretrain`), the command line
+(`main`); then the functions that these use. The random numbers of a step depend only on (seed, step,
+micro-batch), those of an image only on (seed, epoch, index). So a run that was stopped and then continued
+with --resume gives the same result as one that was never stopped: on a CPU the same bits, if the number of
+threads is the same; on CUDA the same but for the order in which kernels add numbers.
 """
 
 import ctypes
@@ -20,22 +20,22 @@ import os
 import signal
 import sys
 
-UNFINISHED = []  # until datasets.py, whose list takes its place, is imported
+UNFINISHED = []  # the list of datasets.py takes its place below
 
 
 def become_program(name):
-    """Makes this process a program that ends in one line, whatever it does at the moment.
+    """Prepares this process for signals and for unusual streams.
 
-    SIGINT (Ctrl-C) and SIGTERM end it and its workers at once, with one line on stderr and exit code 130 or
-    143; written files are whole all the same, see `write_atomically`. Forked workers inherit this, but only
-    the process itself speaks, and of torchrun's processes the first. What stdout's encoding does not have,
-    such as a strange file name, is escaped. (Before Python reads this file, its own rules hold.)
+    SIGINT (Ctrl-C) and SIGTERM end the process and its workers at once, with one line on stderr and the exit
+    code 130 or 143. Files are whole all the same, see `write_atomically`. Forked workers inherit these rules,
+    but only the process itself prints the line; under torchrun only the first process does. Characters that
+    stdout cannot encode, as in strange file names, are escaped.
     """
     process = os.getpid()
 
     def end(number, frame):
         try:
-            for other in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # nothing may disturb the end
+            for other in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # no second signal may interfere
                 signal.signal(other, signal.SIG_IGN)
             for temporary in UNFINISHED:
                 temporary.unlink(missing_ok=True)
@@ -44,20 +44,20 @@ def become_program(name):
                         "is kept, --resume continues from it\n")
                 os.write(2, ("\n" * os.isatty(2) + line).encode())
         finally:
-            os._exit(128 + number)  # even if nobody reads the line
+            os._exit(128 + number)  # even if the line cannot be written
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     if sys.platform == "linux":  # PR_SET_PDEATHSIG: workers end with this process, even if it is killed
         os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
     for stream in ("stdin", "stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed, as by `2>&-`: the next file would take its number
+        if getattr(sys, stream) is None:  # closed, as by `2>&-`; the next file would take its place
             setattr(sys, stream, open(os.devnull, "w"))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 PROGRAM = os.path.basename(sys.argv[0])
-if PROGRAM in ("train.py", "eval.py"):  # not a notebook; now, because the imports below take seconds
+if PROGRAM in ("train.py", "eval.py"):  # not in a notebook. The imports below take seconds
     become_program(PROGRAM)
 
 import argparse
@@ -91,50 +91,51 @@ from datasets import (NAMED, SMALL, UNFINISHED, DeviceLoader, EpochBatches, Imag
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: the papers' training settings. The absolute learning rate is base_lr * batch_size / lr_batch. Where
-# papers train for several numbers of epochs, warmup_epochs is {epochs: warm-up}.
+# a paper trains for several numbers of epochs, warmup_epochs is a dict {epochs of the run: epochs of
+# warm-up}.
 
 RECIPES = {
-    # MAE: Table 8 (pre-training setting); 400 epochs as AMT trains it
+    # MAE: Table 8 (pre-training setting). AMT trains it for 400 epochs.
     "mae": dict(epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
                 warmup_epochs={400: 40.0, 800: 40.0}, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05,
                 crop_scale=(0.2, 1.0), flip=True),
 }
-# SimMIM: §4.1; the learning rate is per 512 images. Clipping is its released ViT-B configuration's. 100
-# epochs are its ablations', 200 AMT's.
+# SimMIM: §4.1. The learning rate is per 512 images. Gradient clipping is from the released configuration for
+# ViT-B. Its ablations train for 100 epochs, AMT for 200.
 RECIPES["simmim"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1e-4, lr_batch=512,
                                           warmup_epochs={100: 10.0, 200: 10.0, 800: 10.0},
                                           betas=(0.9, 0.999), clip_grad=5.0, crop_scale=(0.67, 1.0))
-# CAE: Appendix (pre-training), 800 epochs; the rate is absolute at a batch of 2048. The only augmentations
-# are crop and flip. Gradient clipping, the smallest learning rate and the crop scale are from BEiT's and
-# CAE's code.
+# CAE: Appendix (pre-training), 800 epochs. The learning rate is that of a batch of 2048. The only
+# augmentations are crop and flip. Gradient clipping, the smallest learning rate and the crop scale are from
+# the code of BEiT and CAE.
 RECIPES["cae"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
                                        warmup_epochs={300: 10.0, 800: 20.0, 1600: 40.0}, min_lr=1e-5,
                                        betas=(0.9, 0.999), clip_grad=3.0, crop_scale=(0.08, 1.0))
-# The tokenizer: DALL-E's Appendix A.2, except for its 3 million steps
+# The tokenizer: Appendix A.2 of DALL-E, but for its 3 million steps
 RECIPES["dvae"] = RECIPES["mae"] | dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4,
                                         lr_batch=512, warmup_epochs=0.0, min_lr=1.25e-6, betas=(0.9, 0.999),
                                         weight_decay=1e-4)
 # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its
-# baselines are MAE with --epochs 400, SimMIM with --epochs 200.
+# baselines are MAE with --epochs 400 and SimMIM with --epochs 200.
 RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
 RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
-# LoMaR: "we follow the MAE settings", but crops alone, no flip; warm-up for 40 epochs of 1600, 20 of 800, 10
-# of 400 (its supplement, §6.1)
+# LoMaR: "we follow the MAE settings", but images are only cropped and not flipped. The warm-up takes 40
+# epochs of 1600, 20 of 800 and 10 of 400 (supplement, §6.1).
 RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, warmup_epochs=40.0, flip=False)
-# ObjMAE: Tables 1, 2 and 3; "randomly cropped", no flip. The rate is that of a batch of 128 on COCO and
-# ImageNet-100; CLEVR has --epochs 300 --batch-size 256 --lr 1.5e-4.
+# ObjMAE: Tables 1, 2 and 3. Images are "randomly cropped" and not flipped. The learning rate is that of a
+# batch of 128, for COCO and ImageNet-100. For CLEVR: --epochs 300 --batch-size 256 --lr 1.5e-4.
 RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128,
                                           warmup_epochs={300: 40.0, 800: 40.0}, min_lr=1e-5,
                                           betas=(0.9, 0.999), lookahead=5, flip=False)
-# R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4; 4000 epochs
-# on COCO)
+# R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4). On COCO it
+# trains for 4000 epochs.
 RECIPES["rae"] = RECIPES["rmae"] = RECIPES["mae"] | dict(base_lr=1e-4)
-# BEiT: its Table 6, but without colour jitter, as CAE trains it
+# BEiT: Table 6, but without colour jitter, as CAE trains it
 RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs={300: 10.0, 800: 10.0})
 
-# For images of up to 96 pixels; these are our settings, not the papers'. The patch size is then an eighth of
-# the longer side (`small_patch`). NANO_RECIPE is for the built-in scenes and for --model nano. `settle`
-# leaves out what the method has no flag for.
+# Our settings, not the papers', for images of up to 96 pixels. The patch size is then an eighth of the longer
+# side (`small_patch`). NANO_RECIPE is for the built-in scenes and for --model nano. `recipe` leaves out the
+# settings for which a method has no flag.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10.0,
                     decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5)
 NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
@@ -142,13 +143,13 @@ NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch
 SMALL_METHOD_RECIPES = {
     "dvae": dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0, hidden_dim=32,
                  groups=3, vocab_size=512),
-    # At the others' rate RAE's encoder collapses at this scale: after 60 to 160 steps 99% of the normalised
-    # latents are one direction, and its region loss is the same with another image. Hints and a shape's prior
-    # alone lower that loss (README).
+    # At the learning rate of the other methods RAE's encoder collapses at this scale: after 60 to 160 steps
+    # 99% of the normalised latents are one direction, and the region loss is the same with another image.
+    # Hints and the usual shape of objects alone lower that loss (README).
     "rae": dict(base_lr=5e-4),
 }
 
-# Types of flags (see `Parser`): the kind, the smallest and the largest value, the words for the error message
+# Types of flags: the kind of number, the smallest and the largest value, the words for the error message
 LARGEST = sys.float_info.max
 PositiveInt = Annotated[int, 1, 2**63 - 1, "a positive whole number"]
 NonNegativeInt = Annotated[int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"]
@@ -162,13 +163,16 @@ Fraction = Annotated[float, 0, 1, "a number from 0 to 1"]
 
 
 def half_cosine(progress):
-    """From 1 to 0 as the progress goes from 0 to 1."""
+    """Falls from 1 to 0 as the progress goes from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def learning_rate(step, steps, warmup_steps, peak, minimum=0.0, fall=half_cosine):
-    """Linear warm-up from 0 to `peak`, then along `fall` (progress in 0..1 -> 1..0) to `minimum` after
-    `steps`. A warm-up of less than a step is none: a run of one step would learn nothing."""
+    """The learning rate of a step. During the warm-up it rises linearly from 0 to `peak`. Then it falls to
+    `minimum` as `fall` does, a function from the progress in 0..1 to 1..0.
+
+    A warm-up of less than one step is left out, because a run of one step would learn nothing.
+    """
     if step < warmup_steps and warmup_steps >= 1:
         return peak * step / warmup_steps
     progress = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
@@ -176,8 +180,8 @@ def learning_rate(step, steps, warmup_steps, peak, minimum=0.0, fall=half_cosine
 
 
 def check_rates(epochs, warmup_epochs, lr, min_lr):
-    """UsageError if the warm-up takes longer than all epochs, or if the last learning rate is above the peak,
-    lr."""
+    """Raises UsageError if the warm-up takes longer than all epochs, or if the smallest learning rate is
+    above the peak, `lr`."""
     if warmup_epochs > epochs:
         raise UsageError(f"--warmup-epochs {warmup_epochs:g} is more than --epochs {epochs}")
     if min_lr > lr:
@@ -193,9 +197,9 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
                  on_device=False, collate_fn=collate, seed=0, device="cpu", precision="fp32", workers=0):
     """Trains `model`, or goes on from a `state`. Pre-training, probes, fine-tuning and dense tasks share it.
 
-    A generator of pairs, one before the first epoch and one after each: a dict of figures to log, and the
-    state, a dict of all that an exact resume needs. The figures are the means of the losses over the epoch,
-    the last learning rate and the speed. There are no states of random generators in the state: every draw
+    Yields a pair before the first epoch and after each epoch: a dict of figures for the log, and the state.
+    The figures are the means of the losses over the epoch, the last learning rate and the speed. The state is
+    a dict of all that an exact resume needs. It has no states of random generators, because every draw
     follows from numbers that the run knows.
 
     compute_losses: function (model, micro-batch, progress of the run from 0 to 1) -> dict of scalars: first
@@ -205,8 +209,8 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
     peak_lr, warmup_epochs, min_lr, fall: see `learning_rate`; a parameter group with `lr_scale` gets that
         much of the rate
     clip_grad: largest norm of the gradient
-    before_epoch: function of an epoch's number, from 0, that is called before it
-    on_device: crop on the device (`DeviceLoader`); else `workers` and `collate_fn` are of `make_loader`
+    before_epoch: function that is called with the number of each epoch, from 0, before it begins
+    on_device: crop on the device (`DeviceLoader`); else by `make_loader`, which takes workers and collate_fn
     """
     check_rates(epochs, warmup_epochs, peak_lr, min_lr)
     steps = len(dataset) // batch_size
@@ -292,31 +296,32 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
              loader: Literal["workers", "device"] | None = None, compile: bool = False,
              save_every: PositiveInt | None = None, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
              workers=0, args={}, state=None):
-    """One run: trains a method of mim.py and leaves checkpoint.pt, encoder.pt, log.jsonl, reconstruction.png
-    in `output`.
+    """Trains a method of mim.py and writes checkpoint.pt, encoder.pt, log.jsonl and reconstruction.png into
+    the folder `output`.
 
-    source: see datasets.py. regions: maps of the images' regions, for methods that take them. tokenizer: for
-    methods whose targets are tokens. args: dict kept in the checkpoint. state: a checkpoint to continue
-    (`open_output`).
+    source: the images, a `Source` of datasets.py. regions: maps of their regions, for methods that take them.
+    tokenizer: for methods that predict tokens. args: a dict, which the checkpoint keeps.
+    state: the checkpoint from which the run goes on (`open_output`).
 
     epochs: passes over the data
     batch_size: images per optimizer step, over all processes
-    accumulate: number of micro-batches of a step, over all processes; default: the smallest that leaves at
-        most 256 images in each
+    accumulate: micro-batches per step, over all processes; default: the smallest number that leaves at most
+        256 images in each
     lr: absolute learning rate at the end of the warm-up, instead of --base-lr
     base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048);
         not with --lr
-    warmup_epochs: epochs in which the learning rate rises from 0; the default may depend on --epochs; with
-        other epochs it is the same fraction as with the next more of these, and with more than all, as many
+    warmup_epochs: epochs in which the learning rate rises from 0; the default may name several lengths of a
+        run: a run of another length warms up for the same fraction as the next longer one of these, and a run
+        that is longer than all of them for as many epochs as the longest
     min_lr: absolute learning rate at the end of the cosine
-    weight_decay: AdamW's, on parameters of two or more dimensions
+    weight_decay: of AdamW, for parameters of two or more dimensions
     lookahead: AdamW steps between two updates of Lookahead's slow weights; 0: no Lookahead
     clip_grad: largest norm of the gradient
-    loader: where images are cropped and flipped: workers (on the CPU) or device (only for data in memory,
-        without regions); default: device on CUDA where that is possible
-    compile: torch.compile the method
-    save_every: keep the encoder of every so many epochs, too, as encoder-EPOCH.pt
-    seed: of everything random
+    loader: where images are cropped and flipped: workers (on the CPU) or device (only for data in memory and
+        methods without regions); default: device on CUDA where that is possible
+    compile: compile the method with torch.compile
+    save_every: also keep the encoder of every so many epochs, as encoder-EPOCH.pt
+    seed: of all random numbers
     """
     device, output = torch.device(device), Path(output)
     image_size = sized(method).image_size
@@ -361,7 +366,7 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
 
 
 def main(argv):
-    """The command line: flags -> data, method -> `pretrain`."""
+    """The command line: from the flags to the data and the method, and then to `pretrain`."""
     given = parse(argv)
     output, state = call(open_output, given)
     if state is not None:
@@ -392,7 +397,7 @@ def main(argv):
     regions = call(open_regions, args, source=source, split="pretrain")  # None if the method takes none
     if hasattr(regions, "fill"):
         regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
-        gather(None)  # each process computes its share, and reads all
+        gather(None)  # each process computes a part of the maps, and reads all
     if args["prepare"]:
         if regions is None:
             raise UsageError(f"--prepare computes regions, and --method {args['method']} takes none")
@@ -415,7 +420,7 @@ def main(argv):
 
 
 def crops_on_device(loader, dataset, device):
-    """The run's --loader (see `pretrain`) -> whether images are cropped on the device."""
+    """True if images are cropped on the device; `loader` is the flag of `pretrain`."""
     possible = dataset.source.in_memory and dataset.regions is None
     if loader == "device" and not possible:
         raise UsageError("--loader device is for data in memory (shapes, cifar10, cifar100, stl10), and for "
@@ -424,8 +429,9 @@ def crops_on_device(loader, dataset, device):
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW's two groups: no weight decay on what has one dimension (biases, norms, layer scale), as in the
-    authors' code of MAE, LoMaR and CAE; on all else, class and mask tokens and LoMaR's table included."""
+    """The two parameter groups for AdamW. Parameters of one dimension (biases, norms, layer scale) have no
+    weight decay, as in the authors' code of MAE, LoMaR and CAE. All others have, also class and mask tokens
+    and LoMaR's table."""
     trained = [p for p in module.parameters() if p.requires_grad]
     return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
             dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
@@ -434,8 +440,8 @@ def parameter_groups(module, weight_decay):
 def add_lookahead(optimizer, k=5, alpha=0.5):
     """Lookahead: k steps forward, one step back (Zhang, Lucas, Hinton, Ba, NeurIPS 2019, arXiv:1907.08610).
 
-    After every k-th step of the torch optimizer the slow weights move `alpha` of the way to the weights,
-    which then return to them. The slow weights are part of the optimizer's state, and so of its state dict.
+    After every k-th step of the torch optimizer the slow weights move `alpha` of the way to the weights, and
+    the weights are set to them. The slow weights are part of the optimizer's state, and so of its state dict.
     """
     start = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
 
@@ -452,10 +458,10 @@ def add_lookahead(optimizer, k=5, alpha=0.5):
 
 
 def cut_batch(batch_size, num_images, accumulate=None):
-    """The batch size, made no larger than the number of images and divisible into equal micro-batches; and
-    the number of micro-batches, the same for each process.
+    """Returns the batch size and the number of its micro-batches, over all processes. The batch size is
+    reduced to the number of images, if that is smaller, and to a multiple of the number of micro-batches.
 
-    accumulate: that number; None: the smallest that leaves at most 256 images in each.
+    accumulate: the number of micro-batches; None: the smallest that leaves at most 256 images in each.
     """
     batch_size = min(batch_size, num_images)
     pieces = accumulate or world_size() * math.ceil(batch_size / world_size() / 256)
@@ -474,7 +480,8 @@ def all_finite(module):
 
 
 def update_maps(method, source, device, precision, workers):
-    """AMT: computes the attention maps of this process's share of the training images, whole and resized."""
+    """Computes AMT's attention maps, each process those of its share of the training images. The images are
+    resized as a whole, and not cropped."""
     whole = Images(source, method.encoder.image_size, "whole")
     share = range(rank(), len(whole), world_size())
     loader = make_loader(whole, workers, device, batch_size=256, sampler=share)
@@ -488,7 +495,7 @@ def update_maps(method, source, device, precision, workers):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Machine: one process, or several under torchrun
+# The machine: one process, or several under torchrun
 
 
 def rank():
@@ -502,9 +509,9 @@ def world_size():
 
 
 def join_processes(device):
-    """Under torchrun, meets the other processes."""
+    """Joins the other processes of torchrun, if there are any."""
     if "RANK" in os.environ and not dist.is_initialized():
-        # A day, as processes may wait for one another's regions or for a download.
+        # The timeout is a day, because processes may wait for others that compute regions or download data.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
@@ -519,7 +526,7 @@ def gather(value):
 
 @contextlib.contextmanager
 def first_process_first():
-    """The first process goes through the block before the others, as it may download."""
+    """The first process runs the block before the others, because it may download data."""
     if rank():
         gather(None)
     yield
@@ -528,7 +535,8 @@ def first_process_first():
 
 
 def cores():
-    """The CPU cores of this process: those it may run on, shared with the other processes of the run."""
+    """The number of CPU cores for this process: those on which it may run, divided by the processes that
+    torchrun started on this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -537,18 +545,18 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def autocast(device, precision):
-    """Automatic mixed precision, a context manager; fp32: none."""
+    """A context manager of automatic mixed precision. For fp32 it does nothing."""
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def open_device(device: str | None = None, precision: Literal[tuple(PRECISIONS)] | None = None,
                 workers: NonNegativeInt | None = None):
-    """(device, precision, workers) of this machine; a CUDA device becomes the current one.
+    """Returns (device, precision, workers) for this machine. A CUDA device becomes the current one.
 
     device: cuda, cuda:1, cpu, ...; default: cuda if there is one; each process of torchrun takes its own
-    precision: of autocast; default: bf16 or fp16 on CUDA, else fp32
-    workers: data loading processes, at most 8 for each core (not with --loader device of train.py); default:
-        on CUDA as many as cores, at most 16, else 0
+    precision: of autocast; default: on CUDA bf16, or fp16 where there is no bf16; else fp32
+    workers: number of processes that load data, at most 8 per core (not with --loader device of train.py);
+        default: on CUDA as many as there are cores, but at most 16; else 0
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
@@ -559,7 +567,7 @@ def open_device(device: str | None = None, precision: Literal[tuple(PRECISIONS)]
         torch.ones(1, device=device).item()
     on_cuda = device.type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(device)  # which NCCL, timings and memory counts work on
+        torch.cuda.set_device(device)  # for NCCL, timings and memory counts
         torch.set_float32_matmul_precision("high")
     if precision is None and on_cuda:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -575,15 +583,16 @@ def open_device(device: str | None = None, precision: Literal[tuple(PRECISIONS)]
 
 
 def sized(method):
-    """The module that has the image size: a method's encoder, or the DVAE itself."""
+    """The module that knows the image size: a method's encoder, or the DVAE itself."""
     return method if hasattr(method, "image_size") else method.encoder
 
 
 def build_method(method, image_size: list[PositiveInt] | None = None, **settings):
-    """A method of mim.METHODS with its encoder, by name. settings: arguments of its constructor and of its
-    encoder; others are left out.
+    """Builds a method of mim.METHODS with its encoder, by its name. settings: arguments of the constructors
+    of the method and of its encoder; all other settings are ignored.
 
-    image_size: pixels, one number, or height and width; default: the data's if at most 96, else 224
+    image_size: pixels, one number, or height and width; default: the size of the data's images if that is at
+        most 96, else 224
     """
     cls, settings = mim.METHODS[method], settings | dict(image_size=image_size)
     if cls is mim.BEiT and not settings.get("vocab_size"):
@@ -598,30 +607,30 @@ def build_method(method, image_size: list[PositiveInt] | None = None, **settings
 
 def build_encoder(image_size, *, model: Literal[tuple(mim.SIZES)] = "base", patch_size: PositiveInt = 16,
                   **options):
-    """The ViT of a method. options: its `encoder_options`.
+    """Builds the ViT of a method. options: the `encoder_options` of the method's class.
 
     model: size of the encoder
-    patch_size: pixels
+    patch_size: side of a patch in pixels
     """
     if "layer_scale" in options and model in ("large", "huge"):
-        options["layer_scale"] = 1e-5  # CAE's and BEiT's for ViT-L
+        options["layer_scale"] = 1e-5  # as CAE and BEiT have it for ViT-L
     return mim.ViT(image_size, patch_size, **mim.SIZES[model], **options)
 
 
 def build_amt(settings, base: Literal["mae", "simmim"] = "mae"):
-    """AMT around a method.
+    """Builds AMT and the method that it masks for.
 
     base: the method that AMT masks for
     """
-    own = flags_of([mim.AMT])  # AMT's mask_ratio is not that of the random phase, which is its base's own
+    own = flags_of([mim.AMT])  # the base keeps its own mask_ratio, for the epochs of random masking
     inner = build_method(base, **{name: value for name, value in settings.items() if name not in own})
     return call(mim.AMT, settings, base=inner)
 
 
 def load_method(state, path, **overrides):
-    """Builds the method of a run's checkpoint.pt, `state`, and loads its weights. path: for messages.
+    """Builds the method of a run from its checkpoint.pt, `state`, and loads the weights.
 
-    overrides: arguments of the method's constructor to change.
+    path: names the file in messages. overrides: arguments of the method's constructor to change.
     """
     method = build_method(**run_settings(state) | overrides)
     with explained(path, f"its weights do not fit {overrides or 'its settings'}"):
@@ -630,12 +639,11 @@ def load_method(state, path, **overrides):
 
 
 def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
-    """A tokenizer from its file, with the file's `digest`; UsageError if there is none in it.
+    """Loads a tokenizer from its file. Its attribute `digest` is that of the file. Raises UsageError if the
+    file holds none, or if the digest is not `tokenizer_digest` (None: any).
 
     tokenizer: file of the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state dict
         of DALL-E's encoder; default: pixels are the target
-
-    tokenizer_digest: what the digest has to be; None: any.
     """
     if tokenizer is None:
         return None
@@ -660,12 +668,12 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
 
 
 class Log:
-    """The log of a run or, after a checkpoint `state`, what it had until then: a line of JSON for each epoch,
-    in a file, if `path` is not None; `stream` gets them, too, in words."""
+    """The log of a run, one line of JSON per epoch, in the file `path`, or in none if that is None. The lines
+    are also printed to `stream`. If a checkpoint `state` is given, the log goes on after its epoch."""
 
     def __init__(self, path, state=None, stream=None):
         self.path, self.stream, self.lines = path, stream, []
-        if state and path.exists():  # a kill may leave one line more
+        if state and path.exists():  # after a kill it may have one line too many
             self.lines = path.read_text().splitlines()[:state["epoch"]]
 
     def add(self, figures):
@@ -677,9 +685,11 @@ class Log:
 
 
 def write_checkpoint(output, method, state, save_every=None):
-    """Writes encoder.pt, a plain state dict with timm's names (a tokenizer's: with DALL-E's), and then
-    checkpoint.pt, the state, from which the run can go on. What evaluation needs to know of the run is in the
-    state dict's metadata, which loading leaves alone."""
+    """Writes encoder.pt and then checkpoint.pt, the state from which the run can go on.
+
+    encoder.pt is a plain state dict with timm's names, or with DALL-E's for a tokenizer. Its metadata, which
+    load_state_dict ignores, tell eval.py the method, its base and the image size.
+    """
     if state["epoch"]:
         encoder, args = method.encoder.state_dict(), state["args"]
         known = {name: args[name] for name in ("method", "base", "image_size") if name in args}
@@ -693,8 +703,9 @@ def write_checkpoint(output, method, state, save_every=None):
 
 
 def run_settings(content):
-    """The settings in a checkpoint.pt of this program: those of the flags, and what a resumed run compares.
-    Of other files none, {}. ValueError if a flag would not take its setting."""
+    """The settings in the content of a checkpoint.pt: those of the flags, and those that a resumed run
+    compares. For the content of other files {}. Raises ValueError if a flag would not take the value of its
+    setting."""
     args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or "method" not in args:
         return {}
@@ -709,8 +720,8 @@ def run_settings(content):
 
 
 def copy_into(own, kept, name):
-    """Copies the tensors of a checkpoint into ours, in nested dicts of the same keys. ValueError if one has
-    another shape or type, which optimizers do not notice, or is not finite."""
+    """Copies tensors of a checkpoint into ours; both are in nested dicts. Raises ValueError if the keys
+    differ, or if a tensor has another shape or type, which optimizers do not notice, or is not finite."""
     if isinstance(own, dict):
         if own.keys() != kept.keys():
             raise ValueError(f"{name} has other entries")
@@ -724,10 +735,11 @@ def copy_into(own, kept, name):
 
 @torch.no_grad()
 def restore(state, model, optimizer, scaler, num_images):
-    """Copies a checkpoint's state into a model, its optimizer and scaler; UsageError if it does not fit."""
+    """Copies a checkpoint's state into a model, its optimizer and its scaler. Raises UsageError if it does
+    not fit."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizer.step()  # makes the state that the kept one is copied into
+    optimizer.step()  # it makes the tensors into which the checkpoint's are copied
     model.zero_grad()
     own = dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"])
     with explained("--resume", "the checkpoint does not fit the settings"):
@@ -743,19 +755,20 @@ def restore(state, model, optimizer, scaler, num_images):
 
 
 def check_place(path):
-    """UsageError if no file should be written there: what is there is a link, a folder or a device."""
+    """Raises UsageError if a link, a folder or a device is at the path, where a file is to be written."""
     if path.is_symlink() or path.exists() and not path.is_file():
         raise UsageError(f"--output {path}: it is a folder, a link or a device")
 
 
 def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,
                 prepare: bool = False):
-    """(folder of the run, checkpoint to continue or None). Refuses to overwrite a run, or others' files.
+    """Returns the folder of the run, and the checkpoint from which it goes on, or None. Raises UsageError
+    rather than overwrite another run or files of another program.
 
     output: folder of the run; default: runs/METHOD
     resume: continue the run in --output, or start it if there is none
     overwrite: start anew where --output already holds a run (not with --resume)
-    prepare: compute the regions of all images, and stop (not with --resume, not with --overwrite)
+    prepare: compute the regions of all images and stop (not with --resume, not with --overwrite)
     """
     output = Path(output or f"runs/{method}")
     path = output / "checkpoint.pt"
@@ -784,22 +797,23 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
 
 
 def write(image, texts):
-    """Writes {(x, y): text} into a picture [3, H, W] in 0..1: black with a white rim, for any ground."""
+    """Writes texts, {(x, y): text}, into a picture [3, H, W] in 0..1. The letters are black with a white rim,
+    so that they can be read on any background."""
     image, font = TF.to_pil_image(image), ImageFont.load_default()
-    with contextlib.suppress(TypeError, ImportError):  # Pillow before 10.1 has small letters alone
+    with contextlib.suppress(TypeError, ImportError):  # Pillow before 10.1 has only small letters
         font = ImageFont.load_default(13)
     for place, text in texts.items():
-        text = text.encode("latin-1", "replace").decode("latin-1")  # the fonts have few others
+        text = text.encode("latin-1", "replace").decode("latin-1")  # the font has few other letters
         ImageDraw.Draw(image).text(place, text, "black", font, spacing=0, stroke_width=2, stroke_fill="white")
     return TF.pil_to_tensor(image).float() / 255
 
 
 def picture(columns, legend={}):
-    """Tiles by title, {title: [n, 3, h, w] in 0..1} -> one picture [3, H, W], a sample a row, or several if
-    they are narrow.
+    """Joins tiles to one picture [3, H, W]. columns: {title: tiles [n, 3, h, w] in 0..1}.
 
-    Titles stand over the columns, above them the legend, {words: a tensor that expands to [3, 12, 24]}. Tiles
-    are enlarged to at least 128 pixels.
+    A row shows one of the n samples, or several if they are narrow. The titles stand above the columns, and
+    the legend above the titles: {words: a tensor that can be expanded to [3, 12, 24]}. Small tiles are
+    enlarged to at least 128 pixels.
     """
     tiles = torch.stack([tile.float().cpu() for tile in columns.values()], dim=1)  # [n, columns, 3, h, w]
     tiles = F.interpolate(tiles.flatten(0, 1), scale_factor=math.ceil(128 / min(tiles.shape[-2:])))
@@ -820,43 +834,45 @@ def picture(columns, legend={}):
 
 
 def save_picture(path, image, task, heading=""):
-    """A picture [3, H, W] in 0..1 below a heading -> a PNG file."""
+    """Writes a picture [3, H, W] in 0..1 with a heading to a PNG file."""
     image = write(F.pad(image, (0, 0, 17 * bool(heading), 0), value=1.0), {(4, 0): heading})
     save_png(path, TF.to_pil_image((255 * image).round().byte()), task)
 
 
 def save_png(path, image, task):
-    """Writes a PIL image as a PNG file, in which eval.py finds later of which task it is."""
+    """Writes a PIL image to a PNG file. The file also holds the name of the task, which eval.py looks for
+    before it overwrites a file."""
     text = PngImagePlugin.PngInfo()
     text.add_text("task", task)
     write_atomically(path, lambda to: image.save(to, "png", pnginfo=text))
 
 
 def picture_items(dataset, count=8):
-    """`count` items spread over a dataset -> images, normalised, [count, 3, H, W], and regions if it has
-    them."""
+    """Takes `count` items, evenly spread over a dataset -> dict of images, normalised, [count, 3, H, W], and
+    of regions if the dataset has them."""
     places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     batch = collate([dataset[i] for i in places])
     return dict(images=normalize(batch["image"])) | {k: batch[k] for k in ("regions",) if k in batch}
 
 
 def class_colours(count):
-    """`count` colours that differ, [count, 3] in 0..1: silver for the first class, mostly the background,
-    then hues at steps of the golden ratio, light and dark in turn."""
+    """Different colours for `count` classes, [count, 3] in 0..1: silver for the first, which is mostly the
+    background, then hues that are 222 degrees apart, in turn light and dark."""
     names = ["silver"] + [f"hsv({222 * k % 360},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
     return torch.tensor([ImageColor.getrgb(name) for name in names]) / 255
 
 
 def paint(images, maps, colours):
-    """Images [..., 3, H, W] under maps [..., k, H, W] in 0..1, one after another in their colours [k, 3]."""
+    """Paints maps [..., k, H, W] in 0..1 over images [..., 3, H, W], one after another, in the colours [k,
+    3]."""
     for map, colour in zip(maps.split(1, dim=-3), colours.to(images)):
         images = images.lerp(colour.view(3, 1, 1), map.to(images))
     return images
 
 
 def heat(images, attention):
-    """Images [n, 3, H, W] in 0..1 and maps [n, gh, gw] -> grey images, where a map is large in orange. Each
-    map has the whole scale, from its least to its most."""
+    """Images [n, 3, H, W] in 0..1 and attention maps [n, gh, gw] -> grey images, the more orange the larger
+    the map. Every map is scaled from its smallest to its largest value."""
     attention = attention.float() - attention.amin((1, 2), keepdim=True)
     attention = attention / attention.amax((1, 2), keepdim=True).clamp_min(1e-12)
     attention = F.interpolate(0.8 * attention[:, None], images.shape[-2:], mode="bilinear")
@@ -864,37 +880,37 @@ def heat(images, attention):
 
 
 def hatch(height, width, period):
-    """Grey stripes on white, [height, width]: what is left out."""
+    """Grey stripes on white, [height, width]; in pictures they mean that something is left out."""
     diagonal = torch.arange(height)[:, None] + torch.arange(width)
     return 1 - 0.5 * (diagonal % period < period / 4)
 
 
-# Legends for `picture`
+# Legends of `picture`
 SCALE = {"least to most attention": heat(torch.full((1, 3, 12, 24), 0.5), torch.arange(24).view(1, 1, 24))[0]}
 HIDDEN = {"hidden, to be predicted": torch.tensor(0.5)}
 LEFT_OUT = {"left out, enters nothing": hatch(12, 24, 8)}
 
 
 def put_patches(under, image, ids, patch_size):
-    """`under` with the patches `ids` [B, n] of `image`, both [B, C, H, W]."""
+    """Returns the images `under` with the patches `ids` [B, n] taken from `image`; both are [B, C, H, W]."""
     return mim.reconstruct(under, mim.take(mim.patchify(image, patch_size), ids), ids, patch_size)
 
 
 def show_mask(image, ids_visible, ids_masked, patch_size):
-    """Images [B, 3, H, W] in 0..1 as a method gets them: visible patches as they are, masked ones grey, all
-    others hatched."""
+    """Shows images [B, 3, H, W] in 0..1 as a method gets them: visible patches as they are, masked patches
+    grey, and all other patches hatched."""
     under = hatch(*image.shape[-2:], max(2, patch_size // 2)).to(image).expand_as(image)
     visible = put_patches(under, image, ids_visible, patch_size)
     return put_patches(visible, torch.full_like(image, 0.5), ids_masked, patch_size)
 
 
 def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
-    """Normalised images [B, 3, H, W] -> a picture [3, h, w]: of each image tiles, as far as the method has
-    them; and what the method returned, with `error`, the mean squared error of hidden pixels in 0..1.
+    """Draws what a method makes of normalised images [B, 3, H, W]. Returns a picture [3, h, w], and what the
+    method returned, with `error`: the mean squared error of the hidden pixels as drawn, in 0..1.
 
-    Methods on normalised patches do not predict a patch's mean and contrast, so the picture takes the true
-    ones. Beside it stands what the true mean alone shows, with `error_hint`. Of LoMaR's windows the first is
-    masked and reconstructed. mask: ids_visible, ids_masked to use.
+    A method that predicts normalised patches does not predict their mean and contrast. The picture then takes
+    the true ones, and a tile beside it shows what the true mean alone looks like; its error is `error_hint`.
+    Of LoMaR's windows only the first is shown. mask: ids_visible and ids_masked, if they are to be used.
     """
     image = denormalize(images)
     if isinstance(method, mim.DVAE):
@@ -910,7 +926,7 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
     white, masked = torch.ones_like(image), show_mask(image, ids_visible, ids_masked, p)
 
     def predicted(pred, ids):
-        """The images with the patches `ids` as predicted; predicted tokens are drawn by their tokenizer."""
+        """The images with the patches `ids` as predicted. Tokens are drawn by their tokenizer."""
         if tokenizer is None:
             return denormalize(mim.reconstruct(images, pred.float(), ids, p, method.norm_pix))
         if tokenizer.decoder is None:
@@ -954,21 +970,22 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
 
 
 def draw_examples(path, method, items, tokenizer, device, seed, heading):
-    """Draws and writes reconstruction.png with the same masks each time."""
+    """Draws a reconstruction, with the same masks each time, and writes it to a file."""
     torch.manual_seed(seed)
     method.eval()
     items = {name: value.to(device) for name, value in items.items()}
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it was compiled for batches of one size
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it is compiled for another batch size
         drawn = draw_reconstruction(method, **items, tokenizer=tokenizer)[0]
     save_picture(path, drawn, "pretrain", heading)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Settings: what the user gave, then the recipe, then the functions' defaults
+# Settings: those that the user gave, else those of the recipe, else the defaults of the functions
 
 
 def functions_of(given):
-    """The functions and classes whose flags the run of a method has. given: settings, `method` among them."""
+    """The functions and classes whose flags a run has. given: settings, of which `method` and `base`
+    decide."""
     cls = mim.METHODS[given["method"]]
     functions = [load_data, pretrain, open_device, open_output, build_method, cls]
     if cls is mim.AMT:
@@ -983,8 +1000,10 @@ def functions_of(given):
 
 
 def recipe(given, image_size=(224, 224)):
-    """The settings of a run that are not its functions' defaults: the paper's or, for images (height, width)
-    of up to 96 pixels, ours. given: settings, `method` among them."""
+    """The settings of a run in which it differs from the defaults of its functions: those of the paper, or
+    ours for images (height, width) of up to 96 pixels. given: settings, of which method, base, data and model
+    decide.
+    """
     method, base = given["method"], given.get("base", "mae")
     paper = RECIPES[f"amt-{base}" if method == "amt" else method]
     if max(image_size) > SMALL:
@@ -997,8 +1016,8 @@ def recipe(given, image_size=(224, 224)):
 
 
 def parse(argv):
-    """Command line -> dict of what the user gave. It opens no file."""
-    first = Parser(add_help=False)  # other flags, and the defaults that the help shows, depend on these
+    """Reads the command line -> dict of the flags that the user gave. It opens no file."""
+    first = Parser(add_help=False)  # these flags decide which others there are, and what the help shows
     first.add_argument("--method", choices=mim.METHODS)
     first.add([load_data, build_method, build_encoder, build_amt])
     known = vars(first.parse_known_args(argv)[0])
@@ -1021,7 +1040,8 @@ MAY_CHANGE = ("data", "tokenizer", "device", "precision", "workers", "compile", 
 
 
 def resumed(given, state):
-    """--resume: the run's own settings, and of the user's those that may change; UsageError for others."""
+    """The settings of a resumed run: those that it was started with, and those that the user gives now.
+    Raises UsageError if the user changes one that must not change."""
     saved = state["args"]
     for name, value in given.items():
         if name not in MAY_CHANGE and saved.get(name) != value:
@@ -1031,13 +1051,13 @@ def resumed(given, state):
 
 
 def settle(given, source):
-    """Every setting of a run, in plain types: the user's (or those of the run that is resumed), else the
-    recipe's, else the flag's default."""
+    """All settings of a run, in plain types: those that the user gave (or those of the run that is resumed),
+    else those of the recipe, else the defaults of the flags."""
     natural = min(source.image_size, recipe(given).get("image_size", 224))
     size = given.get("image_size") or [natural, natural]
     defaults = {name: p.default for name, (p, _) in flags_of(functions_of(given)).items()}
     chosen = defaults | recipe(given, size)
-    # A run of another length warms up for the same share of it as the next longer one.
+    # A run of another length warms up for the same fraction of its epochs as the next longer one.
     epochs, warmup = given.get("epochs", chosen["epochs"]), chosen["warmup_epochs"]
     warmup = warmup if isinstance(warmup, dict) else {chosen["epochs"]: warmup}
     length = min((length for length in warmup if length >= epochs), default=max(warmup))
@@ -1055,10 +1075,11 @@ def settle(given, source):
 
 
 def settle_batch(batch_size, num_images, accumulate, lr, base_lr, lr_batch, chosen):
-    """The batch size, the micro-batches and the learning rate of a run, as a dict.
+    """The batch size, the number of micro-batches and the learning rate of a run, as a dict.
 
-    If the user has not chosen the batch size and the images are few, a batch is a sixteenth of them, but at
-    least 8. The learning rate is then computed for lr_batch images: for so few it would be almost 0.
+    chosen: True if the user gave the batch size. If not, and if there are few images, a batch is a sixteenth
+    of them, but at least 8. The learning rate is then that of lr_batch images, because that of so small a
+    batch would be almost 0.
     """
     if chosen and batch_size > num_images:
         raise UsageError(f"--batch-size {batch_size} is more than the {counted(num_images, 'images')} of "
@@ -1073,23 +1094,24 @@ def settle_batch(batch_size, num_images, accumulate, lr, base_lr, lr_batch, chos
 
 def small_patch(size):
     """The patch size for a small image (height, width): an eighth of the longer side, or the next smaller
-    that divides both sides."""
+    number that divides both sides."""
     return max((p for p in range(1, max(size) // 8 + 1) if math.gcd(*size) % p == 0), default=1)
 
 
 def image_pair(size):
-    """--image-size's one or two numbers -> [height, width]."""
+    """The one or two numbers of --image-size -> [height, width]."""
     if len(size) > 2:
         raise UsageError(f"--image-size takes one number, or height and width; got {size}")
     return list(size * 2)[:2]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Flags, for both programs: each is an annotated keyword argument of a function
+# Flags, for both programs. Each is an annotated keyword argument of a function.
 
 
 def call(function, flags, **fixed):
-    """function(**fixed), and with those of the dict `flags` that it takes by name."""
+    """Calls a function with the arguments `fixed`, and with those of the dict `flags` whose names it
+    takes."""
     names = inspect.signature(function).parameters
     return function(**{name: value for name, value in flags.items() if name in names} | fixed)
 
@@ -1131,7 +1153,7 @@ def flags_of(functions):
 
 
 def number(kind, low, high, words):
-    """The argparse type of numbers from low to high."""
+    """Returns the argparse type of numbers of a kind, int or float, from low to high."""
 
     def convert(text):
         with contextlib.suppress(ValueError):
@@ -1143,14 +1165,14 @@ def number(kind, low, high, words):
 
 
 def not_empty(words):
-    """The argparse type of file names and the like, which are not empty."""
+    """The argparse type of texts that are not empty, such as names of files."""
     if not words:
         raise argparse.ArgumentTypeError("must not be empty")
     return words
 
 
 def flag_options(annotation):
-    """A parameter's annotation -> the keyword arguments of add_argument."""
+    """The annotation of a parameter -> the keyword arguments of argparse's add_argument."""
     origin = typing.get_origin(annotation)
     inner = [a for a in typing.get_args(annotation) if a is not type(None)]
     if origin is Annotated:
@@ -1169,14 +1191,14 @@ def flag_options(annotation):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags from functions. A flag's type, choices and range come from the argument's annotation, its help
-    from its line in the docstring. Errors are UsageErrors."""
+    """A parser whose flags are arguments of functions. The type, choices and range of a flag come from the
+    argument's annotation, its help from the docstring. Errors are raised as UsageError."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
 
     def add(self, functions, **defaults):
-        """Adds the flags of functions. defaults: shown in the help instead of the functions' own."""
+        """Adds the flags of functions. defaults: shown in the help instead of those of the functions."""
         for name, (parameter, text) in flags_of(functions).items():
             default = defaults.get(name, parameter.default)
             if default is not None and default is not False:
@@ -1188,8 +1210,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(re.sub(r"^argument (--[\w-]+): ", r"\1 ", message))
 
     def parse(self, argv, others={}):
-        """Command line -> dict of what was given. others: {words: functions}, whose flags are named with
-        these words where they do not belong."""
+        """Reads the command line -> dict of the flags that were given. others: {words: functions}; a flag of
+        these functions that this parser does not have is refused with "belongs to" and the words."""
         arguments, rest = self.parse_known_args(argv)
         if rest:
             flag = rest[0].split("=")[0]
@@ -1209,17 +1231,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_with_one_line(program, main):
-    """Runs main(). If the user made a mistake, or memory runs out, prints one line on stderr instead of a
-    traceback."""
+    """Runs main() and returns the exit code. After a mistake of the user, or if memory runs out, it prints
+    one line on stderr instead of a traceback."""
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
-    except UsageError as error:  # from a worker process it brings a traceback; its last line is the message
+    except UsageError as error:  # from a worker it comes with a traceback, whose last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix("datasets.UsageError: ")
     except BrokenPipeError:  # as in `| head`
-        sys.stdout = open(os.devnull, "w")  # at the exit Python would try again, and complain
+        sys.stdout = open(os.devnull, "w")  # or Python would try to write again at its exit
         message = "nobody reads its output any more"
     except OSError as error:
         message = f"{error.filename or 'system'}: {reason_of(error)}"
@@ -1231,7 +1253,7 @@ def exit_with_one_line(program, main):
             if not message.startswith("out of memory"):
                 raise
     if int(os.environ.get("RANK", 0)):
-        time.sleep(10)  # if the first process fails too, it says so, and torchrun ends this one meanwhile
+        time.sleep(10)  # the first process may fail too: then its line is printed, and torchrun ends this one
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2
 
