@@ -389,9 +389,9 @@ class AttentiveProbe(nn.Module):
         return self.attn.weights(self.query, patches.float()).squeeze(2)
 
 
-def train_probe(features, make_head, make_optimizer, train, val, cache_features, *, base_lr, seed, device,
-                precision, workers, **options):
-    """Trains a head on frozen features -> the head, and a dict of its accuracies. options: others of `fit`.
+def train_probe(features, make_head, make_optimizer, train, val, epochs, batch_size, base_lr, warmup_epochs,
+                cache_features, seed, device, precision, workers):
+    """Trains a head on frozen features -> the head, and a dict of its accuracies.
 
     features: images [b, 3, H, W] -> what the head takes.
     make_head(dim, num_classes); make_optimizer(parameters, lr).
@@ -418,10 +418,8 @@ def train_probe(features, make_head, make_optimizer, train, val, cache_features,
         with autocast(device, "fp32"):
             return head(inputs)
 
-    result = fit(head, optimizer, train, compute_losses, base_lr=base_lr, seed=seed, device=device,
-                 workers=0 if cache_features else workers,
-                 score=lambda _: accuracies(*extract(logits, val, device, precision, workers, "val")),
-                 **options)
+    result = call(fit, locals(), model=head, workers=0 if cache_features else workers,
+                  score=lambda _: accuracies(*extract(logits, val, device, precision, workers, "val")))
     return head, result | dict(features="cached" if cache_features else "augmented")
 
 
@@ -444,9 +442,7 @@ def linear(encoder, train, val, epochs: PositiveInt = 90, batch_size: PositiveIn
     seed: of everything random
     """
     features = pooled(frozen(encoder, device), pool)
-    return train_probe(features, classifier, LARS, train, val, cache_features, epochs=epochs,
-                       batch_size=batch_size, base_lr=base_lr, warmup_epochs=warmup_epochs, seed=seed,
-                       device=device, precision=precision, workers=workers)[1]
+    return call(train_probe, locals(), make_head=classifier, make_optimizer=LARS)[1]
 
 
 def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_size: PositiveInt = 8192,
@@ -480,9 +476,7 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
         return AttentiveProbe(dim, getattr(encoder, "num_heads", max(1, dim // 64)), num_classes)
 
     sgd = functools.partial(torch.optim.SGD, momentum=0.9)
-    probe, result = train_probe(features, make_head, sgd, train, val, cache_features, epochs=epochs,
-                                batch_size=batch_size, base_lr=base_lr, warmup_epochs=warmup_epochs,
-                                seed=seed, device=device, precision=precision, workers=workers)
+    probe, result = call(train_probe, locals(), make_optimizer=sgd)
     if images is not None:
         images = prepare(images, device)
         with torch.no_grad(), autocast(device, precision):
@@ -518,7 +512,7 @@ class Classifier(nn.Module):
         [5], and boxes [5, 4], which are all of the image."""
         centre = Images([dict(image=image, label=-1)], self.encoder.image_size, "center")[0]["image"]
         scores, labels = self(normalize(centre[None])).float().softmax(1)[0].sort(descending=True)
-        boxes = labels.new_tensor([[0, 0, image.shape[2], image.shape[1]]]).expand(len(labels), -1)
+        boxes = torch.tensor(len(labels) * [[0, 0, *image.shape[:0:-1]]])
         return dict(labels=labels[:5], scores=scores[:5], boxes=boxes[:5])
 
 
@@ -558,8 +552,8 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
              weight_decay: NonNegativeFloat = 0.05, lookahead: NonNegativeInt = 0,
              layer_decay: Fraction = 0.65, drop_path: Fraction = 0.1, label_smoothing: Fraction = 0.1,
              pool: Literal["cls", "mean"] = "mean", accumulate: PositiveInt | None = None,
-             eval_every: PositiveInt | None = None, output=None, resume: bool = False, seed: NonNegativeInt = 0, device="cpu", precision="fp32",
-             workers=0) -> dict:
+             eval_every: PositiveInt | None = None, output=None, resume: bool = False,
+             seed: NonNegativeInt = 0, device="cpu", precision="fp32", workers=0) -> dict:
     """End-to-end fine-tuning (MAE, Table 9, and its code for ViT-B): layer-wise decay, mixup and cutmix.
 
     Several processes (torchrun) share each batch; the first evaluates and writes, the others give no
@@ -821,9 +815,11 @@ def collate_dense(items):
     return dict(image=images, label=[item["label"] for item in items], broken=torch.empty(0))
 
 
-def val_items(val, workers):
-    """The items of a dataset in order, one at a time, so that memory is that of one image."""
-    return tqdm(make_loader(val, workers, collate_fn=dict, batch_size=None), "val", leave=False, disable=None)
+def predictions(model, val, precision, workers):
+    """Yields (item, `predict` of its image) for the items of a dataset in order, one at a time."""
+    items = make_loader(val, workers, collate_fn=dict, batch_size=None)
+    for item in tqdm(items, "val", leave=False, disable=None):
+        yield item, predict(model, item["image"], precision)
 
 
 def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", freeze: bool = False,
@@ -875,9 +871,9 @@ def score_pixels(model, val, per_class: bool = False, precision="fp32", workers=
     per_class: the IoU of each class that occurs, too
     """
     names, pairs, shown = val.source.classes, 0, []
-    for item in val_items(val, workers):
-        truth, found = item["label"], predict(model, item["image"], precision)["classes"]
-        both = len(names) * truth.astype(int) + found
+    for item, found in predictions(model, val, precision, workers):
+        truth, found = item["label"].astype(int), found["classes"]
+        both = len(names) * truth + found
         pairs = pairs + np.bincount(both[truth != IGNORED], minlength=len(names) ** 2)
         shown += [(item["image"], as_masks(found), as_masks(truth))] * (len(shown) < 4)
     pairs = pairs.reshape(len(names), -1)
@@ -1132,7 +1128,8 @@ class Detector(MaskRCNN):
 def paste(mask, box, size):
     """A mask [1, h, w], resized into the box (x1, y1, x2, y2) of an empty image of `size`: [H, W]."""
     start, end = box.view(2, 2)
-    scale = box.new_tensor(size[::-1]) / (end - start)  # from places in the image, -1 to 1, to those in the box
+    # From places in the image, which count from -1 to 1, to those in the box
+    scale = box.new_tensor(size[::-1]) / (end - start)
     theta = torch.stack([*scale.diag(), scale - (start + end) / (end - start)], dim=1)
     grid = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
     return F.grid_sample(mask[None].float(), grid, align_corners=False)[0, 0]
@@ -1195,11 +1192,10 @@ def score_objects(model, val, per_class: bool = False, precision="fp32", workers
     per_class: the AP of each class that occurs, too
     """
     records, shown, result, names = dict(box=[], mask=[]), [], {}, ["", *val.source.classes]
-    for item in val_items(val, workers):
-        truth, found = item["label"], predict(model, item["image"], precision)
-        records["box"].append(match_image(truth, found, "boxes"))
-        records["mask"].append(match_image(truth, found, "masks"))
-        shown += [(item["image"], found, truth)] * (len(shown) < 6)
+    for item, found in predictions(model, val, precision, workers):
+        records["box"].append(match_image(item["label"], found, "boxes"))
+        records["mask"].append(match_image(item["label"], found, "masks"))
+        shown += [(item["image"], found, item["label"])] * (len(shown) < 6)
     for name, record in records.items():
         figures, by_class = average_precision(record, getattr(val.source, "groups", {}))
         for figure, value in figures.items():
@@ -1601,8 +1597,9 @@ def predict(model, image, precision="fp32"):
     return {name: value.cpu().numpy() for name, value in found.items()}
 
 
-# A prediction's name in `predict` -> its name in COCO's result format, and how it is written there
-COCO_FORMAT = dict(scores=("score", float), boxes=("bbox", np.ndarray.tolist), masks=("segmentation", encode_mask))
+# The names of predictions in COCO's result format, and how they are written there
+COCO_FORMAT = dict(scores=("score", float), boxes=("bbox", np.ndarray.tolist),
+                   masks=("segmentation", encode_mask))
 
 
 def predict_images(model, output, images: list[str] | None = None, precision="fp32") -> dict:
@@ -1626,8 +1623,9 @@ def predict_images(model, output, images: list[str] | None = None, precision="fp
             found, known["labels"] = as_masks(found["classes"]), str(file)
         shown.append((image, found))
         for i, label in enumerate(found["labels"].tolist()):
-            results.append(known | dict(category_id=ids[label], category_name=model.classes[label]) | {
-                key: convert(found[name][i]) for name, (key, convert) in COCO_FORMAT.items() if name in found})
+            own = {key: convert(found[kind][i]) for kind, (key, convert) in COCO_FORMAT.items()
+                   if kind in found}
+            results.append(known | dict(category_id=ids[label], category_name=model.classes[label]) | own)
     write_atomically(path, lambda to: to.write(json.dumps(results).encode()))
     return dict(predictions=path, picture=draw_masks(shown, model.classes))
 
@@ -1942,9 +1940,10 @@ def main(argv):
             settings["output"] = call(open_output, settings)
     size = sized(model).image_size
     objects = dict(encoder=model, method=model, model=model, tokenizer=call(load_tokenizer, settings))
+    known = settings | dict(settings=settings, size=size, finished=finished and model)
     for open_data in (open_pair, open_images):
         if open_data in functions:
-            objects |= call(open_data, settings | dict(settings=settings, size=size, finished=finished and model))
+            objects |= call(open_data, known)
     result = call(run, settings | objects)  # it takes one model, and of the data what it names
     if "picture" in result:
         path = settings["output"]

@@ -326,8 +326,8 @@ def test_draws_follow_from_seed_epoch_and_index_alone():
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 0.5), (0.5, 1.0), (2.0, 2.0)])
 @pytest.mark.parametrize("fits", [True, False])
 def test_an_image_is_scaled_and_the_rest_filled_up(scale, fits):
-    """24 x 48 pixels fit into 32 x 32 as 16 x 32, and cover it as 32 x 64. With objects they fit, with classes
-    of pixels they cover; then they are scaled, and half of the time mirrored."""
+    """24 x 48 pixels fit into 32 x 32 as 16 x 32, and cover it as 32 x 64. With objects they fit, with
+    classes of pixels they cover; then they are scaled, and half of the time mirrored."""
     image = torch.zeros(3, 24, 48, dtype=torch.uint8)
     image[0], image[1, :, :24] = 255, 255  # yellow on the left, red on the right
     left = rectangle(24, 48, slice(None), slice(0, 24))
@@ -345,8 +345,8 @@ def test_an_image_is_scaled_and_the_rest_filled_up(scale, fits):
             yellow = (item["image"][1] > 127) & inside
             assert (yellow != (item["label"] == 7)).sum() <= 2 * rows  # but for the edge between the colours
             mirrored += (item["label"] == 7)[inside][0].item() == 0
-    whole = [(round(16 * s), round(32 * s)) if fits else (round(32 * s), min(32, round(64 * s))) for s in scale]
-    whole = [(min(32, rows), min(32, columns)) for rows, columns in whole]
+    rows, columns = (16, 32) if fits else (32, 64)
+    whole = [(min(32, round(rows * s)), min(32, round(columns * s))) for s in scale]
     assert min(found) >= whole[0] and max(found) <= whole[1] and (len(found) > 8) == (scale == (0.5, 1.0))
     assert fits or 15 < mirrored < 50 or scale[0] == 2
 
@@ -622,7 +622,9 @@ def test_objects_are_found_in_images_of_any_shape(monkeypatch, size):
     assert right["box_ap_large"] is right["mask_ap_medium"] is None
 
 
-@pytest.mark.parametrize("moved, right", [("boxes", 3 * [False] + 3 * [True]), ("masks", 3 * [True] + 3 * [False])])
+@pytest.mark.parametrize("moved, right", [
+    ("boxes", 3 * [False] + 3 * [True]), ("masks", 3 * [True] + 3 * [False]),
+])
 def test_boxes_and_masks_are_scored_apart(monkeypatch, moved, right):
     monkeypatch.setattr(Spotter, "wrong", [moved])
     result = detection(monkeypatch, spots(32, 32))
@@ -703,7 +705,8 @@ def test_rois_are_aligned():
 
 def test_windows_cover_an_image_and_their_logits_are_averaged():
     assert evaluation.window_starts(683, 512) == [0, 171]  # 341 pixels a step, the last at the edge
-    assert evaluation.window_starts(512, 512) == [0] and evaluation.window_starts(1300, 512) == [0, 341, 682, 788]
+    assert evaluation.window_starts(512, 512) == [0]
+    assert evaluation.window_starts(1300, 512) == [0, 341, 682, 788]
     torch.manual_seed(0)
     model = Segmenter(make_encoder(16, 8), 5, "linear").eval()
     image = torch.randint(256, (3, 16, 40), dtype=torch.uint8)
@@ -911,7 +914,8 @@ def test_a_log_lies_beside_the_result_and_figures_in_it_if_asked(dense, tmp_path
 def finished(tmp_path_factory):
     """{task: file of a small model with random weights, as the tasks leave it}."""
     root = tmp_path_factory.mktemp("finished")
-    options = dict(finetune=dict(pool="mean"), semseg=dict(head="upernet", width=8), detect=dict(width=8, window=2))
+    options = dict(finetune=dict(pool="mean"), semseg=dict(head="upernet", width=8),
+                   detect=dict(width=8, window=2))
     for task, own in options.items():
         encoder = make_encoder(32, 4, depth=2, embed_dim=64, num_heads=4, relative=task == "detect")
         source = datasets.load_data("shapes", "train", 32, 4)
@@ -952,7 +956,8 @@ def test_files_are_predicted(finished, cli, folder, tmp_path):
     images = [datasets.decode(file) for file in files]
     for task in FIGURES:
         output = tmp_path / f"{task}.png"
-        code, out, err = cli(evaluation, finished[task], "--task", task, "--images", *files, "--output", output)
+        flags = ["--task", task, "--images", *files, "--output", output]
+        code, out, err = cli(evaluation, finished[task], *flags)
         assert code == 0, err
         result, model = json.loads(out.splitlines()[-1]), load_finished(str(finished[task]))
         assert result["picture"] == str(output) and Image.open(output).text["task"] == task
@@ -961,7 +966,8 @@ def test_files_are_predicted(finished, cli, folder, tmp_path):
             own, found = [e for e in entries if e["file_name"] == str(file)], predict(model, image)
             labels = found["labels"] if task != "semseg" else np.unique(found["classes"])
             assert [e["category_id"] for e in own] == labels.tolist() and len(labels) > 0
-            assert all(e["category_name"] == model.classes[e["category_id"]] and e["image_id"] == 0 for e in own)
+            assert [e["category_name"] for e in own] == [model.classes[label] for label in labels]
+            assert {e["image_id"] for e in own} == {0}
             if task == "semseg":
                 assert np.array_equal(datasets.read_ids(own[0]["labels"]), found["classes"])
                 masks = [found["classes"] == k for k in labels]
@@ -978,12 +984,12 @@ def test_files_are_predicted(finished, cli, folder, tmp_path):
     ("{detect} --task detect --epochs 3", "--epochs is for training, and {detect} is trained"),
     ("{semseg} --task semseg --limit 3", "--limit is for training"),
     ("{semseg} --task semseg --overwrite", "--overwrite is for training"),
-    ("{semseg} --task detect --images {image}", "--images: {semseg} is no model that --task detect has trained"),
+    ("{semseg} --task detect --images {image}", "{semseg} is no model that --task detect has trained"),
     ("random --task detect --images {image}", "--images: random is no model"),
     ("{detect} --task detect --images {image} --data shapes", "leave one out"),
     ("{detect} --task detect --images nowhere.jpg", "--images nowhere.jpg: there is no nowhere.jpg"),
     ("damaged.pt --task semseg", "damaged.pt: it is no model of --task finetune, semseg or detect (model."),
-    ("poor.pt --task semseg", "poor.pt: it is no model of --task finetune, semseg or detect (it has no 'classes'"),
+    ("poor.pt --task semseg", "it is no model of --task finetune, semseg or detect (it has no 'classes'"),
     ("{semseg} --task semseg --images {image} --output mine.png", "mine.json is there"),
 ])
 def test_what_a_finished_model_cannot_do_is_one_line(flags, words, finished, cli, folder):
