@@ -94,44 +94,47 @@ from datasets import (NAMED, SMALL, UNFINISHED, DeviceLoader, EpochBatches, Imag
 # a paper trains for several numbers of epochs, warmup_epochs is a dict {epochs of the run: epochs of
 # warm-up}.
 
-RECIPES = {
-    # MAE: Table 8 (pre-training setting). AMT trains it for 400 epochs.
-    "mae": dict(epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
-                warmup_epochs={400: 40.0, 800: 40.0}, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05,
-                crop_scale=(0.2, 1.0), flip=True),
-}
+# MAE: Table 8 (pre-training setting). AMT trains it for 400 epochs.
+MAE_RECIPE = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, lr_batch=256,
+                  warmup_epochs={400: 40.0, 800: 40.0}, min_lr=0.0, betas=(0.9, 0.95), weight_decay=0.05,
+                  crop_scale=(0.2, 1.0), flip=True)
 # SimMIM: §4.1. The learning rate is per 512 images. Gradient clipping is from the released configuration for
 # ViT-B. Its ablations train for 100 epochs, AMT for 200.
-RECIPES["simmim"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1e-4, lr_batch=512,
-                                          warmup_epochs={100: 10.0, 200: 10.0, 800: 10.0},
-                                          betas=(0.9, 0.999), clip_grad=5.0, crop_scale=(0.67, 1.0))
+SIMMIM_RECIPE = MAE_RECIPE | dict(batch_size=2048, base_lr=1e-4, lr_batch=512,
+                                  warmup_epochs={100: 10.0, 200: 10.0, 800: 10.0}, betas=(0.9, 0.999),
+                                  clip_grad=5.0, crop_scale=(0.67, 1.0))
 # CAE: Appendix (pre-training), 800 epochs. The learning rate is that of a batch of 2048. The only
 # augmentations are crop and flip. Gradient clipping, the smallest learning rate and the crop scale are from
 # the code of BEiT and CAE.
-RECIPES["cae"] = RECIPES["mae"] | dict(batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
-                                       warmup_epochs={300: 10.0, 800: 20.0, 1600: 40.0}, min_lr=1e-5,
-                                       betas=(0.9, 0.999), clip_grad=3.0, crop_scale=(0.08, 1.0))
-# The tokenizer: Appendix A.2 of DALL-E, but for its 3 million steps
-RECIPES["dvae"] = RECIPES["mae"] | dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4,
-                                        lr_batch=512, warmup_epochs=0.0, min_lr=1.25e-6, betas=(0.9, 0.999),
-                                        weight_decay=1e-4)
-# AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1). Its
-# baselines are MAE with --epochs 400 and SimMIM with --epochs 200.
-RECIPES["amt-mae"] = RECIPES["mae"] | dict(epochs=400)
-RECIPES["amt-simmim"] = RECIPES["simmim"] | dict(epochs=200)
-# LoMaR: "we follow the MAE settings", but images are only cropped and not flipped. The warm-up takes 40
-# epochs of 1600, 20 of 800 and 10 of 400 (supplement, §6.1).
-RECIPES["lomar"] = RECIPES["mae"] | dict(epochs=1600, warmup_epochs=40.0, flip=False)
-# ObjMAE: Tables 1, 2 and 3. Images are "randomly cropped" and not flipped. The learning rate is that of a
-# batch of 128, for COCO and ImageNet-100. For CLEVR: --epochs 300 --batch-size 256 --lr 1.5e-4.
-RECIPES["objmae"] = RECIPES["mae"] | dict(model="small", batch_size=128, lr_batch=128,
-                                          warmup_epochs={300: 40.0, 800: 40.0}, min_lr=1e-5,
-                                          betas=(0.9, 0.999), lookahead=5, flip=False)
-# R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4). On COCO it
-# trains for 4000 epochs.
-RECIPES["rae"] = RECIPES["rmae"] = RECIPES["mae"] | dict(base_lr=1e-4)
-# BEiT: Table 6, but without colour jitter, as CAE trains it
-RECIPES["beit"] = RECIPES["cae"] | dict(warmup_epochs={300: 10.0, 800: 10.0})
+CAE_RECIPE = MAE_RECIPE | dict(batch_size=2048, base_lr=1.5e-3, lr_batch=2048,
+                               warmup_epochs={300: 10.0, 800: 20.0, 1600: 40.0}, min_lr=1e-5,
+                               betas=(0.9, 0.999), clip_grad=3.0, crop_scale=(0.08, 1.0))
+RECIPES = {
+    "mae": MAE_RECIPE,
+    "simmim": SIMMIM_RECIPE,
+    "cae": CAE_RECIPE,
+    # BEiT: Table 6, but without colour jitter, as CAE trains it
+    "beit": CAE_RECIPE | dict(warmup_epochs={300: 10.0, 800: 10.0}),
+    # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1).
+    # Its baselines are MAE with --epochs 400 and SimMIM with --epochs 200.
+    "amt-mae": MAE_RECIPE | dict(epochs=400),
+    "amt-simmim": SIMMIM_RECIPE | dict(epochs=200),
+    # LoMaR: "we follow the MAE settings", but images are only cropped and not flipped. The warm-up takes 40
+    # epochs of 1600, 20 of 800 and 10 of 400 (supplement, §6.1).
+    "lomar": MAE_RECIPE | dict(epochs=1600, warmup_epochs=40.0, flip=False),
+    # ObjMAE: Tables 1, 2 and 3. Images are "randomly cropped" and not flipped. The learning rate is that of a
+    # batch of 128, for COCO and ImageNet-100. For CLEVR: --epochs 300 --batch-size 256 --lr 1.5e-4.
+    "objmae": MAE_RECIPE | dict(model="small", batch_size=128, lr_batch=128,
+                                warmup_epochs={300: 40.0, 800: 40.0}, min_lr=1e-5, betas=(0.9, 0.999),
+                                lookahead=5, flip=False),
+    # R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4). On COCO
+    # it trains for 4000 epochs.
+    "rae": MAE_RECIPE | dict(base_lr=1e-4),
+    "rmae": MAE_RECIPE | dict(base_lr=1e-4),
+    # The tokenizer: Appendix A.2 of DALL-E, but for its 3 million steps
+    "dvae": MAE_RECIPE | dict(image_size=112, epochs=50, batch_size=512, base_lr=1e-4, lr_batch=512,
+                              warmup_epochs=0.0, min_lr=1.25e-6, betas=(0.9, 0.999), weight_decay=1e-4),
+}
 
 # Our settings, not the papers', for images of up to 96 pixels. The patch size is then an eighth of the longer
 # side (`small_patch`). NANO_RECIPE is for the built-in scenes and for --model nano. `recipe` leaves out the
