@@ -10,6 +10,7 @@ item follow from (seed, epoch, index). So a run is the same for any number of wo
 resumed run is the same as one that was never stopped.
 """
 
+import cmath
 import collections
 import contextlib
 import difflib
@@ -20,7 +21,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import warnings
 from dataclasses import dataclass
@@ -190,9 +190,9 @@ class Source:
         return digest(os.fsencode("\n".join(self.path(i) for i in range(len(self)))))
 
 
-# The built-in scenes: 3 to 5 objects in soft colours, partly over one another, on a background that fades
-# from one colour to another. The largest, near the centre, is the main object, and its shape is the label;
-# its place, size, direction, colour and texture say nothing about it.
+# The built-in scenes: 3 or 4 objects, partly over one another, on a background that fades from one colour to
+# another. The largest, near the centre, is the main object, and its class is the label: it has the outline and
+# the texture of its class. Its place, size, direction and colour say nothing about the class.
 
 
 def norm(u, v):
@@ -200,119 +200,99 @@ def norm(u, v):
     return np.sqrt(u * u + v * v)
 
 
+def wave(x):
+    """A sine-like wave of period 1, made of exactly rounded operations: the same bits everywhere."""
+    x = x - np.rint(x)
+    return x * (8 - 16 * abs(x))
+
+
 def star(u, v):
     """A pentagram; by symmetry half of its upper point, onto which the plane is folded, stands for all."""
-    u = abs(u)
     for side in (0.809, -0.809):
         fold = 2 * np.maximum(side * u + 0.588 * v, 0)
         u, v = u - side * fold, v - 0.588 * fold
     return 0.951 * abs(u) - 0.309 * v - 0.41
 
 
-def flower(u, v):
-    """Six petals around a disc; by symmetry two of the petals stand for all."""
-    u, v = abs(u), abs(v)
-    petals = np.minimum(norm(u - 0.61, v), norm(u - 0.305, v - 0.528)) - 0.3
-    return np.minimum(petals, norm(u, v) - 0.55)
-
-
-# How far the points (u, v) lie outside a shape, roughly; inside it is negative. All lengths are in radii, v
-# points down. Every shape has an area of about 2, and none reaches farther than 1.35 from its centre.
-SHAPES = {
+# The classes' outlines: how far the points (u, v) lie outside, roughly; inside it is negative. Lengths are in
+# radii, v points down. As all are symmetric, u is its absolute value. Every shape has an area of about 2, and
+# none reaches farther than 1.35 from its centre.
+OUTLINES = {
     "disc": lambda u, v: norm(u, v) - 0.8,
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) - 0.71,
-    "triangle": lambda u, v: np.maximum(v, 0.866 * abs(u) - 0.5 * v) - 0.62,
+    "square": lambda u, v: np.maximum(u, abs(v)) - 0.71,
+    "triangle": lambda u, v: np.maximum(v, 0.866 * u - 0.5 * v) - 0.62,
     "star": star,
-    "cross": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - 0.34, np.maximum(abs(u), abs(v)) - 0.9),
+    "cross": lambda u, v: np.maximum(np.minimum(u, abs(v)) - 0.34, np.maximum(u, abs(v)) - 0.9),
     "ring": lambda u, v: abs(norm(u, v) - 0.63) - 0.255,
-    "crescent": lambda u, v: np.maximum(norm(u - 0.15, v) - 1, 0.65 - norm(u - 0.7, v)),
-    "heart": lambda u, v: norm(u, v - 0.25 + 0.75 * np.sqrt(abs(u))) - 0.8,
-    "flower": flower,
-    "hourglass": lambda u, v: np.maximum(abs(v) - 0.95, 0.75 * (abs(u) - 0.85 * abs(v) - 0.1)),
+    "crescent": lambda u, v: np.maximum(norm(u, v - 0.15) - 1, 0.65 - norm(u, v - 0.7)),
+    "heart": lambda u, v: norm(u, v - 0.25 + 0.75 * np.sqrt(u)) - 0.8,
+    "diamond": lambda u, v: 0.6 * u + 0.8 * abs(v) - 0.7,
+    "hourglass": lambda u, v: np.maximum(abs(v) - 0.95, 0.75 * u - 0.64 * abs(v) - 0.07),
 }
-SHAPE_CLASSES = tuple(SHAPES)
-
-
-def wave(x):
-    """A sine-like wave of period 1, made of exactly rounded operations: same bits everywhere."""
-    x = x - np.rint(x)
-    return x * (8 - 16 * abs(x))
-
-
-TEXTURES = (  # how much lighter (1) or darker (-1) an object is at a point
-    lambda u, v: 0,  # flat
-    lambda u, v: u,  # gradient
-    lambda u, v: wave(2 * u),  # stripes
-    lambda u, v: np.maximum(wave(1.5 * u) + wave(1.5 * v), 0.6) - 0.6,  # dots
+# Their textures: how much lighter (1) or darker (-1) an object is at the points (u, v), in periods
+TEXTURES = (
+    lambda u, v: wave(norm(u, v)),  # disc: rings
+    lambda u, v: 2 * wave(u / 2) * wave(v / 2),  # square: checks
+    lambda u, v: wave(v + 1.5 * abs(u / 2 - np.rint(u / 2))),  # triangle: zigzag
+    lambda u, v: wave(1.5 * u * v / (u * u + v * v + 0.001)),  # star: wedges
+    lambda u, v: np.maximum(wave(u), wave(v)) - 0.5,  # cross: a grid
+    lambda u, v: wave(u) + wave(v) - 0.7,  # ring: dots
+    lambda u, v: wave(u),  # crescent: stripes
+    lambda u, v: wave(u + 0.5 * wave(v / 2)),  # heart: waves
+    lambda u, v: wave(u / 2),  # diamond: broad stripes
+    lambda u, v: wave(2 * u),  # hourglass: narrow stripes
 )
+SHAPE_CLASSES = tuple(OUTLINES)
 
 
-def palette(codes):
-    """Colours as in HTML -> a list of RGB vectors in 0..255, float32 [3, 1, 1]."""
-    return [np.array([*bytes.fromhex(code)], np.float32)[:, None, None] for code in codes.split()]
-
-
-# The background's two colours are of one palette. The objects' are of the two others, so that they stand
-# out against it.
-PALETTES = (
-    palette("fbf1df fad7c1 bddcee bfe3cd dacaf1"),  # pale: cream, peach, sky, mint, lilac
-    palette("e4826c e9b45c 7db398 5e9bc4 a187c4 df94ae"),  # medium: coral, honey, sage, blue, lavender, rose
-    palette("24334f 2b6872 614a80 8b4259 456048"),  # deep: navy, petrol, plum, wine, forest
-)
-
-
-def shuffled(rng, options):
-    """The options in random order, the same on every Python."""
-    return sorted(options, key=lambda _: rng.random())
-
-
-def paint(rng, image, instances, pixels, number, shape, colour, x, y, radius):
-    """Draws one object over what is there, in a random direction, with a random texture and smooth edges.
-
-    pixels: [size], the places of the pixels' centres. They, x, y and radius are fractions of the image's
-    side, and count from its centre.
-    """
-    columns, rows = (slice(*np.searchsorted(pixels, (c - 1.35 * radius, c + 1.35 * radius))) for c in (x, y))
-    turn = 2 * math.pi * rng.random()
-    cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
-    right, down = pixels[columns] - x, pixels[rows, None] - y
-    u, v = cos * right + sin * down, cos * down - sin * right
-    distance = SHAPES[SHAPE_CLASSES[shape]](u, v)
-    cover = (0.5 - distance * (radius * len(pixels))).clip(0, 1)  # how much of each pixel the object covers
-    shade = 1 + 0.15 * shuffled(rng, TEXTURES)[0](u, v)
-    image[:, rows, columns] += cover * (shade * colour - image[:, rows, columns])
-    instances[rows, columns][distance < 0] = number
+# Three palettes of six colours, float32 [3, 6, 3, 1, 1] in 0..255: pale, medium and deep. The background's two
+# colours are of one of them, the objects' of the two others, so that they stand out against it.
+PALETTES = np.float32([*bytes.fromhex(
+    "fbf1df fad7c1 bddcee bfe3cd dacaf1 f3c6d3"  # cream, peach, sky, mint, lilac, blush
+    "e4826c e9b45c 7db398 5e9bc4 a187c4 df94ae"  # coral, honey, sage, blue, lavender, rose
+    "24334f 2b6872 614a80 8b4259 456048 6b4a3a"  # navy, petrol, plum, wine, forest, brown
+)]).reshape(3, 6, 3, 1, 1)
 
 
 def render_scene(seed, size=64):
-    """One scene, a pure function of (seed, size); another size shows the same scene.
+    """One scene, a pure function of (seed, size); another size shows the same scene. seed: 0 to 2^32 - 1
 
     Returns the image (uint8, [3, size, size]), the class of the main object (an index into SHAPE_CLASSES),
     the instance map (uint8, [size, size]) and the classes of the instances, a list: instance k is of class
     shapes[k - 1], and no two are of the same. The map marks visible pixels: 0 is background, 1 the main
-    object, 2.. the others in drawing order. From 32 pixels on no object is hidden entirely.
+    object, 2.. the others. From 32 pixels on no object is hidden entirely.
     """
-    rng = random.Random(int(seed))
-    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-    ground, *others = shuffled(rng, PALETTES)
-    one, other = shuffled(rng, ground)[:2]
-    angle = 2 * math.pi * rng.random()
-    image = one + (other - one) * (math.cos(angle) * pixels + math.sin(angle) * pixels[:, None] + 0.5)
+    rng = np.random.RandomState(seed)  # which draws the same on every version of numpy
+
+    def direction():
+        """A place at distance 1 from the centre. To multiply by it is to turn by its angle."""
+        return cmath.rect(1, rng.uniform(0, 2 * math.pi))
+
+    # A place is a complex number, in sides of the image: from its centre to the right and, imaginary, down.
+    side = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    places = side + 1j * side[:, None]
+    ground, *others = rng.permutation(PALETTES)
+    one, other = rng.permutation(ground)[:2]
+    image = one + (other - one) * ((places * direction()).real + 0.5)
+    colours = rng.permutation(np.concatenate(others))
     instances = np.zeros((size, size), np.uint8)
 
-    shapes = shuffled(rng, range(len(SHAPES)))[:3 + int(3 * rng.random())]
-    colours = shuffled(rng, others[0] + others[1])
-    x, y, radius = rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15), rng.uniform(0.24, 0.34)
-    # The others lie around the main object. At most two are drawn over it, so that most of it stays visible.
-    order = list(range(1, len(shapes)))
-    order.insert(len(order) - int(3 * rng.random()), 0)
-    for k in order:
-        place = x, y, radius
-        if k > 0:
-            angle += 2 * math.pi / (len(shapes) - 1) + rng.uniform(-0.3, 0.3)
-            step = radius * rng.uniform(0.95, 1.25)
-            place = x + step * math.cos(angle), y + step * math.sin(angle), radius * rng.uniform(0.55, 0.7)
-        paint(rng, image, instances, pixels, k + 1, shapes[k], colours[k], *place)
+    shapes = rng.permutation(len(OUTLINES))[:rng.randint(3, 5)].tolist()
+    centre, radius = complex(*rng.uniform(-0.1, 0.1, 2)), rng.uniform(0.36, 0.42)
+    step = radius * direction()
+    for k in rng.permutation(len(shapes)):
+        points, scale = places - centre, radius
+        if k > 0:  # The others lie around the main object.
+            step *= cmath.rect(1, 2 * math.pi / (len(shapes) - 1))
+            points -= step * rng.uniform(0.9, 1.05)
+            scale *= rng.uniform(0.48, 0.58)
+        points *= direction()
+        u, v = points.real, points.imag
+        distance = scale * OUTLINES[SHAPE_CLASSES[shapes[k]]](abs(u) / scale, v / scale)
+        cover = (0.5 - size * distance).clip(0, 1)  # how much of each pixel the object covers
+        texture = (2 * TEXTURES[shapes[k]](7 * u, 7 * v)).clip(-1, 1)
+        image += cover * ((1 + 0.5 * texture) * colours[k] - image)
+        instances[distance < 0] = k + 1
     return image.clip(0, 255).astype(np.uint8), shapes[0], instances, shapes
 
 

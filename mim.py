@@ -1156,7 +1156,7 @@ class AMT(nn.Module):
     throw: which part of the order is thrown (Table 4): middle, as in the paper; low, its end; or random
         patches, for which the maps are all ones
     interval: epochs between updates of the maps; None is 10% of the run's epochs on MAE, 20% on SimMIM, at
-        least 2, as an update costs up to an epoch's time, and at most the paper's 40
+        least 4, as an update costs up to an epoch's time, and at most the paper's 40
 
     Masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image for
     each training image. forward(images, index, box, flip) cuts from them what the augmentation cut from the
@@ -1215,7 +1215,7 @@ class AMT(nn.Module):
 
     def interval_for(self, epochs):
         """The epochs between two updates of the maps in a run of `epochs` epochs."""
-        return self.interval or min(40, max(2, round(self.interval_share * epochs)))  # §4.1
+        return self.interval or min(40, max(4, round(self.interval_share * epochs)))  # §4.1
 
     def maps_due(self, epoch, epochs):
         """True if the maps are to be computed before this epoch (from 0 on): after every interval."""

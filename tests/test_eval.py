@@ -356,15 +356,15 @@ def test_methods_without_settings_of_their_own_have_maes(method):
     ("finetune", "objmae", "small", 64,
      dict(epochs=30, batch_size=128, base_lr=1e-3, lr_batch=256, lookahead=0)),
     ("finetune", "cae", "nano", 112, dict(epochs=200, layer_decay=0.75)),  # as ViT-S
-    # Of the paper's settings its way of pooling is kept.
-    ("finetune", "amt", "small", 64, dict(pool="cls", layer_decay=0.65, batch_size=128)),
-    ("finetune", "amt-simmim", "nano", 64, dict(pool="cls")),
+    # The mean of the patches is pooled for every method.
+    ("finetune", "amt", "small", 64, dict(pool="mean", layer_decay=0.65, batch_size=128)),
+    ("finetune", "amt-simmim", "nano", 64, dict(pool="mean")),
     ("finetune", "lomar", "nano", 64, dict(pool="mean")),
     ("linear", "mae", "base", 224, dict(cache_features=None)),
     ("linear", "lomar", "small", 64, dict(pool="mean", batch_size=256, base_lr=20.0, cache_features=True)),
-    ("linear", "mae", "nano", 64, dict(pool="cls", epochs=90)),
+    ("linear", "mae", "nano", 64, dict(pool="mean", epochs=90)),
     ("knn", "mae", "base", 224, dict(pool="cls", k=20, temperature=0.07)),
-    ("knn", "lomar", "nano", 64, dict(pool="mean")),
+    ("knn", "amt", "nano", 64, dict(pool="mean", k=20)),
     ("attentive", "mae", "small", 64, dict(batch_size=256, base_lr=0.05, epochs=90, cache_features=True)),
     ("attentive", "mae", "nano", 64, dict(batch_size=256, epochs=30)),
     ("semseg", "rmae", "nano", 64, dict(epochs=3, batch_size=16, base_lr=1e-3, width=64)),
@@ -780,40 +780,40 @@ def test_what_is_not_given_is_the_recipes_and_then_the_functions(handed, runs, f
     assert taken["cache_features"] is True
     taken = handed(path, "linear", "--data", folder, "--base-lr", 3, "--no-cache-features", "--seed", 5)
     assert taken["base_lr"] == 3 and taken["cache_features"] is False and taken["seed"] == 5
-    assert "pool" not in taken and (taken["device"], taken["precision"]) == (torch.device("cpu"), "fp32")
-    lomar = runs / "lomar" / "encoder.pt"
+    assert "k" not in handed(path, "knn", "--data", folder)
+    assert (taken["device"], taken["precision"]) == (torch.device("cpu"), "fp32")
     for task in ("knn", "linear"):
-        assert handed(lomar, task, "--data", folder)["pool"] == "mean"
-        assert handed(lomar, task, "--data", folder, "--pool", "cls")["pool"] == "cls"
+        assert handed(path, task, "--data", folder)["pool"] == "mean"
+        assert handed(path, task, "--data", folder, "--pool", "cls")["pool"] == "cls"
 
 
 def test_a_file_says_which_method_made_its_encoder(call, runs, folder, tmp_path):
-    """A run's two files, a file of others and an untrained encoder; how they are pooled, too."""
+    """A run's two files, a file of others and an untrained encoder."""
     def said(checkpoint, *flags):
         code, result, err = call(checkpoint, "knn", "--data", folder, *flags)
-        assert code == 0, err
-        return result["recipe"], result["pool"]
+        assert code == 0 and result["pool"] == "mean", err
+        return result["recipe"]
 
     small = ", small images"
     for name in ("amt", "cae", "objmae", "rae"):
         for file in ("encoder.pt", "checkpoint.pt"):
-            assert said(runs / name / file) == (name + small, "cls")
-    assert said(runs / "lomar" / "encoder.pt") == ("lomar" + small, "mean")
-    assert said(runs / "lomar" / "encoder.pt", "--method", "mae") == ("mae" + small, "cls")
-    assert said(runs / "beit" / "encoder.pt") == ("beit" + small, "cls")
+            assert said(runs / name / file) == name + small
+    assert said(runs / "lomar" / "encoder.pt") == "lomar" + small
+    assert said(runs / "lomar" / "encoder.pt", "--method", "mae") == "mae" + small
+    assert said(runs / "beit" / "encoder.pt") == "beit" + small
     state = mim.load_file(runs / "amt" / "encoder.pt")
     assert state._metadata[""]["method"] == "amt"
     torch.save(dict(state), tmp_path / "foreign.pt")
-    assert said(tmp_path / "foreign.pt") == ("mae" + small, "cls")
-    assert said(tmp_path / "foreign.pt", "--method", "amt-simmim") == ("amt-simmim" + small, "cls")
+    assert said(tmp_path / "foreign.pt") == "mae" + small
+    assert said(tmp_path / "foreign.pt", "--method", "amt-simmim") == "amt-simmim" + small
     state._metadata[""]["method"] = "colour"  # a method of the user's own
     torch.save(state, tmp_path / "colour.pt")
-    assert said(tmp_path / "colour.pt") == ("mae" + small, "cls")
+    assert said(tmp_path / "colour.pt") == "mae" + small
     state._metadata[""] |= dict(method="amt", base="simmim")
     torch.save(state, tmp_path / "simmim.pt")
-    assert said(tmp_path / "simmim.pt") == ("amt-simmim" + small, "cls")
-    assert said("random", *UNTRAINED) == ("mae" + small, "cls")
-    assert said("random", *UNTRAINED, "--relative-position") == ("lomar" + small, "mean")
+    assert said(tmp_path / "simmim.pt") == "amt-simmim" + small
+    assert said("random", *UNTRAINED) == "mae" + small
+    assert said("random", *UNTRAINED, "--relative-position") == "lomar" + small
 
 
 def test_large_images_get_the_papers_settings(handed, runs, folder, monkeypatch):

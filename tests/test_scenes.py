@@ -18,7 +18,7 @@ def scenes():
 def test_scenes_are_the_same_everywhere():
     """Same bits on every machine, so that results can be compared; a new renderer has a new digest."""
     digest = hashlib.sha256()
-    for seed, size in ((0, 64), (1, 64), (2, 64), (3, 96), (10**9, 64), (10**9 + 7, 128), (2**40, 33)):
+    for seed, size in ((0, 64), (1, 64), (2, 64), (3, 96), (10**9, 64), (10**9 + 7, 128), (2**32 - 1, 33)):
         image, label, instances, shapes = render_scene(seed, size)
         assert image.shape == (3, size, size) and image.dtype == np.uint8
         assert instances.shape == (size, size) and instances.dtype == np.uint8
@@ -38,7 +38,9 @@ def test_another_size_shows_the_same_scene():
         image, label, instances, shapes = render_scene(seed, 64)
         large, large_label, large_instances, large_shapes = render_scene(seed, 192)
         assert large_label == label and large_shapes == shapes
-        assert abs(large.reshape(3, 64, 3, 64, 3).mean((2, 4)) - image).mean() < 1  # moved by a pixel: 5
+        small = large.reshape(3, 64, 3, 64, 3).mean((2, 4))
+        moved = abs(small[..., 1:] - image[..., :-1]).mean()  # by a pixel
+        assert abs(small - image).mean() < 0.4 * moved
         assert (large_instances[1::3, 1::3] == instances).mean() > 0.97
 
 
@@ -49,9 +51,9 @@ def test_instances_are_numbered_without_gaps_and_the_main_object_is_the_largest(
         assert len(areas) == len(shapes) + 1 and areas.min() > 0
         assert shapes[0] == label and len(set(shapes)) == len(shapes)
         assert all(type(shape) is int and 0 <= shape < len(SHAPE_CLASSES) for shape in shapes)
-        assert areas[1] > 0.05 * 32 * 32 and areas[1] > areas[2:].max()
+        assert areas[1] > 0.15 * 32 * 32 and areas[1] > areas[2:].max()
         counts.append(len(shapes))
-    assert set(counts) == {3, 4, 5} and min(np.bincount(counts)[3:]) > 250
+    assert set(counts) == {3, 4} and min(np.bincount(counts)[3:]) > 420
 
 
 def test_every_label_is_about_equally_frequent(scenes):
@@ -65,8 +67,14 @@ def test_objects_stand_out_against_the_background(scenes):
         assert abs(main - background).sum() > 60
 
 
-def test_raw_pixels_tell_little_about_the_class(scenes):
-    """Neither a linear classifier nor the nearest neighbours; 1 in 10 is chance."""
+def test_most_scenes_have_several_objects_that_objmae_may_choose(scenes):
+    """Above 5% of the image, the least that ObjMAE takes."""
+    several = [(np.bincount(instances.ravel())[1:] > 0.05 * 32 * 32).sum() >= 2 for _, _, instances, _ in scenes]
+    assert np.mean(several) > 0.9
+
+
+def test_the_class_is_no_matter_of_colour_or_place(scenes):
+    """A linear classifier of the raw pixels sees little of it; 1 in 10 is chance."""
     y = np.array([label for _, label, _, _ in scenes])
     x = np.stack([image for image, _, _, _ in scenes])
     x = x.reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(1000, -1)
@@ -74,9 +82,18 @@ def test_raw_pixels_tell_little_about_the_class(scenes):
     train, val = slice(0, 700), slice(700, None)
     gram = x[train].T @ x[train] + 1000 * np.eye(x.shape[1])
     linear = (x[val] @ np.linalg.solve(gram, x[train].T @ np.eye(10)[y[train]])).argmax(1)
-    distances = (x[train] ** 2).sum(1) - 2 * x[val] @ x[train].T
-    nearest = np.eye(10)[y[train][distances.argsort(1)[:, :10]]].sum(1).argmax(1)
-    assert (linear == y[val]).mean() < 0.17 and (nearest == y[val]).mean() < 0.2
+    assert (linear == y[val]).mean() < 0.25
+
+
+def test_the_texture_tells_the_class(scenes):
+    """The main object's share of dark pixels is that of its class's texture, whatever its colour."""
+    shares = [[] for _ in SHAPE_CLASSES]
+    for image, label, instances, _ in scenes:
+        brightness = image.mean(0)[instances == 1]
+        shares[label].append((brightness < (brightness.min() + brightness.max()) / 2).mean())
+    dark = dict(zip(SHAPE_CLASSES, map(np.mean, shares)))
+    assert max(dark, key=dark.get) in ("ring", "hourglass") and min(dark, key=dark.get) == "cross"
+    assert 0.4 < dark["crescent"] < 0.6 and dark["ring"] > 0.6 and dark["cross"] < 0.45
 
 
 # The source
