@@ -624,6 +624,8 @@ class Images(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):  # by which a loop over the images ends
+            raise IndexError(f"there are {len(self)} images, and none at {index}")
         item, index, broken = self.read(index)
         H, W = item["image"].shape[-2:]
         state = torch.get_rng_state()  # torchvision draws from the global generator, as its users may

@@ -1048,3 +1048,11 @@ def test_the_device_loaders_flips_and_crops_are_as_asked():
     assert 0.3 - 1e-4 < areas.min() < 0.31 and 0.49 < areas.max() < 0.5 + 1e-4
     items = device_items(replace(dataset, flip=False), batch_size=100)
     assert not any(item["flip"] for item in items.values())
+
+
+def test_a_loop_over_images_ends():
+    images = datasets.Images(torch.utils.data.Subset(datasets.load_data("shapes", "val", 16), range(3)), 16)
+    assert [item["index"] for item in images] == [0, 1, 2]
+    for index in (3, -1):
+        with pytest.raises(IndexError, match=f"there are 3 images, and none at {index}"):
+            images[index]

@@ -1297,4 +1297,4 @@ def test_figures_of_classes_on_the_command_line(task, name, finished, cli, few_s
     code, out, err = cli(evaluation, finished[task], "--task", task, "--val-limit", 4, "--per-class")
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])[name]
-    assert found and set(found) <= {"background", *datasets.SHAPES}
+    assert found and set(found) <= {"background", *datasets.SHAPE_CLASSES}

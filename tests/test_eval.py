@@ -876,7 +876,7 @@ def test_what_is_drawn_is_spread_over_the_validation_images_or_given(handed, run
     assert len(handed(path, "reconstruct", "--data", folder)["images"]) == 8
     # Of all regions that are completed, `count` are drawn.
     images = handed(runs / "rmae" / "checkpoint.pt", "segment", "--count", 2)["dataset"]
-    assert len(images) == 1024 and images.source.name(0) == datasets.load_data("shapes", "val").name(0)
+    assert len(images) == 1024 and images.source.name(0) == datasets.load_data("shapes", "val", 32).name(0)
 
 
 def test_regions_are_those_of_the_run_or_given(handed, runs, folder, masks):
@@ -1300,7 +1300,7 @@ TRAINED = {
     "--batch-size": differs("2"),
     "--base-lr": differs("5"), "--warmup-epochs": differs("1"), "--seed": differs("1"),
 }
-PROBE = ENCODER | TRAINED | {"--method": differs("lomar"), "--data": differs("{folder}"),
+PROBE = ENCODER | TRAINED | {"--method": same("lomar"), "--data": differs("{folder}"),
                              "--cache-features": differs("--no-cache-features")}
 TUNED = ENCODER | TRAINED | {
     "--weight-decay": differs("5"), "--layer-decay": differs("0.1"), "--drop-path": differs("0.9"),
@@ -1326,17 +1326,17 @@ def region_flags(beside=""):
 
 TASK_FLAGS = {
     "knn": ENCODER | {"--val-limit": differs("3"), "--k": differs("3"), "--temperature": differs("1"),
-                      "--pool": differs("mean"),
+                      "--pool": differs("cls"),
                       "--limit": differs("22"), "--data": differs("{wide} --k 3"),
-                      "--method": differs("lomar"), "--seed": differs("1", checkpoint="random")},
-    "linear": PROBE | {"--pool": differs("mean")},
-    "attentive": PICTURE | PROBE | dict.fromkeys(ENCODER, "as for linear") | {"--method": same("lomar")},
+                      "--method": same("lomar"), "--seed": differs("1", checkpoint="random")},
+    "linear": PROBE | {"--pool": differs("cls")},
+    "attentive": PICTURE | PROBE | dict.fromkeys(ENCODER, "as for linear"),
     "finetune": TUNED | {"--data": differs("{folder}"), "--pool": differs("cls"),
                          "--eval-every": differs("1"),  # one score more
                          "--label-smoothing": differs("0.5"),
                          "--lr-batch": differs("16"), "--min-lr": differs("1e-5"),
                          "--lookahead": differs("1"),
-                         "--method": differs("amt")},
+                         "--method": same("amt")},
     "semseg": DENSE | {"--head": differs("linear")},
     "detect": DENSE | dict.fromkeys(ENCODER, "as for semseg") | {
         "--window": differs("2", "--model tiny --patch-size 4", "random")},
@@ -1573,7 +1573,7 @@ def test_the_line_of_json_says_what_was_done(call, runs, folder, name):
     flags = ["--data", folder, "--epochs", 2, "--no-cache-features"]
     code, result, _ = call(runs / name / "checkpoint.pt", "linear", *flags)
     expected = dict(task="linear", epochs=2, batch_size=24, base_lr=20.0, features="augmented", seed=0,
-                    pool="mean" if name == "lomar" else "cls", image_size=[32, 32], device="cpu",
+                    pool="mean", image_size=[32, 32], device="cpu",
                     precision="fp32", workers=0, warmup_epochs=0.222, data=str(folder),
                     checkpoint=str(runs / name / "checkpoint.pt"), cache_features=False,
                     recipe=f"{name}, small images")

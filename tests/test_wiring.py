@@ -212,9 +212,10 @@ def test_tokens_are_those_of_the_images_that_the_method_gets(run, tmp_path):
 
 
 def test_regions_are_cut_as_their_images(run, tmp_path, photos):
-    """Masks of what is bright lie beside the images: cut alike, they are what is bright in the crop."""
-    for path in sorted(photos.iterdir()):
-        bright = read_image(str(path)).float().mean(0, keepdim=True) > 120
+    """Silhouettes, and beside them masks of what is bright: cut alike, they are what is bright in the crop."""
+    for number, path in enumerate(sorted(photos.iterdir())):
+        bright = torch.from_numpy(datasets.render_scene(number, 48)[2] > 0)[None]
+        write_png(255 * bright.byte().expand(3, -1, -1), str(path))
         (tmp_path / "masks").mkdir(exist_ok=True)
         write_png(bright.byte(), str(tmp_path / "masks" / path.name))
     seen, _ = run("--regions", tmp_path / "masks", method="RegionProbe")
@@ -499,17 +500,20 @@ SMALL = dict(  # ours, for images of up to 96 pixels
 NANO = dict(  # for the scenes, and for --model nano
     model="nano", patch_size=8, epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, lr=1e-3,
     warmup_epochs=0.5, decoder_dim=64, decoder_depth=2, decoder_heads=2)
+SCENES = dict(norm_pix=False)
 
 
 @pytest.mark.parametrize("flags, images, size, expected", [
     ("mae --data cifar10", 50_000, 32, MAE | SMALL),
     ("mae --data cifar10 --model nano", 50_000, 32, MAE | NANO | dict(patch_size=4)),
-    ("mae", 4096, 64, MAE | NANO),
-    ("mae --model base", 4096, 64, MAE | NANO | dict(model="base")),
+    ("mae", 4096, 64, MAE | NANO | SCENES),
+    ("mae --model base", 4096, 64, MAE | NANO | SCENES | dict(model="base")),
+    ("mae --model nano --data x", 8192, 64, MAE | NANO),
     ("lomar --data stl10", 105_000, 96, dict(window_size=5, patch_size=12, base_lr=1e-3, flip=False)),
     ("lomar", 4096, 64, dict(window_size=5, base_lr=4e-3)),
-    ("amt", 4096, 64, MAE | NANO | AMT_ALONE),
-    ("rmae", 4096, 64, RMAE | NANO | dict(region_dim=64, regions="instances")),
+    ("amt", 4096, 64, MAE | NANO | SCENES | AMT_ALONE),
+    ("mae --norm-pix", 4096, 64, MAE | NANO),
+    ("rmae", 4096, 64, RMAE | NANO | SCENES | dict(region_dim=64, regions="instances")),
     ("rae", 4096, 64, dict(region_dim=64, base_lr=5e-4, lr=1.25e-4, regions="instances")),
     ("rae --data cifar10", 50_000, 32, dict(region_dim=128, base_lr=5e-4, lr=1e-3, regions="fh")),
     ("dvae", 4096, 64, dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, lr=3e-3, warmup_epochs=0,
