@@ -1025,9 +1025,8 @@ class CocoRegions:
             for k, (annotation, _) in enumerate(objects):
                 truth[name][k] = annotation.get(key, truth[name][k])
         image, _ = self.annotations(index)
-        for key in ("neg_category_ids", "not_exhaustive_category_ids") if self.kind == "lvis_v1" else ():
-            truth[key] = np.array([number[k] + 1 for k in image[key]], int)
-        return truth
+        return truth | {key: np.array([number[k] + 1 for k in image[key]], int)
+                        for key in ("neg_category_ids", "not_exhaustive_category_ids") if key in image}
 
 
 def find_masks(source, folder, extensions=(".png",)):

@@ -1213,9 +1213,9 @@ def test_the_federated_loss_takes_the_classes_of_the_labels_and_draws_others():
         found = [chosen_classes(logits, labels, weights, count) for _ in range(20)]
         assert all(some >= classes and 0 not in some for some in found)
         assert {len(some) for some in found} == {max(count - (0 in labels), len(classes))}
-    drawn = [chosen_classes(logits, [0, 0, 6], weights, 3) - {6} for _ in range(800)]
-    shares = [sum(k in some for some in drawn) / 800 for k in range(8)]  # in proportion to the weights
-    assert shares == pytest.approx([0, 1 / 7, 3 / 7, 1 / 7, 1 / 7, 0, 0, 1 / 7], abs=0.05)
+    drawn = [chosen_classes(logits, [0, 0, 6], weights, 3) - {6} for _ in range(300)]
+    shares = [sum(k in some for some in drawn) / 300 for k in range(8)]  # in proportion to the weights
+    assert shares == pytest.approx([0, 1 / 7, 3 / 7, 1 / 7, 1 / 7, 0, 0, 1 / 7], abs=0.08)
 
 
 @pytest.fixture
@@ -1294,7 +1294,7 @@ def test_each_class_has_its_own_figure_if_asked(monkeypatch):
 @pytest.mark.parametrize("task, name", [("semseg", "iou_by_class"), ("detect", "box_ap_by_class")])
 def test_figures_of_classes_on_the_command_line(task, name, finished, cli, few_scenes):
     """Of a model that is trained; in training, test_eval.py tries the flag."""
-    code, out, err = cli(evaluation, finished[task], "--task", task, "--val-limit", 4, "--per-class")
+    code, out, err = cli(evaluation, finished[task], "--task", task, "--val-limit", 1, "--per-class")
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])[name]
     assert found and set(found) <= {"background", *datasets.SHAPE_CLASSES}
