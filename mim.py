@@ -1897,6 +1897,8 @@ class RAE(nn.Module):
     rate of 1.5e-4 and 8 blocks in the neck, draws regions without replacement where an image has eight and
     without the rule of visible foreground, and warms up for 8% of the epochs on COCO; here as in the paper.
     With its `num_region: 0` it trains no regions as it stands.
+    In small trainings the encoder can collapse: hints and the usual shape of regions alone lower the loss,
+    which is then the same with another image. So a low loss shows little without this control.
     """
 
     inputs = ("regions",)
