@@ -345,6 +345,8 @@ class Files(Source):
     """
 
     def __init__(self, root, paths, labels, classes, description, turn=True):
+        if not paths:
+            raise UsageError(f"no images in {root} (looked for {' '.join(EXTENSIONS)})")
         self.root, self.classes, self.description, self.turn = root, classes, description, turn
         # Processes share the memory of arrays; of a list, each worker would soon have a copy.
         self.paths = np.array([os.fsencode(p) for p in paths])
@@ -838,9 +840,9 @@ def load_coco(root, split, lvis=False):
     that there are, because LVIS divides them otherwise.
     """
     folder = Path(root) if lvis else coco_folder(root, split)
-    paths = find_files(folder) if folder else []
-    if not paths:
-        raise UsageError(f"--data {root}: no images for the {split} split in {folder or 'a folder val*'}")
+    if folder is None:
+        raise UsageError(f"--data {root}: there is no folder val*")
+    paths = find_files(folder)
     description = f"{root}: COCO {folder.name}, {counted(len(paths), 'images')}"
     return Files(folder, paths, [], [], description, turn=False)
 
@@ -1279,9 +1281,9 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
                 raise UsageError(f"{regions.file}: it has objects of category {k}, which is not among its "
                                  "categories, or not among those of the training data")
         source.order = source.order[regions.known]
-        source.description += (f", objects: {regions.used.total()}, files without entry: "
-                               f"{regions.known.count(False)}, entries without file: "
-                               f"{len(regions.spans) - len(source)}")
+        source.description = (f"{regions.file}: {counted(len(source), 'images')}, objects: "
+                              f"{regions.used.total()}, files without entry: {regions.known.count(False)}, "
+                              f"entries without file: {len(regions.spans) - len(source)}")
         if lvis:
             with explained(regions.file, "its categories are not LVIS's"):
                 source.groups = {k: category["frequency"] for k, category in enumerate(regions.listed, 1)}
@@ -1307,7 +1309,7 @@ def repeat_rare(source, regions, threshold=1e-3):
     times = [max([1, *(factors[a["category_id"]] for a in regions.annotations(i)[1])])
              for i in range(len(source))]
     source.order = np.repeat(source.order, np.diff(np.floor(np.cumsum(times)), prepend=0).astype(int))
-    source.description += f", {len(source)} of them an epoch"
+    source.description += f"; with repeated ones, {len(source)} images an epoch"
     return source
 
 
@@ -1360,7 +1362,7 @@ def open_masks(data, split, categories):
         if images == "JPEGImages":
             stems = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
             paths = [f"{stem}.jpg" for stem in stems]
-        source = Files(root / images, paths, [], [], f"{data}: {images}, {counted(len(paths), 'images')}")
+        source = Files(root / images, paths, [], [], "")
         files = find_masks(source, root / masks)
         if (root / "classes.txt").exists():
             names = dict(enumerate((root / "classes.txt").read_text().splitlines()))
@@ -1370,7 +1372,8 @@ def open_masks(data, split, categories):
             names = dict(zip(ids, names.values() or map(str, ids)))
     known = in_entries(source, files, root / masks)
     source.order, source.categories = source.order[known], categories or names
-    source.description += f", {len(source.categories)} classes, images without mask: {known.count(False)}"
+    source.description = (f"{data}: {images}, {counted(len(source), 'images')}, {len(source.categories)} "
+                          f"classes, images without mask: {known.count(False)}")
     source.truth = partial(read_classes, source, files)
     return source
 

@@ -185,7 +185,7 @@ def test_images_and_detection(tmp_path):
     assert source.description == f"{root}: COCO train2017, 4 images" and source.classes == []
     assert source[0]["image"].shape == (3, H, W) and source[0]["label"] == 0
     assert coco_folder(root, "train").name == "train2017" and coco_folder(root, "val") is None
-    with pytest.raises(UsageError, match=r"coco: no images for the val split in a folder val\*"):
+    with pytest.raises(UsageError, match=r"coco: there is no folder val\*"):
         load_coco(root, "val")
     (tmp_path / "folders" / "train" / "cat").mkdir(parents=True)  # as ImageNet is laid out
     Image.new("RGB", (W, H)).save(tmp_path / "folders" / "train" / "cat" / "1.jpg")
@@ -407,11 +407,11 @@ def test_the_run_tells_what_has_no_annotations(tmp_path, objects):
     Image.new("RGB", (W, H)).save(tmp_path / "train2017" / "9.png")
     source = load_dense(root, objects)
     assert list(rows_of(source)) == ["0.jpg", "2.jpg", "3.jpg"]
-    words = "COCO train2017, 5 images, objects: 4, files without entry: 2, entries without file: 1"
-    assert source.description == f"{root}: {words}"
+    kind = "instances" if objects else "panoptic"
+    words = "3 images, objects: 4, files without entry: 2, entries without file: 1"
+    assert source.description == f"{root}/annotations/{kind}_train2017.json: {words}"
     for path in (tmp_path / "train2017").iterdir():
         path.rename(path.with_name(f"x{path.name}"))
-    kind = "instances" if objects else "panoptic"
     words = f"annotations/{kind}_train2017.json: nothing in it has the name of an image, such as x0.jpg"
     assert message(load_dense, root, objects) == f"{root}/{words}"
     assert message(open_regions, kind, load_coco(root, "train"), root) == f"{root}/{words}"

@@ -279,7 +279,7 @@ def test_data_of_classes_of_pixels_are_found_by_their_split(tmp_path):
         path.unlink()
     for objects in (False, True):
         assert len(load_dense(str(tmp_path / "coco"), objects, "train")) == 3
-        with pytest.raises(UsageError, match="for the val split"):
+        with pytest.raises(UsageError, match="no images in .*/coco/val2017"):
             load_dense(str(tmp_path / "coco"), objects, "val")
 
 
@@ -443,10 +443,22 @@ def test_images_without_a_mask_are_left_out(tmp_path):
     (tmp_path / "masks" / "train" / "1" / "1.png").unlink()
     source = load_dense(root, False)
     assert codes_of(source) == [("train", 0, 0), ("train", 2, 0)] and labels_of(source) == [(0, 1), (2, 2)]
-    assert source.description == f"{root}: images/train, 3 images, 3 classes, images without mask: 1"
+    assert source.description == f"{root}: images/train, 2 images, 3 classes, images without mask: 1"
     (tmp_path / "masks" / "train" / "2" / "1.png").write_bytes(b"no mask")
     with pytest.raises(UsageError, match="--data .*: it cannot be read .cannot identify image file"):
         load_dense(root, False)
+
+
+def test_folders_without_images_are_one_line(tmp_path):
+    for what in ("images", "masks"):
+        (tmp_path / what / "train").mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"no images in {tmp_path}/images/train .looked for .jpg"):
+        load_dense(str(tmp_path), False)
+    write_coco(tmp_path / "coco")
+    for path in (tmp_path / "coco" / "train2017").iterdir():
+        path.unlink()
+    with pytest.raises(UsageError, match=f"no images in {tmp_path}/coco/train2017 .looked"):
+        load_dense(str(tmp_path / "coco"), True)
 
 
 def test_images_that_differ_in_their_extensions_share_no_mask(tmp_path):
