@@ -1118,8 +1118,11 @@ class Detector(MaskRCNN):
         boxes, scale = found["boxes"], found["boxes"].new_tensor(2 * [W / w, H / h])
         masks = image.new_zeros(len(boxes), H, W, dtype=torch.bool)
         # torchvision cuts the masks to learn half a pixel too far to the right and below.
-        for i, box in enumerate((boxes + 0.5) * scale):
-            masks[i] = paste(found["masks"][i], box, (H, W)) > 0.5
+        for mask, box, whole in zip(found["masks"], (boxes + 0.5) * scale, masks):
+            left, top, right, bottom = box.int().tolist()
+            part = whole[top:bottom + 1, left:right + 1]
+            if part.numel():  # a thin box at the edge may have left the image
+                part |= paste(mask, box - box.new_tensor(2 * [left, top]), part.shape) > 0.5
         boxes = box_convert((boxes * scale).double(), "xyxy", "xywh")
         return found | dict(boxes=boxes, scores=found["scores"].float(), masks=masks)
 

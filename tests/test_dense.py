@@ -645,10 +645,11 @@ def test_detections_are_scaled_back_by_hand(monkeypatch):
     which torchvision's masks are off."""
     def forward(self, images, covered):
         seen.update(images=images, covered=covered)
-        masks = torch.zeros(2, 1, 28, 28)
-        masks[0], masks[1, :, :, :14] = 1, 1
-        boxes = torch.tensor([[23.5, 0, 48, 8], [11.5, 4, 35.5, 15.5]])
-        return [dict(boxes=boxes, labels=torch.tensor([2, 1]), scores=torch.tensor([0.5, 0.25]), masks=masks)]
+        masks = torch.ones(3, 1, 28, 28)
+        masks[1, :, :, 14:] = 0
+        boxes = torch.tensor([[23.5, 0, 48, 8], [11.5, 4, 35.5, 15.5], [10, 15.75, 40, 16]])
+        labels, scores = torch.tensor([2, 1, 1]), torch.tensor([0.5, 0.25, 0.125])
+        return [dict(boxes=boxes, labels=labels, scores=scores, masks=masks)]
 
     seen, model = {}, Detector(make_encoder(48, 4), 3, width=8).eval()
     monkeypatch.setattr(Detector, "forward", forward)
@@ -656,12 +657,13 @@ def test_detections_are_scaled_back_by_hand(monkeypatch):
     back = predict(model, image)
     assert seen["covered"] == (16, 48) and torch.equal(
         seen["images"], datasets.normalize(evaluation.fit_inside(image, (48, 48))[None]))
-    assert back["boxes"].tolist() == [[29.375, 0, 30.625, 10], [14.375, 5, 30, 14.375]]
-    assert back["masks"].shape == (2, 20, 60) and back["masks"].dtype == bool
+    assert back["boxes"][:2].tolist() == [[29.375, 0, 30.625, 10], [14.375, 5, 30, 14.375]]
+    assert not back["masks"][2].any()  # a thin box at the edge
+    assert back["masks"].shape == (3, 20, 60) and back["masks"].dtype == bool
     assert back["masks"][0, 1:10, 30:].all() and not back["masks"][0, :, :30].any()
     assert back["masks"][1].any(1).nonzero()[0].tolist() == list(range(6, 20))
     assert back["masks"][1].any(0).nonzero()[0].tolist() == list(range(15, 30))
-    assert back["labels"].tolist() == [2, 1] and back["scores"].tolist() == [0.5, 0.25]
+    assert back["labels"].tolist() == [2, 1, 1] and back["scores"].tolist() == [0.5, 0.25, 0.125]
 
 
 def test_a_pasted_mask_is_the_one_that_was_cut_out():
