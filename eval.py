@@ -6,8 +6,9 @@ keywords, and returns a dict, which the command line prints as one line of JSON.
 were: it works on a copy of the encoder.
 
 On the command line CHECKPOINT comes first: checkpoint.pt or encoder.pt of a run, a file of the MAE release, a
-timm state dict, or `random` for an untrained encoder. `python eval.py --task knn --help` shows the flags of a
-task.
+timm state dict, or `random` for an untrained encoder. What finetune, semseg or detect left, given for the
+same task, is evaluated as it is, or predicts (`--images`). `python eval.py --task knn --help` shows the flags
+of a task.
 """
 
 # First, because it sets what a signal does while the rest is imported
@@ -1059,8 +1060,8 @@ class Detector(MaskRCNN):
         detections of an image are given, not 100, that have a score of 0.02, not 0.05.
 
     Departs from ViTDet's released detector, where torchvision has nothing else: the boxes' loss is smooth L1,
-    not L1; in training, proposals are not clipped to the part of the canvas that an image covers. Biases have
-    no weight decay. For images of up to 96 pixels we change three things: batch norm (it learns faster with
+    not L1; in training, small images lie anywhere on the canvas, not in its upper left corner, and proposals
+    are not clipped to them. Biases have no weight decay. For images of up to 96 pixels we change three things: batch norm (it learns faster with
     many images a step), shallower heads, fewer regions.
     """
 
