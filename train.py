@@ -688,7 +688,7 @@ class Log:
 
     def add(self, figures):
         self.lines.append(json.dumps(figures))
-        words = [f"{name} {value:.4g}" for name, value in figures.items() if type(value) in (int, float)]
+        words = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, (int, float))]
         tqdm.write(", ".join(words), self.stream)
         if self.path:
             write_atomically(self.path, lambda to: to.write("\n".join([*self.lines, ""]).encode()))

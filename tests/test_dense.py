@@ -902,6 +902,7 @@ def test_a_log_lies_beside_the_result_and_figures_in_it_if_asked(dense, tmp_path
     assert ["miou" in line for line in lines] == [False, True, True]  # the last is that of the result
     assert lines[2]["miou"] == result["miou"] and lines[2]["pixel_accuracy"] == result["pixel_accuracy"]
     assert f"epoch 2, step 4, loss {lines[1]['loss']:.4g}, lr {lines[1]['lr']:.4g}" in err
+    assert f"miou {lines[1]['miou']:.4g}, classes" in err
     before = (tmp_path / "out.jsonl").read_text()
     code, again, err = dense("semseg", *FEW, "--epochs", 3, "--resume")
     assert code == 0 and again["miou"] == result["miou"], err  # nothing is left to train
