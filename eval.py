@@ -879,8 +879,8 @@ def score_pixels(model, val, per_class: bool = False, precision="fp32", workers=
     pairs = pairs.reshape(len(names), -1)
     hits, occurs = pairs.diagonal(), pairs.sum(1) > 0
     iou = hits / np.maximum(pairs.sum(0) + pairs.sum(1) - hits, 1)
-    result = dict(miou=round(100 * iou[occurs].mean(), 2), classes=int(occurs.sum()),
-                  pixel_accuracy=round(100 * hits.sum() / pairs.sum(), 2), picture=draw_masks(shown, names))
+    result = dict(miou=round(100 * iou[occurs].mean().item(), 2), classes=int(occurs.sum()),
+                  pixel_accuracy=round((100 * hits.sum() / pairs.sum()).item(), 2), picture=draw_masks(shown, names))
     if per_class:
         result["iou_by_class"] = {names[k]: round(100 * iou[k], 2) for k in np.flatnonzero(occurs)}
     return result
