@@ -152,7 +152,8 @@ SMALL_METHOD_RECIPES = {
     # 99% of the normalised latents are one direction, and the region loss is the same with another image.
     # Hints and the usual shape of objects alone lower that loss (README). Here all have an eighth of the rate.
     # An eighth for the encoder alone was tried on CIFAR-10. After 512 steps the loss is lower (0.107, not
-    # 0.143), but it is the same with another image, and the encoder is no better.
+    # 0.143), but it is the same with another image, and the encoder is no better. At the full rate neither a
+    # warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from collapsing.
     "rae": dict(base_lr=5e-4),
 }
 
