@@ -191,8 +191,8 @@ class Source:
 
 
 # The built-in scenes: 3 or 4 objects, partly over one another, on a background that fades from one colour to
-# another. The largest, near the centre, is the main object, and its class is the label: it has the outline and
-# the texture of its class. Its place, size, direction and colour say nothing about the class.
+# another. The largest, near the centre, is the main object, and its class is the label. An object has the
+# outline and the texture of its class. Its place, size, direction and colour say nothing about the class.
 
 
 def norm(u, v):
@@ -245,8 +245,8 @@ TEXTURES = (
 SHAPE_CLASSES = tuple(OUTLINES)
 
 
-# Three palettes of six colours, float32 [3, 6, 3, 1, 1] in 0..255: pale, medium and deep. The background's two
-# colours are of one of them, the objects' of the two others, so that they stand out against it.
+# Palettes of six colours, float32 [3, 6, 3, 1, 1] in 0..255: pale, medium and deep. The background's two are
+# of one palette, the objects' of the two others, so that they stand out against it.
 PALETTES = np.float32([*bytes.fromhex(
     "fbf1df fad7c1 bddcee bfe3cd dacaf1 f3c6d3"  # cream, peach, sky, mint, lilac, blush
     "e4826c e9b45c 7db398 5e9bc4 a187c4 df94ae"  # coral, honey, sage, blue, lavender, rose

@@ -815,7 +815,8 @@ def scenes(objects, count=32, size=64):
 def test_truth_of_the_scenes():
     source = datasets.load_dense("shapes", True, "val", 64, 8)
     classes = datasets.load_dense("shapes", False, "val", 64, 8)
-    assert source.classes == list(datasets.SHAPE_CLASSES) and classes.classes == ["background", *datasets.SHAPE_CLASSES]
+    assert source.classes == list(datasets.SHAPE_CLASSES)
+    assert classes.classes == ["background", *datasets.SHAPE_CLASSES]
     for i in range(8):
         item, truth = source[i], source.truth(i, source[i])
         assert truth["labels"][0] == item["label"] + 1  # the main object comes first

@@ -212,7 +212,7 @@ def test_tokens_are_those_of_the_images_that_the_method_gets(run, tmp_path):
 
 
 def test_regions_are_cut_as_their_images(run, tmp_path, photos):
-    """Silhouettes, and beside them masks of what is bright: cut alike, they are what is bright in the crop."""
+    """Silhouettes, and masks of what is bright in them: cut alike, they are what is bright in the crop."""
     for number, path in enumerate(sorted(photos.iterdir())):
         bright = torch.from_numpy(datasets.render_scene(number, 48)[2] > 0)[None]
         write_png(255 * bright.byte().expand(3, -1, -1), str(path))
