@@ -130,8 +130,9 @@ def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae")
 
 
 class Pairs(torch.utils.data.Dataset):
-    """A dataset of (image, label) pairs, or two tensors (images, labels), with items like those of
-    datasets.Images: dict(image, label). Keys: an index, or (epoch, index), of which the data get the index.
+    """A dataset of (image, label) pairs, or of dicts with these (as a Subset of datasets.Images is), or two
+    tensors (images, labels), with items like those of datasets.Images: dict(image, label). Keys: an index, or
+    (epoch, index), of which the data get the index.
 
     Images: [3, H, W], uint8, which are normalised later, or floats, which are taken as they are.
     """
@@ -143,7 +144,8 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, key):
-        image, label = self.source[key[1] if isinstance(key, tuple) else key]
+        item = self.source[key[1] if isinstance(key, tuple) else key]
+        image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
         return dict(image=image, label=label, broken=-1)
 
 

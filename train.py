@@ -1059,7 +1059,7 @@ def resumed(given, state):
     for name, value in given.items():
         if name not in MAY_CHANGE and saved.get(name) != value:
             raise UsageError(f"--{name.replace('_', '-')} {value}: the run to resume was made with "
-                             f"{saved.get(name)}; leave the flag out or write to another --output")
+                             f"{'its default' if saved.get(name) is None else saved[name]}; leave the flag out or write to another --output")
     return {name: value for name, value in saved.items() if name not in ("device", "workers")} | given
 
 

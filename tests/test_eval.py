@@ -260,6 +260,12 @@ def test_a_quarter_of_the_images_has_a_part_erased():
     assert all(x.flatten(1).unique(dim=1).T.tolist() == [[0, 0, 0], mean] for x in changed)
 
 
+def test_some_of_the_images_are_data_as_well():
+    images = datasets.Images(datasets.load_data("shapes", "val", 16), 16, "center")
+    item = evaluation.as_items(torch.utils.data.Subset(images, [5, 7]))[1]
+    assert torch.equal(item["image"], images[7]["image"]) and item["label"] == images[7]["label"]
+
+
 def recipe(task, method, size, image_size):
     """The settings of a task for such an encoder: the function's own, and what differs."""
     with torch.device("meta"):

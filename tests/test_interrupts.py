@@ -138,7 +138,8 @@ def test_of_several_processes_the_first_speaks(start, folder, tmp_path):
 
 def test_importing_train_leaves_the_signals_alone():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    # A shell has SIGINT ignored by what it runs in the background.
+    assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
 
 
 def test_a_killed_worker_is_not_a_broken_image(fork, folder, tmp_path, monkeypatch):
