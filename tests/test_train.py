@@ -435,7 +435,7 @@ def test_a_resumed_step_keeps_its_micro_batches(monkeypatch):
 def test_a_run_does_not_resume_on_other_data(call, folder, tmp_path):
     assert call("mae", "--epochs", 1)[0] == 0
     code, _, err, _ = call("mae", "--epochs", 2, "--limit", 20, "--resume")
-    assert code == 2 and "--limit 20: the run to resume was made with None" in err
+    assert code == 2 and "--limit 20: the run to resume was made with its default" in err
     other = tmp_path / "other" / "a"
     other.mkdir(parents=True)
     for file in sorted(folder.rglob("*.png"))[:9]:
