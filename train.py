@@ -1019,10 +1019,10 @@ def recipe(given, image_size=(224, 224)):
     paper = RECIPES[f"amt-{base}" if method == "amt" else method]
     if max(image_size) > SMALL:
         return paper
-    nano = given.get("data", "shapes") == "shapes" or given.get("model") == "nano"
+    scenes = given.get("data", "shapes") == "shapes"
+    nano = scenes or given.get("model") == "nano"
     small = (NANO_RECIPE if nano else SMALL_RECIPE) | dict(patch_size=small_patch(image_size))
-    if given.get("data", "shapes") == "shapes":
-        small |= SCENES_RECIPE
+    small |= SCENES_RECIPE if scenes else {}
     small |= SMALL_METHOD_RECIPES.get(method, {})
     names = paper | flags_of(functions_of(given))
     return paper | {name: value for name, value in small.items() if name in names}
@@ -1058,8 +1058,9 @@ def resumed(given, state):
     saved = state["args"]
     for name, value in given.items():
         if name not in MAY_CHANGE and saved.get(name) != value:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: the run to resume was made with "
-                             f"{'its default' if saved.get(name) is None else saved[name]}; leave the flag out or write to another --output")
+            was = "its default" if saved.get(name) is None else saved[name]
+            raise UsageError(f"--{name.replace('_', '-')} {value}: the run to resume was made with {was}; "
+                             "leave the flag out or write to another --output")
     return {name: value for name, value in saved.items() if name not in ("device", "workers")} | given
 
 
