@@ -94,8 +94,8 @@ PAPER_RECIPES = {
 }
 
 # These two tables are ours. The first is for images of up to 96 pixels, the second for such images and a ViT
-# as small as `nano`. Whatever the method, they pool the mean of the patches. With them, every task ends within
-# five minutes for the built-in scenes on two cores.
+# as small as `nano`. Whatever the method, they pool the mean of the patches. With them every task ends
+# within five minutes for the built-in scenes on two cores.
 SMALL_RECIPES = {
     "knn": dict(pool="mean"),
     "linear": dict(pool="mean", batch_size=256, base_lr=20.0, cache_features=True),
@@ -1065,7 +1065,7 @@ class Detector(MaskRCNN):
 
     Departs from ViTDet's released detector, where torchvision has nothing else: the boxes' loss is smooth L1,
     not L1; in training, small images lie anywhere on the canvas, not in its upper left corner, and proposals
-    are not clipped to them. Biases have no weight decay. For images of up to 96 pixels we change three things:
+    are not clipped to them. Biases have no weight decay. For images of up to 96 pixels three things are ours:
     batch norm (it learns faster with many images a step), shallower heads, fewer regions.
     """
 
