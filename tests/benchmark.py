@@ -265,7 +265,39 @@ COMPARED = {
     "objmae": "--method objmae", "objmae-inter": "--method objmae --selection inter", "rae": "--method rae",
     "rmae": "--method rmae", "cae": "--method cae", "cae-token": "--method cae --tokenizer",
 }
-MEASURES = ("knn", "linear", "attentive", "finetune")
+# The papers' ablations, as rows. With object_floor=1 the whole image is ObjMAE's one object: MAE with an alpha.
+# Those that end in -small are for 8 x 8 patches, as the scenes have.
+ABLATIONS = {
+    "amt-table-2": "simmim amt-simmim:throw_ratio=0 amt-simmim amt-simmim:mask_ratio=0.33,throw_ratio=0.5",
+    "amt-table-4": "mae amt:throw_ratio=0 amt:throw=random amt:mask_ratio=0.75,throw_ratio=0.1 amt:throw=low amt",
+    "lomar-table-4": "lomar:window_size=5 lomar:window_size=7 lomar:window_size=9 lomar:window_size=11 "
+                     "lomar:window_size=14",
+    "lomar-table-4-small": "lomar:window_size=3 lomar:window_size=5 lomar:window_size=8",
+    "objmae-table-8": "objmae objmae-inter objmae:alignment=replicate objmae:alignment=random",
+    "objmae-table-9": "objmae:alpha=0.25 objmae:alpha=0.17 objmae:alpha=0.05 objmae:object_floor=1,alpha=0.5 "
+                      "objmae:object_floor=1,alpha=0.25 objmae:object_floor=1,alpha=0.17",
+    "rmae-table-1a": "rae:num_regions=1 rae:num_regions=4 rae rae:num_regions=16",
+    "rmae-table-1c": "rae rae:variant=batch rae:variant=channel",
+    "rmae-table-1d": "rae:regions=fh rae:regions=instances mae",
+    "rmae-table-1e": "mae rmae:cross_feed=both rmae rmae:cross_feed=region_to_pixel",
+    "rmae-figure-4": "rmae:region_mask_ratio=0.6 rmae rmae:region_mask_ratio=0.9 rmae:mask_ratio=0.6",
+    "cae-table-2": "cae-token:decoder_depth=0,alignment_weight=0 cae-token:alignment_weight=0 cae-token",
+    "cae-table-2-pixels": "cae:decoder_depth=0,alignment_weight=0 cae:alignment_weight=0 cae",
+    "cae-table-5": "cae-token:mask_ratio=0.4 cae-token cae-token:mask_ratio=0.6",
+    "cae-table-6": "cae-token:regressor_depth=1,decoder_depth=1 cae-token",
+}
+# What can be measured of an encoder: the task of eval.py with its flags, and its figures by their column
+MEASURES = {
+    "knn": ("knn --pool mean", {"k-NN": "top1"}),
+    "linear": ("linear --pool mean --cache-features", {"linear": "top1"}),
+    "attentive": ("attentive --cache-features", {"attentive": "top1"}),
+    "finetune": ("finetune --pool mean", {"fine-tuned": "top1"}),
+    "semseg-linear": ("semseg --head linear --freeze", {"mIoU, linear": "miou"}),
+    "semseg": ("semseg", {"mIoU, UPerNet": "miou"}),
+    "detect": ("detect", {"box AP": "box_ap", "mask AP": "mask_ap"}),
+    "attention": ("attention --regions instances", {"attention": "attention_main", "area": "area_main"}),
+    "segment": ("segment", {"IoU, own image": "iou_80", "another": "other_image_80"}),  # of rae and rmae
+}
 
 
 def flags(**values):
@@ -314,15 +346,25 @@ def train_command(name, epochs, output, small=False, compile=False, **common):
     return ["train.py", *words, *options, *flags(**common, compile=compile)]
 
 
-def eval_commands(checkpoint, output, finetune_epochs, probe_epochs, **common):
-    """eval.py's arguments for the measures of one encoder. All have MAE's settings, whatever made them, and
-    pool by the mean: some methods train no class token."""
-    probe = flags(cache_features=True, epochs=probe_epochs)
-    own = dict(knn=flags(pool="mean"), linear=[*flags(pool="mean"), *probe],
-               attentive=[*probe, *flags(output=output / "attentive.png")],
-               finetune=flags(pool="mean", epochs=finetune_epochs, output=output / "finetune.pt"))
-    words = flags(method="mae", **common)
-    return {task: ["eval.py", str(checkpoint), "--task", task, *own[task], *words] for task in MEASURES}
+def eval_commands(folder, measures, finetune_epochs, probe_epochs, untrained=False, **common):
+    """eval.py's arguments for measures of the encoder in a folder, or of an untrained one. All have MAE's
+    settings, whatever made them, and pool by the mean: some methods train no class token."""
+    commands, epochs = {}, dict(finetune=finetune_epochs, linear=probe_epochs, attentive=probe_epochs)
+    for measure in measures:
+        task, *words = MEASURES[measure][0].split()
+        functions = evaluation.functions_of(task)
+        whole = evaluation.open_method in functions
+        if whole and (untrained or not folder.name.startswith(("rae", "rmae"))):
+            continue
+        checkpoint = "random" if untrained else folder / ("checkpoint.pt" if whole else "encoder.pt")
+        known = train.flags_of(functions)
+        words += flags(epochs=epochs.get(task))
+        if "output" in known:
+            words += flags(output=folder / f"{measure}.{'pt' if task in evaluation.FINISHED else 'png'}")
+        words += flags(method="mae" if "method" in known else None)
+        words += flags(**{name: value for name, value in common.items() if name in known})
+        commands[measure] = ["eval.py", str(checkpoint), "--task", task, *words]
+    return commands
 
 
 def plain_gmac(encoder):
@@ -377,46 +419,51 @@ def carry_out(command, log):
     return log.read_text(errors="replace").split("\n")[-2]
 
 
-def compare_row(name, epochs, output, finetune_epochs, probe_epochs, compile, small, **common):
-    """Pre-trains and measures one encoder -> dict(name, epochs, seconds, an accuracy for each measure)."""
+def compare_row(name, epochs, output, measures, finetune_epochs, probe_epochs, compile, small, **common):
+    """Pre-trains and measures one encoder -> dict(name, epochs, seconds, the figures of each measure by their
+    columns)."""
     folder = output / name if name in ("random", "supervised") else folder_of(output, name, epochs)
     row = dict(name=name, epochs=epochs, seconds=0.0)
     if name == "random":
-        commands = eval_commands("random", folder, finetune_epochs, probe_epochs, **common)
+        commands = eval_commands(folder, measures, finetune_epochs, probe_epochs, untrained=True, **common)
     elif name == "supervised":
-        command = eval_commands("random", folder, epochs, probe_epochs, **common)["finetune"]
-        commands = dict(finetune=[*command, *flags(layer_decay=1)])
+        commands = eval_commands(folder, ["finetune"], epochs, probe_epochs, untrained=True, **common)
+        commands["finetune"] += flags(layer_decay=1)
     else:
         command = train_command(name, epochs, output, small, compile, **common)
         carry_out([*command, *flags(output=folder)], folder / "train.txt")
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         row |= dict(seconds=sum(line["seconds"] for line in lines), loss=round(lines[-1]["loss"], 4))
         common |= dict(model=None, patch_size=None)  # encoder.pt brings its own
-        commands = eval_commands(folder / "encoder.pt", folder, finetune_epochs, probe_epochs, **common)
-    for task, command in commands.items():
-        result = json.loads(carry_out(command, folder / f"{task}.txt"))
-        row[task] = result["top1"]
+        commands = eval_commands(folder, measures, finetune_epochs, probe_epochs, **common)
+    for measure, command in commands.items():
+        result = json.loads(carry_out(command, folder / f"{measure}.txt"))
+        row |= {column: result[figure] for column, figure in MEASURES[measure][1].items()}
         row["seconds"] += result["seconds"]
     return row | dict(seconds=round(row["seconds"]))
 
 
-def compare_table(share, rows):
+def compare_table(share, measures, rows):
     """The rows -> Markdown, a line a method; share: its compute an image over MAE's."""
-    lines = [["", "compute", "k-NN", "linear", "attentive", "fine-tuned", "minutes"], ["---"] * 7]
+    columns = [column for measure in measures for column in MEASURES[measure][1]]
+    lines = [["", "compute", *columns, "minutes"]]
+    lines.append(["---"] * len(lines[0]))
     for row in rows:
-        measured = [f"{row[task]:.1f}" if task in row else "" for task in MEASURES]
+        measured = [f"{row[column]:.1f}" if column in row else "" for column in columns]
         compute = f"{share[row['name']]:.2f}" if row["name"] in share else ""
         lines.append([row["name"], compute, *measured, f"{row['seconds'] / 60:.0f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def compare(methods: list[str] | None = None, data: str = "shapes", limit: PositiveInt | None = None,
+def compare(methods: list[str] | None = None, ablation: Literal[tuple(ABLATIONS)] | None = None,
+            measures: list[Literal[tuple(MEASURES)]] = ["knn", "linear", "attentive", "finetune"],
+            data: str = "shapes", limit: PositiveInt | None = None,
             model: Literal[tuple(mim.SIZES)] | None = None, epochs: PositiveInt | None = None,
             finetune_epochs: PositiveInt | None = None, probe_epochs: PositiveInt | None = None,
             compile: bool = False, output: str | None = None, seed: NonNegativeInt = 0, device="cpu",
             chosen=None):
-    """The methods under one budget: pre-trained for the same epochs, four accuracies each, minutes of all a
-    row took.
+    """The methods, or a paper's ablation, under one budget: pre-trained for the same epochs and measured, and
+    the minutes of all that a row took.
 
     Every row is a sequence of train.py and eval.py commands, which its logs in --output show. What is there
     is not done again, so that the table goes on after an interrupt; the first failure ends it. `random` is
@@ -424,6 +471,8 @@ def compare(methods: list[str] | None = None, data: str = "shapes", limit: Posit
     compute of MAE's pre-training and fine-tuning together.
 
     methods: some of the rows, also with options of train.py, as amt:throw=low (default: all)
+    ablation: the rows of a paper's table (not with --methods)
+    measures: what is measured of each
     data: as in train.py, with labels
     limit: so many of the training images, evenly spread
     model: size of the encoders
@@ -438,7 +487,8 @@ def compare(methods: list[str] | None = None, data: str = "shapes", limit: Posit
     """
     on_cuda = device.type == "cuda"
     epochs, probe_epochs = epochs or (200 if on_cuda else 10), probe_epochs or (90 if on_cuda else 30)
-    finetune_epochs, names = finetune_epochs or (30 if on_cuda else 5), methods or list(COMPARED)
+    finetune_epochs = finetune_epochs or (30 if on_cuda else 5)
+    names = ABLATIONS[ablation].split() if ablation else methods or list(COMPARED)
     output = Path(output or f"runs/compare-{Path(data).name}")
     labelled = load_data(data, "train", limit=limit)
     if len(labelled.classes) < 2:
@@ -457,14 +507,15 @@ def compare(methods: list[str] | None = None, data: str = "shapes", limit: Posit
     if any("--tokenizer" in COMPARED[split_row(name)[0]] for name in names):
         command = train_command("dvae", None, output, small, compile, **common)
         carry_out([*command, *flags(output=output / "dvae")], output / "dvae" / "train.txt")
-    rows = [("random", 0), ("supervised", finetune_epochs + round(scratch))]
+    rows = [("random", 0), *[("supervised", finetune_epochs + round(scratch))] * ("finetune" in measures)]
     rows += [(name, epochs) for name in names]
     print(f"{len(rows)} encoders; the commands and what they print are in {output}/", file=sys.stderr)
     done = []
     for name, count in tqdm(rows, "encoders"):
-        done.append(compare_row(name, count, output, finetune_epochs, probe_epochs, compile, small, **common))
+        done.append(compare_row(name, count, output, measures, finetune_epochs, probe_epochs, compile, small,
+                                **common))
         tqdm.write(json.dumps(done[-1]), file=sys.stderr)
-    print(compare_table(share, done))
+    print(compare_table(share, measures, done))
     return dict(rows=done, gmac={name: round(some, 4) for name, some in gmac.items()}, epochs=epochs,
                 finetune_epochs=finetune_epochs, probe_epochs=probe_epochs, compile=compile, **common)
 
