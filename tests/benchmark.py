@@ -1,10 +1,11 @@
 """What methods cost and what they give; not part of the test suite: `python tests/benchmark.py speed --model
 base`.
 
-speed: what a training step of each method costs. data: what reading images costs. compare: what all methods
-give when they are pre-trained and evaluated alike. cuda: whether everything works on a GPU. recipes: every
-setting of the papers, and where it stands. Each prints a table, and its numbers as one line of JSON last. Two
-draw pictures: masks, one image under the mask of each method; attention, where several encoders look.
+speed: what a training step of each method costs. costs: operations by the settings that the papers vary.
+data: what reading images costs. compare: what all methods, or the rows of a paper's ablation, give when they
+are pre-trained and evaluated alike. cuda: whether everything works on a GPU. recipes: every setting of the
+papers, and where it stands. Each prints a table, and its numbers as one line of JSON last. Two draw pictures:
+masks, one image under the mask of each method; attention, where several encoders look.
 """
 
 import contextlib
@@ -521,6 +522,51 @@ def compare(methods: list[str] | None = None, ablation: Literal[tuple(ABLATIONS)
 
 
 # ------------------------------------------------------------------------------------------------------
+# costs: operations by the settings that the papers vary
+
+COSTS = {
+    "AMT, share thrown": "mae amt:throw_ratio=0 amt:throw_ratio=0.2 amt",
+    "LoMaR, side of a window": "lomar:window_size=5 lomar lomar:window_size=9 lomar:window_size=11 "
+                               "lomar:window_size=14",
+    "ObjMAE, alpha": "objmae:alpha=0.5 objmae:alpha=0.25 objmae:alpha=0.17 objmae:alpha=0.05",
+    "R-MAE, number of regions": " ".join(f"rmae:variant={variant},num_regions={count}"
+                                         for variant in ("length", "batch", "channel") for count in (1, 4, 8, 16)),
+    "RAE": "rae rae:region_dim=256 rae:region_dim=256,mask_ratio=0.6",
+}
+
+
+class Imagined:
+    """Stands for data of which only the size and the number of images matter."""
+
+    def __init__(self, image_size, count=100_000):
+        self.image_size, self.count = image_size, count
+
+    def __len__(self):
+        return self.count
+
+
+def costs(model: Literal[tuple(mim.SIZES)] = "base", image_size: PositiveInt = 224):
+    """Multiply-adds of an image, forward, and forward and backward over MAE's, by the settings that the
+    papers vary: LoMaR's Figure 5, ObjMAE's Tables 4 and 9, R-MAE's Tables 1b and 8.
+
+    ObjMAE has the whole image as its object, the most that alpha leaves.
+
+    model: size of the encoder
+    image_size: pixels
+    """
+    rows, mae, source = [], None, Imagined(image_size)
+    for title, names in COSTS.items():
+        print(f"{title:40s}{'GMAC':>8s}{'x mae':>8s}")
+        for name in names.split():
+            method, _ = build_compared(name, source, epochs=800, output=Path(), data="/imagenet", model=model)
+            gmac, whole = count_gmac(method, synthetic_batch(method, 1))
+            mae = mae or whole
+            rows.append(dict(group=title, name=name, gmac=round(gmac, 3), ratio=round(whole / mae, 3)))
+            print(f"  {name:38s}{gmac:8.2f}{whole / mae:8.2f}")
+    return dict(rows=rows, model=model, image_size=image_size)
+
+
+# ------------------------------------------------------------------------------------------------------
 # cuda: a check of everything on a GPU
 
 CHECKED = {"dvae": "--method dvae"} | COMPARED | {"lomar-token": "--method lomar --tokenizer"}
@@ -941,8 +987,8 @@ def attention(checkpoints: list[str] | None = None, data: str = "shapes", region
 
 # ------------------------------------------------------------------------------------------------------
 
-BENCHMARKS = dict(speed=speed, data=data, compare=compare, cuda=cuda, recipes=recipes, masks=masks,
-                  attention=attention)
+BENCHMARKS = dict(speed=speed, data=data, compare=compare, costs=costs, cuda=cuda, recipes=recipes,
+                  masks=masks, attention=attention)
 
 
 def main(argv):

@@ -102,7 +102,8 @@ def test_compare_gives_every_method_equal_epochs(cli, folder, tmp_path, in_proce
     assert [name for name, _ in rows] == ["random", "supervised", "cae-token", "objmae"]
     assert gmac["cae-token"] > gmac["mae"] > gmac["objmae"]
     for (name, epochs), row in rows.items():
-        assert ({"finetune"} if name == "supervised" else set(benchmark.MEASURES)) <= row.keys()
+        four = {"k-NN", "linear", "attentive", "fine-tuned"}
+        assert row.keys() - {"name", "epochs", "seconds", "loss"} == ({"fine-tuned"} if name == "supervised" else four)
         assert row["seconds"] >= 0
         if name not in ("random", "supervised"):
             assert epochs == 2
@@ -140,26 +141,48 @@ def test_a_row_may_have_options(cli, folder, tmp_path, in_process):
     assert all("--method mae" in " ".join(words) for words in in_process if words[0].endswith("eval.py"))
 
 
-def test_readmes_ablations_can_be_run(tmp_path):
-    """Every row is a command that train.py takes, and builds, on images of 224 pixels."""
-    class Source:
-        image_size = 224
+def test_compare_measures_what_is_asked_for_and_names_a_papers_table(tmp_path, in_process, monkeypatch):
+    monkeypatch.setitem(benchmark.ABLATIONS, "some", "rae:num_regions=2 mae")
+    result = benchmark.compare(device=torch.device("cpu"), ablation="some", measures=["attention"], epochs=1,
+                               limit=16, output=tmp_path)
+    assert [row["name"] for row in result["rows"]] == ["random", "rae:num_regions=2", "mae"]
+    assert all(0 < row["attention"] < 100 and 0 < row["area"] < 100 for row in result["rows"])
 
-        def __len__(self):
-            return 100_000
 
-    lines, built = (benchmark.ROOT / "README.md").read_text().split("\n"), {}
-    for line in lines:
-        for row in line.split("#")[0].split()[1:] if line.startswith("compare ") else []:
+def test_every_measure_is_a_command_of_eval(tmp_path):
+    common = dict(data="shapes", seed=0, limit=16, workers=0)
+    for name, untrained in (("random", True), ("mae-1", False), ("rmae-1", False)):
+        commands = benchmark.eval_commands(tmp_path / name, benchmark.MEASURES, 1, 2, untrained, **common)
+        assert list(commands) == [m for m in benchmark.MEASURES if m != "segment" or name == "rmae-1"]
+        for measure, words in commands.items():
+            given = evaluation.parse(words[1:])
+            assert given["seed"] == 0 and given["task"] == measure.removesuffix("-linear")
+            assert given.get("method", "mae") == "mae" and given.get("pool", "mean") == "mean"
+
+
+def test_costs_count_what_the_papers_vary(monkeypatch):
+    monkeypatch.setattr(benchmark, "COSTS", {"some": "mae amt:throw_ratio=0 objmae:alpha=0.05 lomar"})
+    mae, nothing_thrown, little, lomar = benchmark.costs("nano")["rows"]
+    assert mae["gmac"] == nothing_thrown["gmac"] and mae["ratio"] == 1.0
+    assert little["ratio"] < lomar["ratio"] < 0.1  # MAE's decoder is far larger than a ViT-nano
+
+
+def test_the_papers_ablations_can_be_run(tmp_path):
+    """Every row is a command that train.py takes, and builds."""
+    built = {}
+    for name, rows in benchmark.ABLATIONS.items():
+        source = benchmark.Imagined(64 if name.endswith("small") else 224)
+        for row in rows.split():
             words = benchmark.train_command(row, 200, tmp_path, data="/coco")[1:]
-            args = train.settle(train.parse(words + ["--model", "nano"]), Source())
+            args = train.settle(train.parse(words + ["--model", "nano"]), source)
             with torch.device("meta"):
                 vocabulary = dict(vocab_size=8192 if args.get("tokenizer") else None)
-                built[row] = train.build_method(**args | vocabulary)
-    assert len(built) > 30
+                built[row if source.image_size > 64 else f"{row} small"] = train.build_method(**args | vocabulary)
+    assert len(built) > 40
     assert built["amt:throw_ratio=0"].mask_ratio == 0.75 and built["amt:throw_ratio=0"].num_thrown == 0  # Table 4
-    assert [built[f"lomar{k}"].num_windows for k in (":window_size=5", "", ":window_size=9", ":window_size=11",
-                                                     ":window_size=14")] == [8, 4, 3, 2, 1]
+    windows = [built[f"lomar:window_size={side}"].num_windows for side in (5, 7, 9, 11, 14)]
+    assert windows == [8, 4, 3, 2, 1]
+    assert [built[f"lomar:window_size={side} small"].num_windows for side in (3, 5, 8)] == [8, 3, 1]
     mae = built["objmae:object_floor=1,alpha=0.25"]
     assert mae.object_floor == 1 and mae.count == 49
     first = built["cae-token:decoder_depth=0,alignment_weight=0"]
