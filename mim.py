@@ -6,7 +6,7 @@ Contents. To copy a paper, copy the imports, the paper's section and the section
      1. Checks of arguments        errors that name the argument
      2. Patches and index tensors  patchify, take, put
      3. Vision Transformer         ViT, its blocks and attentions                          1, 2
-     4. Losses and pictures        pixel, token and region loss; what a prediction shows   1, 2
+     4. Losses and pictures        pixel, token and region loss; what a prediction shows   2, 3
      5. Random masking             counts, random_masking, units of patches                1
      6. MAE                        MAE                                                     1-5
      7. SimMIM                     unit_masking, SimMIM                                    1-5
@@ -15,7 +15,7 @@ Contents. To copy a paper, copy the imports, the paper's section and the section
     10. CAE                        RegressorBlock, CAE                                     1-5, 8
     11. AMT                        attention_masking, crop_maps, AMT around a method       1, 5
     12. LoMaR                      window_masking, LoMaR                                   1-5
-    13. Label maps                 areas and binary maps of regions                        2
+    13. Label maps                 areas and binary maps of regions
     14. ObjMAE                     its selection, division and alignment; ObjMAE           1-6, 13
     15. R-MAE and RAE              sample_regions, three region branches, RMAE, RAE        1-6, 13
     16. Tokenizer                  DVAE                                                    1, 2
@@ -31,7 +31,7 @@ needs, and optionally the mask to use (`ids_visible`, `ids_masked`); without it 
 returns a dict: `loss` and its parts; `pred`, pixels [B, n_masked, p*p*C] or logits of tokens
 [B, n_masked, V] (RAE has `pred_regions` instead); `ids_visible`, `ids_masked`. DVAE, the tokenizer, has a
 dict of its own. Two class attributes tell a training program what to prepare:
-    inputs           the arguments of forward besides the images that come from the data
+    inputs           the arguments of forward that it fills in besides images and tokens
     encoder_options  the options of the paper's encoder besides its size
 
 ViT offers all that the methods ask of an encoder. Any other module will do if it has what its method reads:
@@ -42,7 +42,7 @@ ViT offers all that the methods ask of an encoder. Any other module will do if i
     CAE                     these two; pos_embed [1, 1+N, D], relative_position = False; num_heads,
                             layer_scale, drop_path for its other blocks
     LoMaR                   embed; encode(tokens, buckets=...); relative_position = True, image_size
-    AMT, besides its base   grid, cls_token, last_attention(images) -> [B, heads, N]
+    AMT, besides its base   grid, last_attention(images) -> [B, heads, N]
 """
 
 import argparse
@@ -172,6 +172,8 @@ def relative_buckets(grid):
 
     >>> relative_buckets((1, 3)).tolist()  # three patches in a row: 24 is a patch itself, 25 the next one
     [[49, 49, 49, 49], [49, 24, 25, 26], [49, 23, 24, 25], [49, 22, 23, 24]]
+    >>> relative_buckets((1, 8))[1, 1:].tolist()  # from the first of eight to all: the far ones share a class
+    [24, 25, 26, 26, 27, 27, 27, 27]
     """
     alpha, beta, gamma = 1.9, 3.8, 15.2
 
@@ -469,7 +471,7 @@ class ViT(nn.Module):
         return block.attn.weights(block.norm1(x), slice(query, query + 1), self.buckets)[:, :, 0, 1:]
 
     def rollout(self, images):
-        """Attention rollout [B, 1+N (to), 1+N (from)]: the share of each token in each; rows sum to one.
+        """Attention rollout [B, 1+N, 1+N]: row i has the share of each input token in output token i.
 
         Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, arXiv:2005.00928: the mean
         of the heads, plus the identity for the residual connection, normalised, multiplied over all blocks.
@@ -524,7 +526,8 @@ def token_loss(logits, tokens):
 
 
 def region_loss(pred, target):
-    """Binary cross-entropy of logits [..., n, p*p] against region patches of 0 and 1, in float32."""
+    """Binary cross-entropy of logits [..., n, p*p] against region patches of 0 and 1, in float32 (R-MAE,
+    §3.1)."""
     return F.binary_cross_entropy_with_logits(pred.float(), target.float())
 
 
@@ -819,11 +822,11 @@ def random_blocks(area, grid, min_aspect, generator=None):
 def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=None, generator=None):
     """Block-wise masking of exactly num_masked patches per image (BEiT, arXiv:2106.08254, Alg. 1).
 
-    Blocks have at least min_block patches, or what remains to be masked if that is less, and may overlap. 30
-    blocks are proposed to each image. Those are placed that mask no more patches than remain. The patches
-    that are missing then (about 0.3 per image in a grid of 24x24) are drawn at random, next to blocks first.
-    A block may be as high or as wide as the grid, which BEiT's code excludes. Returns
-    ids_visible [B, N - num_masked] and ids_masked [B, num_masked].
+    Blocks have about min_block patches or more, or what remains to be masked if that is less, and may
+    overlap. 30 blocks are proposed to each image. Those are placed that mask no more patches than remain. The
+    patches that are missing then (about 0.3 per image in a grid of 24x24) are drawn at random, next to blocks
+    first. A block may be as high or as wide as the grid, which BEiT's code excludes. Returns ids_visible [B,
+    N - num_masked] and ids_masked [B, num_masked].
 
     >>> _, ids_masked = block_masking(1, grid=(2, 5), num_masked=4, min_block=4, min_aspect=1.0)
     >>> (ids_masked - ids_masked.min()).sort().values.tolist()  # a square of 2x2 patches, somewhere
@@ -881,7 +884,7 @@ class BEiT(nn.Module):
         self,
         encoder: ViT,
         vocab_size,  # the tokenizer's; not annotated, as it is no flag
-        mask_ratio: float = 75 / 196,  # §3.1
+        mask_ratio: float = 75 / 196,  # §2.5: 75 of 196
         min_block: int = 16,  # §2.3, Alg. 1
     ):
         super().__init__()
@@ -922,8 +925,8 @@ class BEiT(nn.Module):
 # Z_m, predicted                   predicted                                    [B, n_masked, D]
 # bar Z_m, by the encoder          encoded                                      [B, n_masked, D]
 # Y_m                              pred                                         [B, n_masked, V or p*p*C]
-# bar Y_m                          tokens, or the masked patches                [B, N]
-# l_y, l_z, lambda                 loss, loss_align, alignment_weight
+# bar Y_m                          tokens, or the masked patches                [B, N], of all patches
+# l_y, l_z, lambda                 loss_token or loss_pixel, loss_align, alignment_weight
 # sg                               torch.no_grad()
 
 
@@ -1030,11 +1033,11 @@ class CAE(nn.Module):
         """Whole images -> pred [B, N, V or p*p*C] by encoder and decoder, without the regressor (Figures 3,
         10)."""
         ids = torch.arange(self.encoder.num_patches, device=images.device).expand(len(images), -1)
-        return self.decode(self.encoder(images)[:, 1:], ids)
+        return self.decode(self.encoder.encode(self.encoder.embed(images))[:, 1:], ids)
 
     def forward(self, images, tokens=None, ids_visible=None, ids_masked=None):
-        """images [B, C, H, W], and optionally the mask to use -> loss and its parts loss_align and
-        loss_pixel, or loss_token with the tokens' accuracy; pred, ids_visible, ids_masked.
+        """images [B, C, H, W], and optionally the mask to use -> loss (Eq. 1) and its parts loss_align and
+        loss_pixel (or loss_token, and accuracy); pred, ids_visible, ids_masked.
 
         tokens: [B, N] of all patches, where it was built with vocab_size.
         """
@@ -1064,6 +1067,7 @@ class CAE(nn.Module):
 # A_i, N_h, D_h (Eq. 3)            `Attention.weights`; num_heads, D / num_heads
 # a_i^1 (Eq. 4)                    last_attention(images)                       [B, heads, N]
 # a_w, masking weights (Eq. 4)     `attention_map`, kept in maps                [B, gh, gw]
+# Normalize (Alg. 1)               in `attention_map`, of each head
 # P_A (Eq. 5)                      `patch_weights`                              [B, N] or units of patches
 # S, M (Eq. 5)                     order in `attention_masking`                 [B, N]
 # r, t; mask_c, throw_c (Alg. 1)   mask_ratio, throw_ratio; num_masked, num_thrown
@@ -1153,8 +1157,8 @@ class AMT(nn.Module):
         SimMIM, and with throw_ratio=0 the base's own, for attention-driven masking alone (Table 1)
     throw_ratio: share of the patches that is thrown after the first interval; None is 0.40 on MAE, 0.26 on
         SimMIM
-    throw: which part of the order is thrown (Table 4): middle, as in the paper; low, its end; or random
-        patches, for which the maps are all ones
+    throw: which part of the order is thrown (Table 4): middle, as in the paper; low, its end; random masks
+        and throws without regard to the maps
     interval: epochs between updates of the maps; None is 10% of the run's epochs on MAE, 20% on SimMIM, at
         least 4, as an update costs up to an epoch's time, and at most the paper's 40
 
@@ -1168,7 +1172,7 @@ class AMT(nn.Module):
     The released runs differ besides: the targets are raw pixels (the paper does not say which); on SimMIM the
     ratio is 0.44 in the random phase, too, positions are learned, and the rate ends at 5e-6 per 512 images.
     The command in their README sets neither ratio.
-    The nine updates in 400 epochs are 2.2% of the run's operations (the paper says about 1%), because a pass
+    The nine updates in 400 epochs are 2.1% of the run's operations (the paper says about 1%), because a pass
     of the encoder over all patches of an image is as much as a training step of AMT.
     """
 
@@ -1227,7 +1231,8 @@ class AMT(nn.Module):
 
         Under torch.distributed each process brings a part of the images, and each gets all maps.
         """
-        maps = self.encoder.cls_token.new_zeros(num_images, *self.encoder.grid, dtype=torch.float16)
+        weight = next(self.parameters())  # it says on which device
+        maps = weight.new_zeros(num_images, *self.encoder.grid, dtype=torch.float16)
         if self.throw == "random":  # as after any other first interval, but no image is looked at
             batches, maps = (), maps + 1
         for images, index in batches:
@@ -1238,11 +1243,10 @@ class AMT(nn.Module):
 
     def patch_weights(self, images, index, box, flip):
         """P_A of Eq. 5, a weight for each unit: [B, gh, gw] of unit_grid; None while there are no maps."""
-        if index is None and self.throw == "random":
-            return images.new_ones(len(images), *self.unit_grid)
         if index is None:
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images), -1)
-            return crop_maps(attention_map(self.encoder, images), whole, whole[:, 0] > 0, self.unit_grid)
+            flip = torch.zeros(len(images), dtype=torch.bool)
+            return crop_maps(attention_map(self.encoder, images), whole, flip, self.unit_grid)
         return None if self.maps is None else crop_maps(self.maps[index], box, flip, self.unit_grid)
 
     def draw(self, weights):
@@ -1278,8 +1282,8 @@ class AMT(nn.Module):
 # K x K patches of a window, m     window_size
 # n windows, "views" of Table 4    num_windows, W below
 # r_ij                             relative_table[buckets[i, j]]                [D / heads]
-# visible, masked ("zero out")     ids_visible, ids_masked                      [B, W * n], [B, W * m]
-# normalized ground truth          target in `pixel_loss`, with norm_pix        [B, W * m, p*p*C]
+# visible, masked ("zero out")     ids_visible, ids_masked                      [B, W * n_visible or n_masked]
+# normalized ground truth          target in `pixel_loss`, with norm_pix        [B, W * n_masked, p*p*C]
 
 
 def window_places(grid, window_size, num_windows):
@@ -1296,7 +1300,8 @@ def window_places(grid, window_size, num_windows):
 def window_masking(batch, grid, window_size, num_windows, mask_ratio, device=None, generator=None):
     """Windows of K*K patches at different places, int(K*K * mask_ratio) masked in each (LoMaR, §3.2).
 
-    Returns ids_visible [B, W * n], ids_masked [B, W * m], window after window; windows may overlap.
+    Returns ids_visible [B, W * n_visible], ids_masked [B, W * n_masked], window after window; windows may
+    overlap.
 
     >>> ids_visible, ids_masked = window_masking(1, (2, 3), window_size=2, num_windows=2, mask_ratio=0.5)
     >>> windows = torch.cat([ids_visible.view(2, -1), ids_masked.view(2, -1)], dim=1)
@@ -1317,25 +1322,24 @@ class LoMaR(nn.Module):
     """Local masked reconstruction. Chen, Hu, Li, Elhoseiny, "Efficient Self-supervised Vision Pretraining
     with Local Masked Reconstruction", 2022, arXiv:2206.00790.
 
-    New: an image is reconstructed inside a few small windows. Each window is a sequence of its own, so the
-    cost follows the number of windows, and not the image. One encoder sees visible and masked patches, and
-    relative positions make all places alike.
+    New: an image is reconstructed inside a few small windows. Each window is a sequence of its own, so nearly
+    all of the cost follows the windows, not the image: O(hw + n m^4) (§3.2). One encoder sees visible and
+    masked patches, and relative positions make all places alike.
 
     encoder: a ViT with relative_position=True
     vocab_size: predict tokens of such a vocabulary instead of pixels: LoMaR on BEiT (§4.2; there with BEiT's
         settings, for 300 epochs); None is pixels
     mask_ratio: share of each window's patches that is masked
     window_size: side of a window, in patches
-    num_windows: windows per image; None is as many as hold the patches of a 14x14 grid (or of a smaller one,
-        whole), as in Table 4: 8 of 5x5, 4 of 7x7, 3 of 9x9; and §4.1's 6 and 9 of 7x7 for images of 384 and
-        448 pixels
+    num_windows: windows per image; None is min(N, 196) / K^2, rounded up, as in Table 4: 8 of 5x5, 4 of 7x7,
+        3 of 9x9; and §4.1's 6 and 9 of 7x7 for images of 384 (§6.2: 9) and 448 pixels
     norm_pix: see `MAE` (not with a tokenizer)
 
     Departs from the authors' code, and follows the paper: each image has windows at different places of its
     own. That code draws W places for the whole batch, and then confuses two orders: its images are laid out
     window by window, its windows image by image. Where W divides the batch, as in its README, each image
     therefore gets one of the places W times, with W masks, which no loss shows. It sees 49 of 196 patches per
-    step, here 114 on average: if that code made the published numbers, they come from one window per image.
+    step, here 115 on average: if that code made the published numbers, they come from one window per image.
     "Zero out" (§3.2) is a learned mask token, and the "MLP head" one linear layer, as in that code. The class
     token is that code's, too; the paper does not mention it. Patches attend to it, but no loss reaches its
     output.
@@ -1349,7 +1353,7 @@ class LoMaR(nn.Module):
         encoder: ViT,
         vocab_size=None,  # the tokenizer's; not annotated, as it is no flag
         mask_ratio: float = 0.8,  # Figure 6
-        window_size: int = 7,  # Table 4
+        window_size: int = 7,  # §4.3, Figure 5
         num_windows: int | None = None,  # Table 4
         norm_pix: bool = True,  # §3.2: "normalized ground-truth image"
     ):
@@ -1373,7 +1377,7 @@ class LoMaR(nn.Module):
         """images [B, C, H, W], and optionally the windows to use -> loss, pred, ids_visible, ids_masked.
 
         tokens: [B, N] of all patches, if it was built with vocab_size; they add loss_token and accuracy.
-        The index tensors are as from `window_masking`, one window after the other: [B, W * n], [B, W * m].
+        The index tensors are as from `window_masking`, one window after the other.
         """
         if ids_visible is None:
             ids_visible, ids_masked = window_masking(
@@ -1427,7 +1431,7 @@ def binary_maps(regions, chosen):
 # ---------------------------------------------------------------------------------------------------------
 # 14. ObjMAE
 #
-# the paper (§3)                   here                                         shape
+# the paper (§3, 4.1, App. A)      here                                         shape
 # y_p, segmentation                regions                                      [B, L, H, W]
 # S(y = i) / S(y) (Eq. 1)          `region_areas` / pixels, >= object_floor     [B, L * 256]
 # M_c, w_k^c, f_k (Eq. 2)          maps, head.weight, x in `class_activation_map`
@@ -1460,7 +1464,7 @@ def class_activation_map(network, images, labels=None):
     return maps / maps.amax((2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def select_objects(regions, number, floor=0.05):
+def select_objects(regions, number, floor=0.05, generator=None):
     """Draws different objects uniformly from those that cover `floor` of the image (ObjMAE, §3.2, §4.1).
 
     regions: [B, L, H, W] integer label maps. Returns binary maps [B, number, H, W], and [B, number] bool,
@@ -1471,7 +1475,8 @@ def select_objects(regions, number, floor=0.05):
     ([[1, 1, 1, 0]], [[True, False]])
     """
     usable = region_areas(regions) >= floor * regions[0, 0].numel() - 1e-3  # Eq. 1
-    chosen = (torch.rand(usable.shape, device=usable.device) + usable).topk(number, dim=1).indices
+    noise = torch.rand(usable.shape, device=usable.device, generator=generator)
+    chosen = (noise + usable).topk(number, dim=1).indices
     return binary_maps(regions, chosen), usable.gather(1, chosen)
 
 
@@ -1485,8 +1490,8 @@ def object_patches(maps, patch_size, share=0.2):
     return patchify(maps[:, None].float(), patch_size).sum(-1) >= share * patch_size**2 - 1e-3
 
 
-def keep_patches(member, count, strength=None):
-    """Keeps at most `count` of the patches `member` [B, N] bool -> [B, N] bool.
+def keep_patches(member, count, strength=None, generator=None):
+    """Keeps at most `count`, a number or [B, 1], of the patches `member` [B, N] bool -> [B, N] bool.
 
     strength: [B, N] >= 0, of which the largest are kept; None keeps random patches.
 
@@ -1495,27 +1500,27 @@ def keep_patches(member, count, strength=None):
     [[0, 1, 0, 1]]
     """
     if strength is None:
-        strength = torch.rand(member.shape, device=member.device)
+        strength = torch.rand(member.shape, device=member.device, generator=generator)
     rank = strength.masked_fill(~member, -1).argsort(1, descending=True).argsort(1)
     return member & (rank < count)
 
 
-def divide_patches(member, count):
+def divide_patches(member, count, generator=None):
     """Divides the patches `member` [B, N] bool into two random halves, [B, N] bool each (ObjMAE, §3.3).
 
     The halves are disjoint, of one size, and have at most `count` patches each. Of an odd number one patch is
     in neither.
 
-    >>> source, target = divide_patches(torch.tensor([[1, 0, 1, 1, 1]]).bool(), count=2)
-    >>> source.sum().item(), target.sum().item(), (source | target).int().tolist()
-    (2, 2, [[1, 0, 1, 1, 1]])
+    >>> source, target = divide_patches(torch.tensor([[1, 0, 1, 1, 1, 1]]).bool(), count=3)
+    >>> source.sum().item(), target.sum().item(), (source | target).sum().item()  # of five
+    (2, 2, 4)
     """
-    rank = torch.rand(member.shape, device=member.device).masked_fill(~member, 2).argsort(1).argsort(1)
     half = (member.sum(1, keepdim=True) // 2).clamp(max=count)
-    return rank < half, (half <= rank) & (rank < 2 * half)
+    source = keep_patches(member, half, generator=generator)
+    return source, keep_patches(member & ~source, half, generator=generator)
 
 
-def align_patches(source, target, count, alignment):
+def align_patches(source, target, count, alignment, generator=None):
     """Makes the lists of source and target patches of every image exactly `count` long (ObjMAE, §3.3).
 
     source, target: [B, N] bool, disjoint, with 1 to `count` patches per image.
@@ -1532,9 +1537,12 @@ def align_patches(source, target, count, alignment):
     >>> ids_visible, ids_masked, keep_visible, keep_masked = align_patches(source, target, 3, "zero")
     >>> sorted(ids_visible[0].tolist()), ids_masked[0].tolist(), keep_masked[0].tolist()
     ([0, 1, 2], [5, 5, 5], [True, False, False])
+    >>> [ids.shape[1] for ids in align_patches(source, target, 3, "throwout")[:2]]
+    [1, 1]
     """
     def shuffle(member, last=False):  # all N patches: members, then others, then `last`; each at random
-        return (torch.rand(member.shape, device=member.device) + 2 * ~member + 4 * last).argsort(1)
+        noise = torch.rand(member.shape, device=member.device, generator=generator)
+        return (noise + 2 * ~member + 4 * last).argsort(1)
 
     source_size, target_size = source.sum(1, keepdim=True), target.sum(1, keepdim=True)
     slot = torch.arange(count, device=source.device)
@@ -1570,7 +1578,7 @@ class ObjMAE(MAE):
     selection: intra is source and target from one object; inter is target from another, or the background
         (§4.5)
     object_floor: smallest object, as a share of the image; with 1 no object is large enough, and all of each
-        image is its object, which is Table 9's MAE with an alpha (not with regions=cam)
+        image is its object, which is Table 9's MAE with an alpha (class activation maps ignore it)
     patch_share: share of a patch's pixels that makes it the object's
 
     No code was released. Of a class activation map the patches above 0.3 (Appendix A) are the object, cut to
@@ -1618,9 +1626,9 @@ class ObjMAE(MAE):
             return whole, ~whole
         p, share = self.encoder.patch_size, self.patch_share
         if regions.is_floating_point():  # responses of a class activation map: the strongest patches (§4.3)
-            first = object_patches(regions[:, 0] > 0.3, p, share)  # Appendix A
-            first = keep_patches(first, 2 * self.count, patchify(regions[:, :1].clamp_min(0), p).mean(-1))
-            return first, ~first
+            inside = object_patches(regions[:, 0] > 0.3, p, share)  # Appendix A
+            strength = patchify(regions[:, :1].clamp_min(0), p).mean(-1)
+            return keep_patches(inside, 2 * self.count, strength), ~inside
         maps, found = select_objects(regions, 2, self.object_floor)
         first = object_patches(maps[:, 0], p, share) & found[:, :1]
         second = object_patches(maps[:, 1], p, share)
@@ -1669,7 +1677,7 @@ class ObjMAE(MAE):
 # N (1 - beta), visible patches    n = n_visible
 # p_E = p_D                        region_dim, dim below
 # v_R (Eq. 1, 4, 7)                x in RegionBranch.encode                     [B, k, n, p*p]
-# R-Encoder, v_renc                RegionBranch.encode                          [B, k, n, dim]
+# R-Encoder (Eq. 1, 4, 7)          RegionBranch.encode                          [B, k, n, dim]
 # f                                proj
 # v'_renc (Eq. 2, 5)               x in BatchBranch.forward                     [B * k, 1 + N, dim]
 # v'_penc                          RegionBranch.fill                            [B, 1 + N, dim]
@@ -1689,7 +1697,7 @@ def sample_regions(regions, ids_visible, patch_size, num_regions, generator=None
 
     regions: label maps [B, L, H, W], uint8 or int64 from 0 to 255. Each layer holds disjoint regions, one for
         each label; 0 is no region, so that layers can be padded with zeros.
-    ids_visible: [B, n], the image's mask, which its regions share.
+    ids_visible: [B, n], the patches of the maps that are seen, mostly those of the image.
     Returns bool maps [B, num_regions, H, W]: for each image uniform draws with replacement from its regions
     with at least one pixel inside a visible patch; empty maps if it has none.
 
@@ -1732,6 +1740,8 @@ class RegionBranch(nn.Module):
 
     from_pixels: the neck gets the pixel encoder's output; if False, nothing but mask tokens.
     channels: number of region maps that make one sequence together: 1, or all k in the channel variant.
+    num_visible: number of a map's patches that it sees; None for as many as of the image. `region_branch`
+        sets it.
     """
 
     def __init__(self, encoder, from_pixels, dim, num_heads, channels=1):
@@ -1787,7 +1797,7 @@ class BatchBranch(RegionBranch):
         patches of the maps, and embeddings, see `encode`.
 
         ids_visible: the patches of the maps that are read.
-        ids_image: the patches that the latents are of; in pre-training the same.
+        ids_image: the patches that the latents are of; in pre-training the same, but for a region_mask_ratio.
         """
         embeddings = self.encode(region_maps, ids_visible)  # Eq. 1, 4
         sequences = embeddings.shape[1]
@@ -1852,8 +1862,8 @@ class LengthBranch(RegionBranch):
 
 
 def region_branch(encoder, variant, mask_ratio, num_regions, from_pixels, dim, num_heads, depth):
-    """The region branch of a variant, with initial weights; from_pixels: see `RegionBranch`. Its
-    num_visible is the number of a map's patches that it sees, None for as many as of the image."""
+    """The region branch of a variant, with initial weights; mask_ratio: of the maps alone, or None;
+    from_pixels: see `RegionBranch`."""
     check_choice("variant", variant, Variant)
     check_range(1, num_regions=num_regions)
     check_transformer(dim, num_heads, depth, ("region_dim", "region_heads", "region_decoder_depth"))
@@ -1893,11 +1903,11 @@ class RAE(nn.Module):
     variant after the mean, as in the authors' code) and the neck; the class token goes through neck and
     decoder, as in MAE; the last block of the length variant has no MLP but the predictor, whose layers have
     GELU between; the batch and the channel variant have no block in the neck.
-    Departs from the paper: p_E = p_D = region_dim. The authors' released configuration has a base learning
-    rate of 1.5e-4 and 8 blocks in the neck, draws regions without replacement where an image has eight and
-    without the rule of visible foreground, and warms up for 8% of the epochs on COCO; here as in the paper.
-    With its `num_region: 0` it trains no regions as it stands.
-    In small trainings the encoder can collapse: hints and the usual shape of regions alone lower the loss,
+    Departs from the paper: p_E and p_D are one number, region_dim (Table 8 has 128 and 256). The authors'
+    released configuration has a base learning rate of 1.5e-4 and 8 blocks in the neck, draws regions without
+    replacement where an image has eight and without the rule of visible foreground, and warms up for 8% of
+    the epochs on COCO; here as in the paper. With its `num_region: 0` it trains no regions as it stands.
+    In small trainings the encoder can collapse: the maps' visible patches and usual shapes lower the loss,
     which is then the same with another image. So a low loss shows little without this control.
     """
 
@@ -1994,11 +2004,12 @@ class RMAE(MAE):
 
     Where the paper is silent, and where this departs from it: see `RAE`. With region_to_pixel the neck gets
     mask tokens alone. h (Eq. 12) is added before MAE's linear decoder_embed, not after, and without a second
-    [mask] token, which comes to the same function.
+    [mask] token: the same function where image and maps have one mask. With a region_mask_ratio, only patches
+    that both show get it.
     """
 
     inputs = ("regions",)
-    # They need nothing that is not in both classes.
+    # They use only what both classes have.
     complete_masked, complete = RAE.complete_masked, RAE.complete
 
     def __init__(
@@ -2032,7 +2043,7 @@ class RMAE(MAE):
         out, latents, embeddings = self.complete_masked(images, regions, ids_visible, ids_masked, region_maps)
         if self.region_feed is not None:  # Eq. 12-14
             fed = self.region_feed(self.region_branch.block_norm(embeddings).mean(1))
-            # Nothing is added to the class token, or to patches that the maps do not show.
+            # Nothing is added to the class token, or to patches that image and maps do not both show.
             latents = latents + F.pad(fed, (0, 0, 1, latents.shape[1] - 1 - fed.shape[1]))
         loss_pixel, pred = self.predict(images, latents, out["ids_visible"], out["ids_masked"])
         # Both losses have the same weight (§3.2).
@@ -2123,8 +2134,8 @@ class DVAE(nn.Module):
     one-hot vector (Gumbel-softmax), which is sharper as its temperature falls, so that reconstruction trains
     the choice of words, too.
 
-    image_size: pixels of the images it trains on, an int or (height, width), divisible by factor =
-        2^(groups - 1), the pixels a token's side stands for; it takes other multiples of factor, too
+    image_size: pixels of its training images, an int or (height, width); any image must be a multiple of
+        factor = 2^(groups - 1), a token's side in pixels
     vocab_size: number of different tokens
     hidden_dim: channels of the first group of blocks; each group has twice the channels of the one before
     groups: groups of blocks, with a halving of height and width between them
@@ -2226,8 +2237,8 @@ class DVAE(nn.Module):
 
     def forward(self, images, progress=0.0):
         """Normalised images [B, 3, H, W] -> loss, loss_pixel (mse of normalised values), loss_kl (nats per
-        token), pred [B, 3, H, W], ids [B, h, w]; perplexity and codes_used of the batch's ids (1..V), to
-        watch for collapse.
+        token), pred [B, 3, H, W], ids [B, h, w]; perplexity and codes_used of the batch's ids, both in 1..V,
+        to watch for collapse.
 
         progress: the fraction of training done, a tensor or number in [0, 1], which sets the temperature.
         In eval mode the words are the most probable ones, without noise: what tokens() gives.

@@ -1133,6 +1133,9 @@ def test_class_activation_maps_by_hand_and_their_strongest_patches():
     # More than 0.3: from patch 19 on, 45 of them.
     out = objmae(alpha=0.5, alignment="throwout")(images(1), response)
     assert out["ids_visible"].shape == (1, 22) and out["ids_visible"].min() >= 19
+    # The other "object" is the background, in which the weaker patches of this one are not.
+    first, background = objmae(alpha=0.125).select(response, 1)
+    assert first[0].sum() == 16 and background[0].nonzero().flatten().tolist() == list(range(19))
 
 
 def test_what_a_class_activation_map_denies_does_not_outweigh_what_it_claims():
