@@ -914,8 +914,8 @@ def encode_mask(mask):
 def read_ids(path):
     """A label PNG -> int32 [H, W]: a palette's indices, or of colours red + 256 green + 65536 blue."""
     with open_image(path) as image:
-        if len(image.getbands()) == 1:
-            return np.asarray(image, np.int32)
+        if len(image.getbands()) < 3:  # perhaps with a transparency
+            return np.asarray(image if len(image.getbands()) == 1 else image.getchannel(0), np.int32)
         rgba = np.asarray(image.convert("RGBA"))
     return rgba.view("<i4")[..., 0] & 0xFFFFFF  # a pixel's four bytes as one number, without the last
 
@@ -1025,9 +1025,9 @@ class CocoRegions:
         truth = as_truth(masks, [number[o["category_id"]] + 1 for o, _ in objects])
         for name, key in (("boxes", "bbox"), ("areas", "area"), ("crowd", "iscrowd")):
             for k, (annotation, _) in enumerate(objects):
-                truth[name][k] = annotation.get(key, truth[name][k])
+                truth[name][k] = annotation.get(key) or truth[name][k]
         image, _ = self.annotations(index)
-        return truth | {key: np.array([number[k] + 1 for k in image[key]], int)
+        return truth | {key: np.array([number[k] + 1 for k in image[key] if k in number], int)
                         for key in ("neg_category_ids", "not_exhaustive_category_ids") if key in image}
 
 
@@ -1270,6 +1270,8 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
         source.truth, source.categories = scene_truth, dict(enumerate(SHAPE_CLASSES, 1))
         if not objects:
             source.truth, source.categories = scene_classes, {0: "background"} | source.categories
+        if categories not in (None, source.categories):
+            raise UsageError("--data shapes: its classes are not those of the training data")
     elif coco_folder(data, split):
         lvis = objects and any(Path(data, "annotations").glob("lvis_v1_*"))
         kind = "lvis_v1" if lvis else "instances" if objects else "panoptic"
@@ -1286,7 +1288,8 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
                               f"entries without file: {len(regions.spans) - len(source)}")
         if lvis:
             with explained(regions.file, "its categories are not LVIS's"):
-                source.groups = {k: category["frequency"] for k, category in enumerate(regions.listed, 1)}
+                groups = {category["id"]: category["frequency"] for category in regions.listed}
+                source.groups = {n: groups[k] for n, k in enumerate(source.categories, 1) if k in groups}
                 source.image_counts = [category["image_count"] for category in regions.listed]
                 if split == "train":
                     source, limit = repeat_rare(shorten(source, limit), regions), None
@@ -1305,7 +1308,8 @@ def repeat_rare(source, regions, threshold=1e-3):
 
     Parts of a time are added up over the images until they make one (detectron2 draws them in each epoch).
     """
-    factors = {c["id"]: math.sqrt(threshold * len(regions.spans) / c["image_count"]) for c in regions.listed}
+    factors = {c["id"]: math.sqrt(threshold * len(regions.spans) / max(1, c["image_count"]))
+               for c in regions.listed}
     times = [max([1, *(factors[a["category_id"]] for a in regions.annotations(i)[1])])
              for i in range(len(source))]
     source.order = np.repeat(source.order, np.diff(np.floor(np.cumsum(times)), prepend=0).astype(int))
@@ -1368,8 +1372,12 @@ def open_masks(data, split, categories):
             names = dict(enumerate((root / "classes.txt").read_text().splitlines()))
         if categories is None and len(names) in (0, 2):
             labels = {k for file in files.values() for k in np.unique(read_ids(file)).tolist()}
-            ids = [0, 255] if labels == {0, 255} else sorted(labels - {255})
-            names = dict(zip(ids, names.values() or map(str, ids)))
+            if labels == {0, 255}:
+                names = dict(zip((0, 255), names.values() or ("0", "255")))
+            elif not names:
+                names = {k: str(k) for k in sorted(labels - {255})}
+        if categories and names and [*categories.values()] != [*names.values()]:
+            raise UsageError(f"--data {data}: its classes are not those of the training data")
     known = in_entries(source, files, root / masks)
     source.order, source.categories = source.order[known], categories or names
     source.description = (f"{data}: {images}, {counted(len(source), 'images')}, {len(source.categories)} "

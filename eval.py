@@ -778,12 +778,13 @@ class DenseImages(torch.utils.data.Dataset):
             return dict(image=image, label=label)
         objects = isinstance(label, dict)
         # 0 is what masks are filled up with: no object, and of classes those that do not count
-        masks = tv_tensors.Mask(label["masks"].astype(np.uint8) if objects else label - IGNORED)
+        masks = torch.from_numpy(label["masks"].astype(np.uint8) if objects else label[None] - IGNORED)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             factor = torch.empty(()).uniform_(*self.scale).item()
             sides = fitting_size(image, self.size, min if objects else max, factor)
-            whole = v2.Resize(sides)(tv_tensors.Image(image), masks)
+            masks = v2.functional.resize(masks, sides, v2.InterpolationMode.NEAREST_EXACT)
+            whole = v2.functional.resize(tv_tensors.Image(image), sides), tv_tensors.Mask(masks)
             for _ in range(10):
                 image, masks = self.crop(*whole)
                 counts = masks[masks > 0].bincount(minlength=1)
@@ -791,7 +792,7 @@ class DenseImages(torch.utils.data.Dataset):
                     break
             image, masks = self.transform(image, masks)
         if not objects:
-            return dict(image=image, label=masks + IGNORED)
+            return dict(image=image, label=masks[0] + IGNORED)
         seen = (masks.sum((1, 2)) > 1) & torch.from_numpy(~label["crowd"])  # crowds are no objects to learn
         labels, masks = torch.from_numpy(label["labels"])[seen], masks[seen]
         return dict(image=image, label=dict(boxes=boxes_of(masks), masks=masks, labels=labels))
@@ -1049,6 +1050,11 @@ def as_federated(weights, predictor, inputs, outputs):
     return logits, boxes
 
 
+def decode_boxes(decode, codes, boxes):
+    """`decode` of torchvision's BoxCoder in float32, whatever autocast made of the codes."""
+    return decode(codes.float(), boxes)
+
+
 class Detector(MaskRCNN):
     """Mask R-CNN (He et al., ICCV 2017, arXiv:1703.06870), torchvision's, with ViTDet's backbone and heads.
 
@@ -1104,6 +1110,8 @@ class Detector(MaskRCNN):
             box_predictor=predictor,
             mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, norm),
             mask_predictor=MaskRCNNPredictor(width, width, num_classes), **more)
+        for coder in (self.rpn.box_coder, self.roi_heads.box_coder):  # bf16 has too few bits for pixels
+            coder.decode_single = functools.partial(decode_boxes, coder.decode_single)
 
     def forward(self, images, targets=None, covered=None):
         """covered: (height, width) of the upper left part to which boxes are clipped; default: all."""
@@ -1123,12 +1131,13 @@ class Detector(MaskRCNN):
         boxes, scale = found["boxes"], found["boxes"].new_tensor(2 * [W / w, H / h])
         masks = image.new_zeros(len(boxes), H, W, dtype=torch.bool)
         # torchvision cuts the masks to learn half a pixel too far to the right and below.
-        for mask, box, whole in zip(found["masks"], (boxes + 0.5) * scale, masks):
-            left, top, right, bottom = box.int().tolist()
+        places = (boxes + 0.5) * scale
+        for mask, box, corners, whole in zip(found["masks"], places, places.int().tolist(), masks):
+            left, top, right, bottom = corners
             part = whole[top:bottom + 1, left:right + 1]
             if part.numel():  # a thin box at the edge may have left the image
                 part |= paste(mask, box - box.new_tensor(2 * [left, top]), part.shape) > 0.5
-        boxes = box_convert((boxes * scale).double(), "xyxy", "xywh")
+        boxes = box_convert((boxes * scale).cpu().double(), "xyxy", "xywh")
         return found | dict(boxes=boxes, scores=found["scores"].float(), masks=masks)
 
 
@@ -1610,8 +1619,8 @@ COCO_FORMAT = dict(scores=("score", float), boxes=("bbox", np.ndarray.tolist),
 
 
 def predict_images(model, output, images: list[str] | None = None, precision="fp32") -> dict:
-    """Writes what a finished model says of image files beside its picture: everything in COCO's result
-    format, as JSON; of a `Segmenter` the classes of pixels, too, a PNG for each image.
+    """Writes what a finished model says of image files beside its picture, which has the first 16: everything
+    in COCO's result format, as JSON; of a `Segmenter` the labels of pixels, too, a PNG for each image.
 
     images: image files to predict: the checkpoint is then a model that the task has trained
     """
@@ -1625,10 +1634,10 @@ def predict_images(model, output, images: list[str] | None = None, precision="fp
         found = predict(model, image, precision)
         if "classes" in found:
             file = output.with_name(f"{output.stem}-{number}-{stem}.png")
-            labels = found["classes"].astype(np.min_scalar_type(len(model.classes)))
+            labels = np.array(ids)[found["classes"]].astype(np.min_scalar_type(max(ids)))
             save_png(check_output(file), Image.fromarray(labels), "semseg")
             found, known["labels"] = as_masks(found["classes"]), str(file)
-        shown.append((image, found))
+        shown += [(image, found)] * (number <= 16)
         for i, label in enumerate(found["labels"].tolist()):
             own = {key: convert(found[kind][i]) for kind, (key, convert) in COCO_FORMAT.items()
                    if kind in found}

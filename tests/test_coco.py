@@ -272,8 +272,9 @@ def test_objects_without_a_mask_are_refused_when_the_file_is_opened(tmp_path, se
     assert message(load_dense, str(tmp_path), True) == told
 
 
-def test_missing_fields_are_computed(tmp_path):
-    """Area, box and crowd of the objects, and the size of the image."""
+@pytest.mark.parametrize("empty", [False, True])
+def test_missing_fields_are_computed(tmp_path, empty):
+    """Area, box and crowd of the objects, and the size of the image; also where they are null or empty."""
     path, data = annotate(write(tmp_path))
     for image in data["images"]:
         del image["height"], image["width"]
@@ -281,6 +282,8 @@ def test_missing_fields_are_computed(tmp_path):
         annotation["category_id"] = 3
         for field in ("area", "bbox", "iscrowd"):
             annotation.pop(field, None)
+        if empty:
+            annotation |= dict(area=None, bbox=[], iscrowd=None)
     path.write_text(json.dumps(data))
     source = load_dense(str(tmp_path), True)
     truth = source.truth(0, source[0])
@@ -487,6 +490,11 @@ def test_lvis_is_read_by_its_urls(tmp_path):
     assert truth["labels"].tolist() == [3] and truth["areas"].tolist() == [6]
     assert truth["neg_category_ids"].tolist() == [1]
     assert truth["not_exhaustive_category_ids"].tolist() == [3, 2]
+    path = tmp_path / "annotations" / "lvis_v1_val.json"
+    path.write_text(path.read_text().replace('"neg_category_ids": [2]', '"neg_category_ids": [99, 2]'))
+    trained = {1: "rat", 2: "ant", 4: "bee", 7: "zebra"}  # which the validation file does not list
+    other = load_dense(str(tmp_path), True, "val", categories=trained)
+    assert other.groups == {2: "r", 3: "c", 4: "f"} and other.truth(0, other[0])["neg_category_ids"].tolist() == [2]
     coco = small_coco(tmp_path / "coco", {"1.jpg": 1}, {1: "thing"})
     assert not hasattr(load_dense(coco, True), "groups")
 

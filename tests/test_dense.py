@@ -220,6 +220,21 @@ def test_gradients_of_detection(freeze):
     assert all(p.grad is not None for p in heads)
 
 
+def test_boxes_keep_all_bits_under_autocast(monkeypatch):
+    """bf16 has 8 bits: of places above 512 pixels it tells every fourth."""
+    model, given = Detector(make_encoder(64), 3, width=8, window=4), []
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight)
+    heads = model.roi_heads.forward
+    monkeypatch.setattr(model.roi_heads, "forward", lambda *args: given.extend(args[1]) or heads(*args))
+    full = dict(boxes=torch.tensor([[20.3, 10, 50, 40]]), labels=torch.tensor([2]), masks=torch.ones(1, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(torch.randn(2, 3, 64, 64), 2 * [full])
+        found = model.eval()(torch.randn(2, 3, 64, 64))
+    assert len(found[0]["boxes"]) > 0
+    for boxes in (*given, found[0]["boxes"]):
+        assert boxes.dtype == torch.float32 and not torch.equal(boxes, boxes.bfloat16().float())
+
+
 @pytest.mark.parametrize("size, patch", [((32, 48), 4), ((64, 96), 8), (96, 12), (128, 16)])
 def test_anchors_and_pools_know_the_strides(size, patch):
     model = Detector(make_encoder(size, patch), 3, width=8).eval()
@@ -914,6 +929,22 @@ def test_a_log_lies_beside_the_result_and_figures_in_it_if_asked(dense, tmp_path
 # Models that were trained here
 
 
+def test_masks_are_scaled_as_their_image_is():
+    """The centre of a disc and of its mask, over many scales; half a pixel of the image is lost otherwise."""
+    y, x = np.mgrid[:96, :96]
+    mask = torch.from_numpy((y - 40) ** 2 + (x - 55) ** 2 < 900)
+    image = (255 * mask).byte().expand(3, 96, 96)
+    for source in (Truth((image, objects(mask))), Truth((image, mask.numpy().astype(np.int16)))):
+        items, shifts = DenseImages(source, (128, 128), (0.3, 0.9)), []
+        for epoch in range(30):
+            item = items[epoch, 0]
+            masks = item["label"]["masks"][0] if isinstance(item["label"], dict) else item["label"] > 0
+            weights = item["image"][0].float() - item["image"][0].min()
+            centre = [(w * torch.arange(128.0)[:, None]).sum() / w.sum() for w in (weights, masks.float())]
+            shifts.append((centre[1] - centre[0]).item())
+        assert abs(np.mean(shifts)) < 0.15, shifts
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """{task: file of a small model with random weights, as the tasks leave it}."""
@@ -982,6 +1013,27 @@ def test_files_are_predicted(finished, cli, folder, tmp_path):
             for e, mask in zip(own, masks):
                 assert np.array_equal(datasets.coco_mask(e["segmentation"], 32, 32), mask)
     assert len({e["labels"] for e in json.loads((tmp_path / "semseg.json").read_text())}) == 2
+
+
+def test_predicted_labels_are_the_datas_own(finished, folder, tmp_path):
+    model = load_finished(finished["semseg"])
+    model.categories = {300 + 2 * k: name for k, name in enumerate(model.classes)}
+    file = str(folder / "train" / "a" / "0.png")
+    result = evaluation.predict_images(model, tmp_path / "a.png", 18 * [file])
+    entries = json.loads((tmp_path / "a.json").read_text())
+    labels = datasets.read_ids(entries[0]["labels"])
+    assert set(labels.ravel().tolist()) == {e["category_id"] for e in entries if e["labels"] == entries[0]["labels"]}
+    assert labels.min() >= 300 and len({e["labels"] for e in entries}) == 18
+    shorter = evaluation.predict_images(model, tmp_path / "b.png", 16 * [file])
+    assert torch.equal(result["picture"], shorter["picture"])  # it has the first 16
+
+
+def test_other_classes_than_the_models_are_refused(finished, cli, tmp_path):
+    state = mim.load_file(finished["semseg"])
+    state["args"]["categories"] = dict(enumerate(state["args"]["classes"][::-1]))
+    torch.save(state, tmp_path / "other.pt")
+    code, _, err = cli(evaluation, tmp_path / "other.pt", "--task", "semseg")
+    assert code == 2 and "--data shapes: its classes are not those of the training data" in err
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -418,12 +418,23 @@ def test_classes_txt_names_the_labels(tmp_path):
     for split, expected in (("train", [(0, 1)]), ("val", [(2, IGNORED)])):
         source = load_dense(root, False, split)
         assert source.classes == names and labels_of(source) == expected
+    names = {0: "tree", 1: "grass", 2: "lake"}
+    with pytest.raises(UsageError, match="own: its classes are not those of the training data"):
+        load_dense(root, False, "val", categories=names)
     write_ade20k(tmp_path / "ade")
     (tmp_path / "ade" / "classes.txt").write_text("\n".join(f"name {k}" for k in range(151)))
     source = load_dense(str(tmp_path / "ade"), False, "val")
     assert source.classes[150] == "name 150"
     for i in range(2):
         assert np.array_equal(source.truth(i, source[i]), quarters(3 * i + 1, 150, 0, LAST["val"]))
+
+
+@pytest.mark.parametrize("labels", [(0, 0), (1, 1), (1, 255)])
+def test_two_names_are_those_of_0_and_1(tmp_path, labels):
+    root = write_own(tmp_path, dict(train=[labels], val=[(0, 1)]), names=["road", "crack"])
+    train = load_dense(root, False)
+    assert train.categories == {0: "road", 1: "crack"} == load_dense(root, False, "val").categories
+    assert labels_of(train) == [tuple(IGNORED if k == 255 else k for k in labels)]
 
 
 @pytest.mark.parametrize("names", [None, ["paper", "ink"]])
