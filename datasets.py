@@ -514,8 +514,8 @@ def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: in
 
     data: the images: shapes (built-in scenes), cifar10, cifar100, stl10 (downloaded), or a folder: train/ and
         val/ with a folder per class, a folder per class, COCO's layout, or plain images
-    limit: use only so many of the training images, evenly spread over all images and so over the classes;
-        default: all
+    limit: use only so many of the images (where a task trains, of those for training), evenly spread over
+        all and so over the classes; default: all
 
     split: "pretrain" (labels are not used), "train" or "val". image_size: that of the scenes, an int or
     (height, width). root: the folder of torchvision's data sets. Raises UsageError if there are no such data,

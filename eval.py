@@ -138,7 +138,8 @@ class Pairs(torch.utils.data.Dataset):
     """
 
     def __init__(self, data):
-        self.source = torch.utils.data.TensorDataset(*data) if isinstance(data, (tuple, list)) else data
+        tensors = isinstance(data, (tuple, list)) and torch.is_tensor(data[0])
+        self.source = torch.utils.data.TensorDataset(*data) if tensors else data
 
     def __len__(self):
         return len(self.source)
@@ -146,7 +147,7 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, key):
         item = self.source[key[1] if isinstance(key, tuple) else key]
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
-        return dict(image=image, label=label, broken=-1)
+        return dict(image=image, label=int(label), broken=-1)
 
 
 def as_items(data):
@@ -1388,6 +1389,12 @@ def object_flow(flow, regions, patch_size):
     return flow, member
 
 
+def default_query(encoder):
+    """The class token, 0; of LoMaR, where no loss reaches it, the patch in the middle."""
+    gh, gw = encoder.grid
+    return 1 + gh // 2 * gw + gw // 2 if encoder.relative_position else 0
+
+
 def attention_shares(encoder, dataset, query=0, device="cpu", workers=0):
     """The share of the last block's attention that falls on the largest object, and on all objects, beside
     the objects' shares of the area: means over the images with an object, in percent.
@@ -1429,8 +1436,7 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     """
     encoder, images = frozen(encoder, device), prepare(images, device)
     (gh, gw), p, more = encoder.grid, encoder.patch_size, {}
-    if query is None:
-        query = 1 + gh // 2 * gw + gw // 2 if encoder.relative_position else 0
+    query = default_query(encoder) if query is None else query
     if query > gh * gw:
         raise UsageError(f"--query {query}: it may be 0 (class token) to {gh * gw} (the last patch)")
     torch.manual_seed(seed)
@@ -1469,7 +1475,7 @@ def reconstruct(method, images, regions=None, tokenizer=None, hide: Literal["obj
     regions, tokenizer: for methods that take them; regions also for hide.
 
     hide: object hides an object of each image and shows all the rest (ObjMAE, Figure 7). The objects are
-        those of --regions, whose default is then objmae's; not for lomar and dvae
+        those of --regions, by default the run's, else objmae's; not for lomar and dvae
     seed: of the masks
     """
     method, images = frozen(method, device), prepare(images, device)
@@ -1571,6 +1577,8 @@ def segment(method, dataset, image_visible: Fraction = 1.0, count: PositiveInt =
             guess, other = (mim.patchify(x, p) > 0.5 for x in (completed, control))
             near = nearest_hint(patches, ids, encoder.grid)
             for name, found in dict(iou=guess, other_image=other, nearest_hint=near).items():
+                if name == "other_image" and len(some) == 1:
+                    continue  # there is no other
                 scores.setdefault(f"{name}_{ratio}", []).append(hidden_iou(found, patches, ids))
             hints = put_patches(torch.full_like(completed, 0.5), maps.float(), ids, p)
             tiles |= {f"{ratio}% hidden": hints, f"{ratio}% completed": completed}
@@ -1625,8 +1633,9 @@ def predict_images(model, output, images: list[str] | None = None, precision="fp
     images: image files to predict: the checkpoint is then a model that the task has trained
     """
     results, shown, path = [], [], output.with_suffix(".json")
-    if path.exists() and not output.exists():
-        raise UsageError(f"--output {output}: {path} is there, and no result of eval.py")
+    with explained(f"--output {output}", f"{path} is there, and no result of eval.py"):
+        if path.exists() and not all("category_name" in entry for entry in json.loads(path.read_bytes())):
+            raise ValueError("it has other entries")
     ids = [0, *(model.categories or range(len(model.classes)))][-len(model.classes):]  # 0: the background
     for number, name in enumerate(images, start=1):
         image, stem = open_photo(name), Path(name).stem
@@ -1676,7 +1685,8 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
     sizes = dict(model=model, patch_size=patch_size, relative_position=relative_position)
     given = {name: value for name, value in sizes.items() if value}
     if checkpoint == "random":
-        size = size or image_pair([load_unlabelled(data).image_size])
+        with first_process_first():
+            size = size or image_pair([load_unlabelled(data).image_size])
         torch.manual_seed(seed)
         with explained("--image-size", "there is no such ViT"):
             settings = run_recipe(dict(method="mae", data=data), size) | given
@@ -1845,7 +1855,10 @@ def open_picture(checkpoint, task, output: str | None = None):
 
     output: file of the picture, PNG; default: TASK.png beside the checkpoint
     """
-    return check_output(Path(output or beside(checkpoint, f"{task}.png")), checkpoint)
+    path = Path(output or beside(checkpoint, f"{task}.png"))
+    if path.suffix in (".pt", ".jsonl", ".json"):
+        raise UsageError(f"--output {output}: it is for the picture, and models, logs and predictions end so")
+    return check_output(path, checkpoint)
 
 
 def open_result(checkpoint, task, output: str | None = None, resume=False, overwrite: bool = False):
@@ -1910,8 +1923,9 @@ def kept_settings(method, args, given):
         raise UsageError(f"--regions: the method of {given['checkpoint']} takes none")
     if "tokenizer" in given and "tokens" not in accepted:
         raise UsageError(f"--tokenizer: the method of {given['checkpoint']} takes none")
-    if "images" in given and "regions" in args:
-        args = args | dict(regions="fh")
+    regions = given.get("regions", "fh" if "images" in given else args.get("regions"))
+    if regions != args.get("regions", regions):  # the run's other settings are of its own kind of regions
+        args = args | dict(regions=regions, fh_scales=None, cam_weights=None, cam_labels=False)
     kept = ("method", "epoch", "tokenizer", "tokenizer_digest", *flags_of([open_regions]))
     return {name: args[name] for name in kept if name in args}
 
@@ -1973,7 +1987,7 @@ def main(argv):
     if rank() == 0:
         shown = {name: p.default for name, (p, _) in flags_of([run]).items()} | settings | result
         shown |= dict(image_size=list(size), seconds=round(time.perf_counter() - began, 1))
-        for name in ["resume", "overwrite"] + ["data"] * ("images" in given):
+        for name in ["resume", "overwrite"] + ["data"] * ("images" in given and task != "attentive"):
             shown.pop(name, None)
         print(json.dumps(shown, default=str))
 

@@ -1573,12 +1573,13 @@ class ObjMAE(MAE):
 
     alpha: length of source and of target, each, as a share of all patches; on COCO half of §4.1's 0.34,
         which is Table 9's 0.17; on CLEVR 0.05 (§4.7)
-    alignment: how all images come to this length (§3.3): throwout cuts to the batch's smallest, zero pads
-        with tokens that take part in nothing, replicate repeats patches, random adds other patches
+    alignment: how all images come to this length (§3.3): throwout cuts to the batch's smallest (torch.compile
+        then compiles each length), zero pads with tokens that take part in nothing, replicate repeats
+        patches, random adds other patches
     selection: intra is source and target from one object; inter is target from another, or the background
         (§4.5)
     object_floor: smallest object, as a share of the image; with 1 no object is large enough, and all of each
-        image is its object, which is Table 9's MAE with an alpha (class activation maps ignore it)
+        image is its object, which is Table 9's MAE with an alpha (not with regions=cam)
     patch_share: share of a patch's pixels that makes it the object's
 
     No code was released. Of a class activation map the patches above 0.3 (Appendix A) are the object, cut to

@@ -150,10 +150,11 @@ SMALL_METHOD_RECIPES = {
                  groups=3, vocab_size=512),
     # At the learning rate of the other methods RAE's encoder collapses at this scale: after 60 to 160 steps
     # 99% of the normalised latents are one direction, and the region loss is the same with another image.
-    # Hints and the usual shape of objects alone lower that loss (README). Here all have an eighth of it.
-    # An eighth for the encoder alone was tried on CIFAR-10. After 512 steps the loss is lower (0.107, not
-    # 0.143), but it is the same with another image, and the encoder is no better. At the full rate neither a
-    # warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from collapsing.
+    # Hints and the usual shape of objects alone lower that loss (README). Here all have an eighth of
+    # ViT-nano's. An eighth for the encoder alone was tried on CIFAR-10. After 512 steps the loss is lower
+    # (0.107, not 0.143), but it is the same with another image, and the encoder is no better. At the full
+    # rate neither a warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from
+    # collapsing.
     "rae": dict(base_lr=5e-4),
 }
 
@@ -316,8 +317,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     accumulate: micro-batches per step, over all processes; default: the smallest number that leaves at most
         256 images in each
     lr: absolute learning rate at the end of the warm-up, instead of --base-lr
-    base_lr: learning rate per 256 images of the batch (SimMIM: per 512; ObjMAE: 128; CAE and BEiT: 2048);
-        not with --lr
+    base_lr: learning rate per 256 images of the batch (above 96 pixels SimMIM: per 512; ObjMAE: 128; CAE and
+        BEiT: 2048; dvae: 512, below 32); not with --lr
     warmup_epochs: epochs in which the learning rate rises from 0; the default may name several lengths of a
         run: a run of another length warms up for the same fraction as the next longer one of these, and a run
         that is longer than all of them for as many epochs as the longest
@@ -711,6 +712,8 @@ def write_checkpoint(output, method, state, save_every=None):
         for name in names:
             write_atomically(output / name, lambda to: torch.save(encoder, to))
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
+    for old in output.glob("encoder*.pt") if not state["epoch"] else ():  # of a run that is overwritten
+        old.unlink()
 
 
 def run_settings(content):
@@ -1060,7 +1063,7 @@ def resumed(given, state):
         if name not in MAY_CHANGE and saved.get(name) != value:
             was = "its default" if saved.get(name) is None else saved[name]
             raise UsageError(f"--{name.replace('_', '-')} {value}: the run to resume was made with {was}; "
-                             "leave the flag out or write to another --output")
+                             "keep that, or write to another --output")
     return {name: value for name, value in saved.items() if name not in ("device", "workers")} | given
 
 

@@ -344,7 +344,7 @@ def train_command(name, epochs, output, small=False, compile=False, **common):
         words.insert(words.index("--tokenizer") + 1, str(output / "dvae" / "checkpoint.pt"))
     if words[1] == "objmae" and small and default_regions("objmae", common["data"]) == "cam":
         words += ["--regions", "fh"]  # ImageNet's ResNet-50 has no maps of small images
-    return ["train.py", *words, *options, *flags(**common, compile=compile)]
+    return ["train.py", *words, *flags(**common, compile=compile), *options]
 
 
 def eval_commands(folder, measures, finetune_epochs, probe_epochs, untrained=False, **common):
@@ -403,7 +403,7 @@ def carry_out(command, log):
     lines = log.read_text(errors="replace").split("\n") if log.exists() else [""]
     if lines[0] == text and len(lines) > 2 and (lines[-2].startswith("{") or "next: python" in lines[-2]):
         return lines[-2]
-    kept = log.parent / {"train.txt": "checkpoint.pt", "finetune.txt": "finetune.pt"}.get(log.name, "no file")
+    kept = log.with_suffix(".pt") if log.name != "train.txt" else log.with_name("checkpoint.pt")
     resume = kept.exists()
     if resume and lines[0] != text:
         before = lines[0] or "without a log"
@@ -558,7 +558,8 @@ def costs(model: Literal[tuple(mim.SIZES)] = "base", image_size: PositiveInt = 2
     for title, names in COSTS.items():
         print(f"{title:40s}{'GMAC':>8s}{'x mae':>8s}")
         for name in names.split():
-            method, _ = build_compared(name, source, epochs=800, output=Path(), data="/imagenet", model=model)
+            method, _ = build_compared(name, source, epochs=800, output=Path(), data="/imagenet", model=model,
+                                       image_size=image_size)
             gmac, whole = count_gmac(method, synthetic_batch(method, 1))
             mae = mae or whole
             rows.append(dict(group=title, name=name, gmac=round(gmac, 3), ratio=round(whole / mae, 3)))
@@ -613,7 +614,7 @@ def short_task(task, folder, device, precision, seed):
     size, scenes = method.encoder.image_size, load_data("shapes", "val", limit=32)
     options = dict(method=method, encoder=method.encoder, seed=seed, device=device, precision=precision)
     if task == "segment":
-        options["images"] = Images(scenes, size, "center", regions=SceneInstances())
+        options["dataset"] = Images(scenes, size, "center", regions=SceneInstances())
     elif task in ("reconstruct", "attention"):
         options |= train.picture_items(Images(scenes, size, "center"))
     else:
@@ -970,8 +971,9 @@ def attention(checkpoints: list[str] | None = None, data: str = "shapes", region
             dataset, images = opened["dataset"], opened["images"].to(device)
             columns = dict(image=denormalize(images))
         with torch.no_grad():
-            shares = evaluation.attention_shares(encoder, dataset, 0, device, workers)
-            map = encoder.last_attention(images).mean(1).unflatten(1, encoder.grid)
+            query = evaluation.default_query(encoder)
+            shares = evaluation.attention_shares(encoder, dataset, query, device, workers)
+            map = encoder.last_attention(images, query).mean(1).unflatten(1, encoder.grid)
         name = str(checkpoint).removesuffix("/encoder.pt").removesuffix("/checkpoint.pt")
         main, both = shares["attention_main"], shares["attention_objects"]
         title = f"{name}: {main:.1f}% on the main object, {both:.1f}% on all"

@@ -125,8 +125,10 @@ def test_compare_gives_every_method_equal_epochs(cli, folder, tmp_path, in_proce
 def test_a_row_may_have_options(cli, folder, tmp_path, in_process):
     """Each is a run of its own, evaluated as all others."""
     command = benchmark.train_command("objmae:alignment=random,norm_pix=true", 3, tmp_path, data="shapes")
-    assert command == ["train.py", "--method", "objmae", "--epochs", "3", "--alignment", "random",
-                       "--norm-pix", "--data", "shapes"]
+    assert command == ["train.py", "--method", "objmae", "--epochs", "3", "--data", "shapes",
+                       "--alignment", "random", "--norm-pix"]
+    command = benchmark.train_command("mae:seed=1", 3, tmp_path, data="shapes", seed=0)
+    assert train.parse(command[1:])["seed"] == 1
     assert benchmark.train_command("mae:norm_pix=false", 3, tmp_path)[-1] == "--no-norm-pix"
     row = "amt:throw=random,mask_ratio=0.5"
     code, out, err = cli(benchmark, "compare", "--data", folder, "--model", "nano", "--limit", 20, "--epochs", 1,
@@ -165,6 +167,7 @@ def test_costs_count_what_the_papers_vary(monkeypatch):
     mae, nothing_thrown, little, lomar = benchmark.costs("nano")["rows"]
     assert mae["gmac"] == nothing_thrown["gmac"] and mae["ratio"] == 1.0
     assert little["ratio"] < lomar["ratio"] < 0.1  # MAE's decoder is far larger than a ViT-nano
+    assert benchmark.costs("nano", 112)["rows"][0]["gmac"] < mae["gmac"] / 4
 
 
 def test_the_papers_ablations_can_be_run(tmp_path):
@@ -187,6 +190,22 @@ def test_the_papers_ablations_can_be_run(tmp_path):
     assert mae.object_floor == 1 and mae.count == 49
     first = built["cae-token:decoder_depth=0,alignment_weight=0"]
     assert len(first.decoder_blocks) == 0 and first.alignment_weight == 0
+
+
+def test_an_interrupted_measure_goes_on(tmp_path, monkeypatch):
+    """semseg.pt is there before its first epoch ends."""
+    command = benchmark.eval_commands(tmp_path / "random", ["semseg-linear"], 1, 1, True, data="shapes")
+    log = tmp_path / "random" / "semseg-linear.txt"
+    log.parent.mkdir()
+    log.write_text("python " + " ".join(command["semseg-linear"]) + "\n")
+    log.with_suffix(".pt").touch()
+
+    def run(words, stdout, stderr):
+        print("{}", file=stdout)
+        return SimpleNamespace(returncode="--resume" not in words)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    assert benchmark.carry_out(command["semseg-linear"], log) == "{}"
 
 
 def test_compare_counts_what_training_costs():
@@ -252,6 +271,16 @@ def test_cuda_goes_through_its_checks_on_the_cpu(cli, short_check):
     assert code == 0 and {row["result"] for row in rows.values()} == {"ok"}, out
     assert rows["amt fp32"]["loss"] == rows["amt fp32"]["cpu"] != rows["amt bf16"]["loss"]
     assert lines[-1] == "8 checks, 0 failed" and len(lines) == 1 + len(rows) + 1
+
+
+def test_cuda_checks_every_task(tmp_path, monkeypatch):
+    small, device = "--image-size 32 --patch-size 8 --decoder-dim 16 --decoder-depth 1", torch.device("cpu")
+    monkeypatch.setattr(benchmark, "CHECKED", {
+        "mae": f"--method mae {small}", "rmae": f"--method rmae {small} --region-dim 16 --region-heads 2"})
+    for name in benchmark.CHECKED:
+        benchmark.short_run(name, tmp_path / name, device, "fp32", None, 0)
+    for task, name in benchmark.TASKS.items():
+        assert benchmark.short_task(task, tmp_path / name, device, "fp32", 0), task
 
 
 def test_cuda_goes_on_after_a_failure_and_ends_with_1(cli, short_check, monkeypatch, capsys):

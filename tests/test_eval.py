@@ -692,6 +692,9 @@ def test_a_notebook_evaluates_its_own_encoder_on_its_own_data(name):
     assert PROTOCOLS[name](encoder, OwnData(32), OwnData(16))["top1"] == 100
     assert encoder.training and all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
     assert all(p.requires_grad for p in encoder.parameters())
+    # A list of pairs will do, too, and labels of any type.
+    listed = [(image, torch.tensor(label).byte()) for image, label in map(OwnData(32).__getitem__, range(32))]
+    assert PROTOCOLS[name](encoder, listed, OwnData(16))["top1"] == 100
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -900,6 +903,18 @@ def test_regions_are_those_of_the_run_or_given(handed, runs, folder, masks):
     segments = datasets.open_regions("fh", source, fh_scales=[20])
     expected = datasets.Images(source, 32, "center", regions=segments)
     assert all(torch.equal(computed[i], expected[i]["regions"]) for i in range(2))
+
+
+@pytest.mark.parametrize("own, given", [
+    (dict(regions="fh", fh_scales=[30]), dict(regions="instances")),
+    (dict(regions="cam", cam_weights="weights.pth", cam_labels=True), dict(images=["a.png"]))])
+def test_settings_of_the_runs_regions_are_not_those_of_others(own, given):
+    method = mim.RMAE(mim.ViT(32, 8, 32, 1, 2), region_dim=16, region_heads=2, decoder_dim=16, decoder_heads=2)
+    args = dict(method="rmae", regions=None, fh_scales=None, cam_weights=None, cam_labels=False) | own
+    kept = evaluation.kept_settings(method, args, given)
+    assert kept["regions"] == given.get("regions", "fh")
+    assert not kept["fh_scales"] and not kept["cam_weights"] and not kept["cam_labels"]
+    assert evaluation.kept_settings(method, args, dict(regions=own["regions"])).items() >= own.items()
 
 
 def test_regions_of_coco_are_those_of_the_validation_images(handed, runs, tmp_path):
@@ -1203,6 +1218,11 @@ def test_the_control_has_the_same_hints_and_another_image():
     for own, other in zip(Oracle.given[::2], Oracle.given[1::2]):
         assert torch.equal(own[1], other[1]) and torch.equal(own[2], other[2])  # maps and hints
         assert own[3].shape[1] == 128  # by default the whole image is seen
+
+
+def test_a_single_region_has_no_control():
+    result = evaluation.segment(Seer(None), region_items(1))
+    assert result["iou_80"] == 100 and not [name for name in result if name.startswith("other")]
 
 
 def test_an_object_that_is_shown_whole_has_no_score(monkeypatch):

@@ -191,6 +191,8 @@ def test_a_result_is_overwritten_on_demand_and_a_picture_always(evaluate):
     code, err = evaluate("finetune", "--epochs", 1, "--seed", 1, "--overwrite")
     assert code == 0 and Path("finetune.pt").read_bytes() != before, err
     before = Path("finetune.pt").read_bytes()
+    code, err = evaluate("attention", "--output", "finetune.pt")
+    assert code == 2 and "--output finetune.pt: it is for the picture" in err
     code, err = evaluate("semseg", "--output", "finetune.pt", "--overwrite", encoder="finetune.pt")
     assert code == 2 and "or the checkpoint itself" in err and Path("finetune.pt").read_bytes() == before
 
