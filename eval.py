@@ -1634,7 +1634,8 @@ def predict_images(model, output, images: list[str] | None = None, precision="fp
     """
     results, shown, path = [], [], output.with_suffix(".json")
     with explained(f"--output {output}", f"{path} is there, and no result of eval.py"):
-        if path.exists() and not all("category_name" in entry for entry in json.loads(path.read_bytes())):
+        entries = json.loads(path.read_bytes()) if path.exists() else []
+        if not isinstance(entries, list) or not all("category_name" in entry for entry in entries):
             raise ValueError("it has other entries")
     ids = [0, *(model.categories or range(len(model.classes)))][-len(model.classes):]  # 0: the background
     for number, name in enumerate(images, start=1):
