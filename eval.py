@@ -104,7 +104,7 @@ SMALL_RECIPES = {
     "semseg": dict(epochs=3, base_lr=1e-3, width=64),
     "detect": dict(epochs=2, batch_size=8, base_lr=2e-3, warmup_epochs=0.14, width=32),
 }
-NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=3)}
+NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=5, base_lr=4e-3, layer_decay=0.75)}
 
 
 def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae"):

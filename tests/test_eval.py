@@ -357,7 +357,7 @@ def test_methods_without_settings_of_their_own_have_maes(method):
     ("finetune", "mae", "nano", 112, dict(epochs=100)),
     ("finetune", "mae", "nano", (64, 112), dict(epochs=100)),  # the longer side tells
     ("finetune", "mae", "small", 96, dict(epochs=30, batch_size=128, base_lr=1e-3)),
-    ("finetune", "mae", "nano", 64, dict(epochs=3, batch_size=128, base_lr=1e-3)),
+    ("finetune", "mae", "nano", 64, dict(epochs=5, batch_size=128, base_lr=4e-3, layer_decay=0.75)),
     ("finetune", "mae", "large", 64, dict(epochs=30, drop_path=0.1)),
     ("finetune", "objmae", "small", 64,
      dict(epochs=30, batch_size=128, base_lr=1e-3, lr_batch=256, lookahead=0)),
