@@ -1086,6 +1086,7 @@ def attention_map(encoder, images):
     training = encoder.training
     encoder.eval()
     attention = encoder.last_attention(images)  # Eq. 3, the class token's row: [B, heads, N]
+    torch.clear_autocast_cache()  # older torch would use the weights that were cast here, without gradients
     encoder.train(training)
     low, high = attention.aminmax(dim=-1, keepdim=True)
     attention = (attention - low) / (high - low).clamp_min(1e-12)

@@ -429,7 +429,7 @@ def compare_row(name, epochs, output, measures, finetune_epochs, probe_epochs, c
         commands = eval_commands(folder, measures, finetune_epochs, probe_epochs, untrained=True, **common)
     elif name == "supervised":
         commands = eval_commands(folder, ["finetune"], epochs, probe_epochs, untrained=True, **common)
-        commands["finetune"] += flags(layer_decay=1)
+        commands["finetune"] += flags(layer_decay=1, base_lr=1e-3 if small else None)
     else:
         command = train_command(name, epochs, output, small, compile, **common)
         carry_out([*command, *flags(output=folder)], folder / "train.txt")

@@ -1548,7 +1548,7 @@ def test_finetuning_resumes_exactly(call, runs, folder, tmp_path, monkeypatch):
         code, *_ = finetune("part.pt")
     assert code == 130
     code, _, err = finetune("part.pt", "--resume", "--base-lr", 0.5)
-    assert code == 2 and "was made with base_lr 0.001, not 0.5" in err
+    assert code == 2 and "was made with base_lr 0.004, not 0.5" in err
     code, part, _ = finetune("part.pt", "--resume")
     assert code == 0 and {k: v for k, v in part.items() if k not in ("seconds", "output")} == {
         k: v for k, v in whole.items() if k not in ("seconds", "output")}
@@ -1764,7 +1764,7 @@ MISTAKES = [
     ("{mae}/encoder.pt --task finetune --warmup-epochs 5 --epochs 3 --data {data} --output w.pt",
      "--warmup-epochs 5 is more than --epochs 3"),
     ("{mae}/encoder.pt --task finetune --min-lr 1 --data {data} --output w.pt",
-     "--min-lr 1 is above the peak learning rate, 9.38e-05"),
+     "--min-lr 1 is above the peak learning rate, 0.000375"),
     ("{mae}/encoder.pt --task knn --data {plain}", "needs labels"),
     ("{mae}/encoder.pt --task knn --cache-features", "--cache-features belongs to --task linear or"),
     ("{mae}/checkpoint.pt --task reconstruct --image-size 64", "--image-size belongs to --task knn or"),

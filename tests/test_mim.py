@@ -1116,6 +1116,14 @@ def test_an_object_between_patches_falls_back_to_the_whole_image():
     assert method(images(1, 40, 40), regions)["ids_visible"].shape == (1, 8)
 
 
+def test_maps_on_the_spot_leave_autocast_its_gradients():
+    """torch 2.6 keeps the weights that autocast casts in the pass for the maps, which has no gradients."""
+    method = amt_mae()
+    with torch.autocast("cpu", torch.bfloat16):
+        method(images())["loss"].backward()
+    assert all(p.grad is not None for p in method.encoder.blocks.parameters())
+
+
 def test_class_activation_maps_by_hand_and_their_strongest_patches():
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 5, 4, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(5, 7))
