@@ -266,11 +266,12 @@ COMPARED = {
     "objmae": "--method objmae", "objmae-inter": "--method objmae --selection inter", "rae": "--method rae",
     "rmae": "--method rmae", "cae": "--method cae", "cae-token": "--method cae --tokenizer",
 }
-# The papers' ablations, as rows. With object_floor=1 the whole image is ObjMAE's one object: MAE with an alpha.
-# Those that end in -small are for 8 x 8 patches, as the scenes have.
+# The papers' ablations, as rows. With object_floor=1 the whole image is ObjMAE's one object: MAE with an
+# alpha. Those that end in -small are for 8 x 8 patches, as the scenes have.
 ABLATIONS = {
     "amt-table-2": "simmim amt-simmim:throw_ratio=0 amt-simmim amt-simmim:mask_ratio=0.33,throw_ratio=0.5",
-    "amt-table-4": "mae amt:throw_ratio=0 amt:throw=random amt:mask_ratio=0.75,throw_ratio=0.1 amt:throw=low amt",
+    "amt-table-4": "mae amt:throw_ratio=0 amt:throw=random amt:mask_ratio=0.75,throw_ratio=0.1 amt:throw=low "
+                   "amt",
     "lomar-table-4": "lomar:window_size=5 lomar:window_size=7 lomar:window_size=9 lomar:window_size=11 "
                      "lomar:window_size=14",
     "lomar-table-4-small": "lomar:window_size=3 lomar:window_size=5 lomar:window_size=8",
@@ -529,8 +530,9 @@ COSTS = {
     "LoMaR, side of a window": "lomar:window_size=5 lomar lomar:window_size=9 lomar:window_size=11 "
                                "lomar:window_size=14",
     "ObjMAE, alpha": "objmae:alpha=0.5 objmae:alpha=0.25 objmae:alpha=0.17 objmae:alpha=0.05",
-    "R-MAE, number of regions": " ".join(f"rmae:variant={variant},num_regions={count}"
-                                         for variant in ("length", "batch", "channel") for count in (1, 4, 8, 16)),
+    "R-MAE, number of regions": " ".join(
+        f"rmae:variant={variant},num_regions={count}" for variant in ("length", "batch", "channel")
+        for count in (1, 4, 8, 16)),
     "RAE": "rae rae:region_dim=256 rae:region_dim=256,mask_ratio=0.6",
 }
 
