@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torchvision.io import write_png  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it gives
 # The first backward pass starts a thread for each device that there is. It comes here, before test_cuda.py pretends
@@ -196,6 +198,8 @@ def run_as_program(target, variables, files):
         os.dup2(file.fileno(), descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
     os.environ |= {name: str(value) for name, value in variables.items()}
+    # tqdm's lock is shared by all forked processes: one that is killed while it holds it would stop them all.
+    tqdm.set_lock(threading.RLock())
     sys.exit(target())
 
 
