@@ -150,7 +150,7 @@ SMALL_METHOD_RECIPES = {
                  groups=3, vocab_size=512),
     # At the learning rate of the other methods RAE's encoder collapses at this scale: after 60 to 160 steps
     # 99% of the normalised latents are one direction, and the region loss is the same with another image.
-    # Hints and the usual shape of objects alone lower that loss (README). Here all have an eighth of
+    # Hints and the usual shape of objects alone lower that loss. Here all have an eighth of
     # ViT-nano's. An eighth for the encoder alone was tried on CIFAR-10. After 512 steps the loss is lower
     # (0.107, not 0.143), but it is the same with another image, and the encoder is no better. At the full
     # rate neither a warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from

@@ -109,6 +109,8 @@ def test_compare_gives_every_method_equal_epochs(cli, folder, tmp_path, in_proce
             assert epochs == 2
             log = (tmp_path / "table" / f"{name}-{epochs}" / "log.jsonl").read_text()
             assert len(log.splitlines()) == epochs
+    scratch = (tmp_path / "table" / "supervised" / "finetune.txt").read_text().split("\n")[0]
+    assert scratch.endswith("--layer-decay 1 --base-lr 0.001")
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 2 + 2 and {line.count("|") for line in table} == {8}
     trained = [c for c in in_process if "train.py" in c[0]]
@@ -348,6 +350,21 @@ def test_one_image_under_the_mask_of_every_method(cli, folder, tmp_path):
     assert Image.open(tmp_path / "masks.png").width == 4 + 5 * 172
     code, _, err = cli(benchmark, "masks", "--output", folder / "val" / "a" / "0.png")
     assert code == 2 and "it is no picture of benchmark.py" in err
+
+
+def test_lomars_encoder_looks_from_the_middle(cli, tmp_path, monkeypatch):
+    """No loss reaches its class token."""
+    queries, shares = [], evaluation.attention_shares
+    monkeypatch.setattr(evaluation, "attention_shares", lambda *args: queries.append(args[2]) or shares(*args))
+    for relative in (True, False):
+        encoder = mim.ViT(64, 8, 16, 1, 2, relative_position=relative)
+        state = encoder.state_dict()
+        state._metadata[""] |= dict(image_size=[64, 64])  # as a run says it
+        torch.save(state, tmp_path / "encoder.pt")
+        code, _, err = cli(benchmark, "attention", "--checkpoints", tmp_path / "encoder.pt", "--limit", 2,
+                           "--count", 1, "--output", tmp_path / "a.png")
+        assert code == 0, err
+    assert queries == [1 + 4 * 8 + 4, 0]
 
 
 def test_encoders_look_side_by_side(cli, tmp_path):

@@ -1,6 +1,7 @@
 """Evaluation: protocols and pictures against numbers by hand; what reaches a task; every flag; mistakes."""
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -871,6 +872,33 @@ def test_what_is_drawn_is_cut_from_the_centre(handed, runs, wide):
     first = read_image(str(wide / "val" / "a" / "0.png"))
     expected = v2.functional.resize(first[:, :, 12:36], [32, 32], v2.InterpolationMode.BICUBIC)
     assert (datasets.denormalize(images)[0] - expected / 255).abs().max() < 0.02
+
+
+def test_the_line_names_the_data_that_a_probe_learns_from(call, runs, folder, monkeypatch):
+    path, image = runs / "mae" / "checkpoint.pt", folder / "val" / "a" / "0.png"
+    for task in ("attention", "attentive"):
+        monkeypatch.setitem(evaluation.TASKS, task, functools.wraps(evaluation.TASKS[task])(lambda **_: {}))
+        code, line, err = call(path, task, "--images", image, *["--data", folder] * (task == "attentive"))
+        assert code == 0 and line.get("data") == (str(folder) if task == "attentive" else None), err
+
+
+def test_an_untrained_encoders_data_are_downloaded_by_one_process(call, folder, monkeypatch):
+    inside, load = [], evaluation.load_unlabelled
+
+    @contextlib.contextmanager
+    def first():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def checked(*args):
+        assert inside
+        return load(*args)
+
+    monkeypatch.setattr(evaluation, "first_process_first", first)
+    monkeypatch.setattr(evaluation, "load_unlabelled", checked)
+    code, _, err = call("random", "knn", "--data", folder, "--model", "nano", "--k", 1)
+    assert code == 0, err
 
 
 def test_what_is_drawn_is_spread_over_the_validation_images_or_given(handed, runs, folder):

@@ -186,3 +186,9 @@ def test_maps_of_a_replaced_image_are_not_used(tmp_path):
     assert len(find_files(tmp_path / "cache", (".npz",))) == 3 and os.path.exists(regions.path(1))
     os.utime(tmp_path / "0.png", ns=(0, 10**18))  # another image of the same size
     assert not os.path.exists(regions.path(0))
+
+
+def test_labels_may_have_a_transparency(tmp_path):
+    labels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(np.stack([labels, np.full_like(labels, 255)], axis=2), "LA").save(tmp_path / "a.png")
+    assert np.array_equal(read_ids(tmp_path / "a.png"), labels)
