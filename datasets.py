@@ -1273,7 +1273,11 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
         if categories not in (None, source.categories):
             raise UsageError("--data shapes: its classes are not those of the training data")
     elif coco_folder(data, split):
-        lvis = objects and any(Path(data, "annotations").glob("lvis_v1_*"))
+        annotations = Path(data, "annotations")
+        lvis = objects and any(annotations.glob("lvis_v1_*"))
+        if lvis and any(annotations.glob("instances_*")):
+            raise UsageError(f"{annotations} has both LVIS's and COCO's objects: make a folder for each, with "
+                             "links to the images")
         kind = "lvis_v1" if lvis else "instances" if objects else "panoptic"
         source = load_coco(data, split, lvis)
         regions = CocoRegions(source, data, split, kind)

@@ -519,6 +519,13 @@ def test_images_of_rare_classes_are_repeated(tmp_path, monkeypatch):
     assert len(load_dense(root, True)) == 10
 
 
+def test_cocos_objects_beside_lviss_are_not_guessed(tmp_path):
+    root = write_lvis(tmp_path)
+    (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
+    with pytest.raises(UsageError, match="has both LVIS's and COCO's objects"):
+        load_dense(root, True, "val")
+
+
 def test_other_categories_than_lviss_are_one_line(tmp_path):
     root = write_lvis(tmp_path)
     path = tmp_path / "annotations" / "lvis_v1_train.json"
