@@ -193,17 +193,6 @@ def layer_norm(dim):
     return nn.LayerNorm(dim, eps=1e-6)
 
 
-class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] -> a linear projection of each patch, [B, N, D]."""
-
-    def __init__(self, patch_size, embed_dim, channels):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, [B, L, D] -> [B, L, D].
 
@@ -282,18 +271,6 @@ class CrossAttention(nn.Module):
         return ((q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])).softmax(-1)
 
 
-class MLP(nn.Module):
-    """Two linear layers with GELU between, [..., D] -> [..., D]."""
-
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class LayerScale(nn.Module):
     """A learned factor for each channel (Touvron et al., ICCV 2021, arXiv:2103.17239)."""
 
@@ -313,7 +290,9 @@ class Block(nn.Module):
         self.norm1 = layer_norm(dim)
         self.attn = Attention(dim, num_heads, relative_position)
         self.norm2 = layer_norm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        hidden_dim = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, hidden_dim), act=nn.GELU(), fc2=nn.Linear(hidden_dim, dim)))
         self.ls1, self.ls2 = (
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
         self.drop_path = nn.Identity()
@@ -390,7 +369,8 @@ class ViT(nn.Module):
         self.grid = H // patch_size, W // patch_size
         self.num_patches = math.prod(self.grid)
         self.channels, self.patch_dim = channels, patch_size**2 * channels
-        self.patch_embed = PatchEmbed(patch_size, embed_dim, channels)
+        projection = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection))  # so that it has timm's name
         self.cls_token = learned_token(embed_dim)
         self.relative_position = relative_position
         buckets = relative_buckets(self.grid) if relative_position else None
@@ -411,7 +391,7 @@ class ViT(nn.Module):
         if images.shape[1:] != (self.channels, *self.image_size):
             raise ValueError(f"this ViT takes images of {self.channels} channels, height and width "
                              f"{self.image_size}, got {list(images.shape)}")
-        return self.patch_embed(images)
+        return self.patch_embed(images).flatten(2).transpose(1, 2)
 
     def sequence(self, tokens, ids=None):
         """Patch embeddings [B, N, D] -> the blocks' input [B, 1+n, D] (AMT, Eq. 1).
@@ -616,11 +596,9 @@ def units_to_patches(ids, grid, unit_size):
     >>> units_to_patches(torch.tensor([[0, 3]]), grid=(4, 4), unit_size=2).tolist()  # of four, first and last
     [[0, 1, 4, 5, 10, 11, 14, 15]]
     """
-    gw, u = grid[1], unit_size
-    row, column = ids // (gw // u) * u, ids % (gw // u) * u
-    inside = torch.arange(u, device=ids.device)
-    offsets = (inside[:, None] * gw + inside).flatten()
-    return ((row * gw + column).unsqueeze(-1) + offsets).flatten(1)
+    u, numbers = unit_size, torch.arange(math.prod(grid), device=ids.device).view(grid)
+    patches = numbers.unfold(0, u, u).unfold(1, u, u).reshape(-1, u * u)  # of each unit, [units, u*u]
+    return patches[ids].flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------
