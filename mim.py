@@ -2076,17 +2076,17 @@ class DVAEBlock(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-def dvae_layers(first, dims, blocks_per_group, kernel_sizes, resize, last):
-    """DALL-E's encoder or decoder: first, groups of blocks to dims[1:] channels, `resize` between, last."""
-    layers, groups = nn.Sequential(), len(dims) - 1
-    layers.input = first
-    gain = 1 / (groups * blocks_per_group) ** 2
-    for g in range(1, groups + 1):
+def dvae_layers(first, dim, widths, blocks_per_group, kernel_sizes, resize, last):
+    """DALL-E's encoder or decoder: `first`, which ends in `dim` channels; a group of blocks for each of the
+    widths, with `resize` between groups; and `last`."""
+    layers = nn.Sequential(OrderedDict(input=first))
+    gain = 1 / (len(widths) * blocks_per_group) ** 2
+    for g, width in enumerate(widths, start=1):
         group = nn.Sequential()
         for b in range(1, blocks_per_group + 1):
-            block = DVAEBlock(dims[g - 1] if b == 1 else dims[g], dims[g], kernel_sizes, gain)
-            group.add_module(f"block_{b}", block)
-        if g < groups:
+            group.add_module(f"block_{b}", DVAEBlock(dim, width, kernel_sizes, gain))
+            dim = width
+        if g < len(widths):
             group.resize = resize
         layers.add_module(f"group_{g}", group)
     layers.output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=last))
@@ -2159,10 +2159,10 @@ class DVAE(nn.Module):
         self.kl_weight, self.tau_start, self.tau_end = kl_weight, tau_start, tau_end
         widths = [hidden_dim * 2**g for g in range(groups)]
         self.encoder = dvae_layers(
-            DVAEConv(3, hidden_dim, 7), [hidden_dim] + widths, blocks_per_group, (3, 3, 3, 1),
-            nn.MaxPool2d(2), DVAEConv(widths[-1], vocab_size, 1))
+            DVAEConv(3, hidden_dim, 7), hidden_dim, widths, blocks_per_group, (3, 3, 3, 1), nn.MaxPool2d(2),
+            DVAEConv(widths[-1], vocab_size, 1))
         self.decoder = dvae_layers(
-            DVAEConv(vocab_size, hidden_dim // 2, 1), [hidden_dim // 2] + widths[::-1], blocks_per_group,
+            DVAEConv(vocab_size, hidden_dim // 2, 1), hidden_dim // 2, widths[::-1], blocks_per_group,
             (1, 3, 3, 3), nn.Upsample(scale_factor=2), DVAEConv(hidden_dim, 3, 1))
         for name, values in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):  # ImageNet's
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
