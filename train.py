@@ -143,8 +143,6 @@ SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_b
                     decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5)
 NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
                    decoder_dim=64, decoder_depth=2, decoder_heads=2, window_size=5, region_dim=64)
-# On the scenes raw pixels teach more within minutes. On photographs normalised ones do, as in MAE's Table 1d.
-SCENES_RECIPE = dict(norm_pix=False)
 SMALL_METHOD_RECIPES = {
     "dvae": dict(epochs=5, batch_size=32, base_lr=3e-3, lr_batch=32, warmup_epochs=0.0, hidden_dim=32,
                  groups=3, vocab_size=512),
@@ -202,8 +200,9 @@ def check_rates(epochs, warmup_epochs, lr, min_lr):
 
 
 def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_size, accumulate, peak_lr,
-                 warmup_epochs, min_lr=0.0, fall=half_cosine, clip_grad=None, before_epoch=None, state=None,
-                 on_device=False, collate_fn=collate, seed=0, device="cpu", precision="fp32", workers=0):
+                 warmup_epochs, min_lr=0.0, fall=half_cosine, clip_grad=None,
+                 before_epoch=lambda epoch: None, state=None, on_device=False, collate_fn=collate, seed=0,
+                 device="cpu", precision="fp32", workers=0):
     """Trains `model`, or goes on from a `state`. Pre-training, probes, fine-tuning and dense tasks share it.
 
     Yields a pair before the first epoch and after each epoch: a dict of figures for the log, and the state.
@@ -247,8 +246,7 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         yield {}, state_after(0)
     for epoch in range(done, epochs):
         began, batches.epoch, history = time.perf_counter(), epoch, []
-        if before_epoch is not None:
-            before_epoch(epoch)
+        before_epoch(epoch)
         wrapped.train()
         micro_batches = name_broken(loader, dataset.source, broken)
         training_began = time.perf_counter()
@@ -352,20 +350,15 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
         out = model(images, **inputs)
         return {name: value for name, value in out.items() if torch.is_tensor(value) and value.ndim == 0}
 
-    def renew_maps(epoch):
+    def before_epoch(epoch):
         if hasattr(method, "maps_due") and method.maps_due(epoch, epochs):
-            update_maps(method, source, device, precision, workers)
-            if rank() == 0:
-                print(f"epoch {epoch + 1}: new attention maps decide which patches are masked and thrown, so "
-                      "the loss may rise")
+            update_maps(method, source, epoch, device, precision, workers)
 
     log = Log(output / "log.jsonl", state)
-    for line, kept in train_epochs(
-            method, optimizer, dataset, compute_losses, epochs=epochs, batch_size=batch_size,
-            accumulate=accumulate, peak_lr=lr or base_lr * batch_size / lr_batch,
-            warmup_epochs=warmup_epochs, min_lr=min_lr, clip_grad=clip_grad, before_epoch=renew_maps,
-            state=state, on_device=crops_on_device(loader, dataset, device), seed=seed, device=device,
-            precision=precision, workers=workers):
+    # The loop takes the variables above that it names.
+    for line, kept in call(train_epochs, locals(), model=method,
+                           peak_lr=lr or base_lr * batch_size / lr_batch,
+                           on_device=crops_on_device(loader, dataset, device)):
         if rank() > 0:
             continue
         if line:
@@ -491,9 +484,9 @@ def all_finite(module):
     return bool(torch.stack([p.isfinite().all() for p in module.parameters()]).all())
 
 
-def update_maps(method, source, device, precision, workers):
-    """Computes AMT's attention maps, each process those of its share of the training images. The images are
-    resized as a whole, and not cropped."""
+def update_maps(method, source, epoch, device, precision, workers):
+    """Computes AMT's attention maps before an epoch, each process those of its share of the training images.
+    The images are resized as a whole, and not cropped."""
     whole = Images(source, method.encoder.image_size, "whole")
     share = range(rank(), len(whole), world_size())
     loader = make_loader(whole, workers, device, batch_size=256, sampler=share)
@@ -504,6 +497,9 @@ def update_maps(method, source, device, precision, workers):
 
     with autocast(device, precision):
         method.update_maps(batches(), len(whole))
+    if rank() == 0:
+        print(f"epoch {epoch + 1}: new attention maps decide which patches are masked and thrown, so the loss "
+              "may rise")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -712,8 +708,9 @@ def write_checkpoint(output, method, state, save_every=None):
         for name in names:
             write_atomically(output / name, lambda to: torch.save(encoder, to))
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
-    for old in output.glob("encoder*.pt") if not state["epoch"] else ():  # of a run that is overwritten
-        old.unlink()
+    if not state["epoch"]:
+        for old in output.glob("encoder*.pt"):  # of a run that is overwritten
+            old.unlink()
 
 
 def run_settings(content):
@@ -931,12 +928,13 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         out = method(images)
         return picture(dict(image=image, reconstruction=denormalize(out["pred"]))), out
     p, grid = method.encoder.patch_size, method.encoder.grid
+    num_patches = math.prod(grid)
     inputs = dict(mask, regions=regions) if "regions" in method.inputs else mask
     if tokenizer is not None:
         inputs["tokens"] = tokenizer.tokenize(images, grid)
     out, windows = method(images, **inputs), getattr(method, "num_windows", 1)
     ids_visible, ids_masked = (out[name].chunk(windows, dim=1)[0] for name in ("ids_visible", "ids_masked"))
-    ids_used = torch.cat([out["ids_visible"], out["ids_masked"]], dim=1)
+    left_out = ids_visible.shape[1] + ids_masked.shape[1] < num_patches
     white, masked = torch.ones_like(image), show_mask(image, ids_visible, ids_masked, p)
 
     def predicted(pred, ids):
@@ -956,8 +954,9 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
     tiles, legend, given = dict(image=image), HIDDEN, ""
     if "ids_thrown" in out and method.throw != "random" and not mask:
         tiles["attention"], legend = heat(image, mim.attention_map(method.encoder, images)), SCALE | HIDDEN
-    elif ids_used.shape[1] != math.prod(grid):
+    elif left_out:
         title = "object: source and target" if windows == 1 else "all windows"
+        ids_used = torch.cat([out["ids_visible"], out["ids_masked"]], dim=1)
         tiles[title] = show_mask(image, ids_used, ids_used[:, :0], p)
     tiles["masked" if windows == 1 else "masked: one window"] = masked
     if "pred" in out:
@@ -967,18 +966,19 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
             add("hint alone: true mean", 0 * pred, "error_hint")
         add("reconstruction" + given, pred, "error")
     if hasattr(method, "predict_whole"):
-        everything = torch.arange(math.prod(grid), device=image.device).expand(len(image), -1)
+        everything = torch.arange(num_patches, device=image.device).expand(len(image), -1)
         full = method.predict_whole(images)
         out["loss_full"] = method.head.loss(full, images, inputs.get("tokens"), everything)[0]
         tiles["from all patches" + given] = predicted(full, everything)
     if "pred_regions" in out:
-        maps, colours = out["region_maps"], class_colours(1 + out["region_maps"].shape[1])[1:]
+        maps = out["region_maps"]
+        colours = class_colours(1 + maps.shape[1])[1:]
         ids = out.get("ids_masked_regions", ids_masked)
         tiles["regions"] = paint(white, maps, colours)
         tiles["masked regions"] = put_patches(tiles["regions"], white / 2, ids, p)
         completed = mim.reconstruct_regions(maps, out["pred_regions"], ids, p)
         tiles["completed regions"] = paint(white, completed, colours)
-    if len(ids_visible[0]) + len(ids_masked[0]) < math.prod(grid):
+    if left_out:
         legend = legend | LEFT_OUT
     return picture(tiles, legend), out
 
@@ -1025,7 +1025,8 @@ def recipe(given, image_size=(224, 224)):
     scenes = given.get("data", "shapes") == "shapes"
     nano = scenes or given.get("model") == "nano"
     small = (NANO_RECIPE if nano else SMALL_RECIPE) | dict(patch_size=small_patch(image_size))
-    small |= SCENES_RECIPE if scenes else {}
+    if scenes:  # raw pixels teach more within minutes; on photographs normalised ones do (MAE, Table 1d)
+        small["norm_pix"] = False
     small |= SMALL_METHOD_RECIPES.get(method, {})
     names = paper | flags_of(functions_of(given))
     return paper | {name: value for name, value in small.items() if name in names}
