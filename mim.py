@@ -306,8 +306,7 @@ def set_drop_path(blocks, drop_path):
     """Gives the blocks stochastic depth, with a rate that grows linearly from 0 to `drop_path`."""
     check_range(0, 1, drop_path=drop_path)
     for i, block in enumerate(blocks):
-        rate = drop_path * i / max(1, len(blocks) - 1)
-        block.drop_path = StochasticDepth(rate, "row")
+        block.drop_path = StochasticDepth(drop_path * i / max(1, len(blocks) - 1), "row")
 
 
 def init_weights(module):
@@ -596,9 +595,9 @@ def units_to_patches(ids, grid, unit_size):
     >>> units_to_patches(torch.tensor([[0, 3]]), grid=(4, 4), unit_size=2).tolist()  # of four, first and last
     [[0, 1, 4, 5, 10, 11, 14, 15]]
     """
-    u, numbers = unit_size, torch.arange(math.prod(grid), device=ids.device).view(grid)
-    patches = numbers.unfold(0, u, u).unfold(1, u, u).reshape(-1, u * u)  # of each unit, [units, u*u]
-    return patches[ids].flatten(1)
+    numbers = torch.arange(math.prod(grid), device=ids.device).view(grid)
+    units = numbers.unfold(0, unit_size, unit_size).unfold(1, unit_size, unit_size)  # [gh/u, gw/u, u, u]
+    return units.reshape(-1, unit_size**2)[ids].flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1223,10 +1222,13 @@ class AMT(nn.Module):
     def patch_weights(self, images, index, box, flip):
         """P_A of Eq. 5, a weight for each unit: [B, gh, gw] of unit_grid; None while there are no maps."""
         if index is None:
-            whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images), -1)
-            flip = torch.zeros(len(images), dtype=torch.bool)
-            return crop_maps(attention_map(self.encoder, images), whole, flip, self.unit_grid)
-        return None if self.maps is None else crop_maps(self.maps[index], box, flip, self.unit_grid)
+            maps, flip = attention_map(self.encoder, images), torch.zeros(len(images), dtype=torch.bool)
+            box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images), -1)
+        elif self.maps is None:
+            return None
+        else:
+            maps = self.maps[index]
+        return crop_maps(maps, box, flip, self.unit_grid)
 
     def draw(self, weights):
         """P_A [B, gh, gw] of the units -> ids_visible, ids_masked, ids_thrown of patches (Eq. 5, 6)."""
@@ -1392,7 +1394,7 @@ def region_areas(regions):
     """
     labels = regions.long().flatten(2)
     areas = torch.zeros(*labels.shape[:2], NUM_LABELS, device=regions.device)
-    areas.scatter_add_(2, labels, torch.ones((), device=regions.device).expand_as(labels))
+    areas.scatter_add_(2, labels, torch.ones_like(labels, dtype=areas.dtype))
     areas[..., 0] = 0
     return areas.flatten(1)
 

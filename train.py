@@ -573,17 +573,16 @@ def open_device(device: str | None = None, precision: Literal[tuple(PRECISIONS)]
     with explained(f"--device {name}", f"it cannot be used; beside cpu there are {others}"):
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    on_cuda = device.type == "cuda"
-    if on_cuda:
+    usual_precision, usual_workers = "fp32", 0
+    if device.type == "cuda":
         torch.cuda.set_device(device)  # for NCCL, timings and memory counts
         torch.set_float32_matmul_precision("high")
-    if precision is None and on_cuda:
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if workers is None:
-        workers = min(16, cores()) if on_cuda else 0
+        usual_precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        usual_workers = min(16, cores())
+    workers = usual_workers if workers is None else workers
     if workers > 8 * cores():
         raise UsageError(f"--workers {workers}: at most 8 for each core, here {8 * cores()}")
-    return device, precision or "fp32", workers
+    return device, precision or usual_precision, workers
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -630,8 +629,8 @@ def build_amt(settings, base: Literal["mae", "simmim"] = "mae"):
 
     base: the method that AMT masks for
     """
-    own = flags_of([mim.AMT])  # the base keeps its own mask_ratio, for the epochs of random masking
-    inner = build_method(base, **{name: value for name, value in settings.items() if name not in own})
+    # The base keeps its own mask_ratio, for the epochs of random masking.
+    inner = build_method(base, **{name: value for name, value in settings.items() if name != "mask_ratio"})
     return call(mim.AMT, settings, base=inner)
 
 
