@@ -498,8 +498,8 @@ def update_maps(method, source, epoch, device, precision, workers):
     with autocast(device, precision):
         method.update_maps(batches(), len(whole))
     if rank() == 0:
-        print(f"epoch {epoch + 1}: new attention maps decide which patches are masked and thrown, so the loss "
-              "may rise")
+        print(f"epoch {epoch + 1}: new attention maps decide which patches are masked and thrown, so the "
+              "loss may rise")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -933,7 +933,7 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         inputs["tokens"] = tokenizer.tokenize(images, grid)
     out, windows = method(images, **inputs), getattr(method, "num_windows", 1)
     ids_visible, ids_masked = (out[name].chunk(windows, dim=1)[0] for name in ("ids_visible", "ids_masked"))
-    left_out = ids_visible.shape[1] + ids_masked.shape[1] < num_patches
+    ids_used = torch.cat([out["ids_visible"], out["ids_masked"]], dim=1)
     white, masked = torch.ones_like(image), show_mask(image, ids_visible, ids_masked, p)
 
     def predicted(pred, ids):
@@ -953,9 +953,8 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
     tiles, legend, given = dict(image=image), HIDDEN, ""
     if "ids_thrown" in out and method.throw != "random" and not mask:
         tiles["attention"], legend = heat(image, mim.attention_map(method.encoder, images)), SCALE | HIDDEN
-    elif left_out:
+    elif ids_used.shape[1] != num_patches:
         title = "object: source and target" if windows == 1 else "all windows"
-        ids_used = torch.cat([out["ids_visible"], out["ids_masked"]], dim=1)
         tiles[title] = show_mask(image, ids_used, ids_used[:, :0], p)
     tiles["masked" if windows == 1 else "masked: one window"] = masked
     if "pred" in out:
@@ -977,7 +976,7 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         tiles["masked regions"] = put_patches(tiles["regions"], white / 2, ids, p)
         completed = mim.reconstruct_regions(maps, out["pred_regions"], ids, p)
         tiles["completed regions"] = paint(white, completed, colours)
-    if left_out:
+    if ids_visible.shape[1] + ids_masked.shape[1] < num_patches:
         legend = legend | LEFT_OUT
     return picture(tiles, legend), out
 
