@@ -341,10 +341,10 @@ class Arrays(Source):
 class Files(Source):
     """Image files below a folder, with their labels.
 
-    paths: relative to root. labels: [] if there are none. turn: True to apply the rotations in EXIF data.
+    paths: relative to root. turn: True to apply the rotations in EXIF data.
     """
 
-    def __init__(self, root, paths, labels, classes, description, turn=True):
+    def __init__(self, root, paths, labels=[], classes=[], description="", turn=True):
         if not paths:
             raise UsageError(f"no images in {root} (looked for {' '.join(EXTENSIONS)})")
         self.root, self.classes, self.description, self.turn = root, classes, description, turn
@@ -766,9 +766,10 @@ def pack_masks(masks):
     packed = np.zeros((8, *masks.shape[1:]), np.int64)
     order = np.argsort(-masks.sum((1, 2)), kind="stable")
     for number, mask in enumerate(masks[order], start=1):
-        layer = next((layer for layer in packed if not layer[mask].any()), None)
-        if layer is not None:
-            layer[mask] = number
+        for layer in packed:
+            if not layer[mask].any():
+                layer[mask] = number
+                break
     return packed[:max(1, packed.any((1, 2)).sum())]
 
 
@@ -844,7 +845,7 @@ def load_coco(root, split, lvis=False):
         raise UsageError(f"--data {root}: there is no folder val*")
     paths = find_files(folder)
     description = f"{root}: COCO {folder.name}, {counted(len(paths), 'images')}"
-    return Files(folder, paths, [], [], description, turn=False)
+    return Files(folder, paths, description=description, turn=False)
 
 
 def fill_polygon(points, height, width):
@@ -1370,7 +1371,7 @@ def open_masks(data, split, categories):
         if images == "JPEGImages":
             stems = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
             paths = [f"{stem}.jpg" for stem in stems]
-        source = Files(root / images, paths, [], [], "")
+        source = Files(root / images, paths)
         files = find_masks(source, root / masks)
         if (root / "classes.txt").exists():
             names = dict(enumerate((root / "classes.txt").read_text().splitlines()))
@@ -1441,14 +1442,13 @@ def grid_edges(image):
     A weight is the Euclidean distance of two pixels' colours; an end is a pixel's number y * W + x.
     """
     numbers = np.arange(image[0].size, dtype=np.int32).reshape(image[0].shape)
-    every, later, earlier = slice(None), slice(1, None), slice(-1)
-    neighbours = ((every, later, every, earlier), (later, every, earlier, every),
-                  (later, later, earlier, earlier), (earlier, later, later, earlier))
-    weights, ends = [], []
-    for y, x, other_y, other_x in neighbours:
-        red, green, blue = (image[:, y, x] - image[:, other_y, other_x]) ** 2
-        weights.append(np.sqrt(red + green + blue).ravel())
-        ends.append((numbers[y, x].ravel(), numbers[other_y, other_x].ravel()))
+    colours, weights, ends = image.reshape(3, -1), [], []
+    for neighbours in ((numbers[:, 1:], numbers[:, :-1]), (numbers[1:], numbers[:-1]),
+                       (numbers[1:, 1:], numbers[:-1, :-1]), (numbers[:-1, 1:], numbers[1:, :-1])):
+        one, other = (some.ravel() for some in neighbours)
+        red, green, blue = (colours.take(one, axis=1) - colours.take(other, axis=1)) ** 2
+        weights.append(np.sqrt(red + green + blue))
+        ends.append((one, other))
     weights, ends = np.concatenate(weights), np.concatenate(ends, axis=1)
     order = np.argsort(weights, kind="stable")  # the same segments on every machine
     return weights.take(order), ends.take(order, axis=1)
