@@ -114,11 +114,11 @@ def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae")
     method: what made the encoder, and so whose settings are taken for images of more than 96 pixels; default:
         what a run's file says, lomar for other encoders with relative positions, else mae
     """
-    sizes = [name for name, size in mim.SIZES.items() if size["embed_dim"] <= encoder.embed_dim]
+    sizes = [f"-{name}" for name, size in mim.SIZES.items() if size["embed_dim"] <= encoder.embed_dim]
     paper = {}
     for name in ("mae", method):
-        for key in (name, *(f"{name}-{size}" for size in sizes)):
-            paper |= PAPER_RECIPES.get(f"{task} {key}", {})
+        for size in ("", *sizes):
+            paper |= PAPER_RECIPES.get(f"{task} {name}{size}", {})
     if max(encoder.image_size) > SMALL:
         return paper
     nano = encoder.embed_dim <= mim.SIZES["nano"]["embed_dim"]
@@ -271,7 +271,7 @@ def settings_of(task, arguments, classes):
 
 def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epochs, batch_size, base_lr,
         lr_batch=256, warmup_epochs=None, usual_warmup=10, warmup_steps=None, min_lr=0.0, accumulate=None,
-        eval_every=None, output=None, resume=False, settings=None, seed=0, device="cpu", precision="fp32",
+        eval_every=None, output=None, resume=False, settings={}, seed=0, device="cpu", precision="fp32",
         workers=0, **options):
     """Trains `model`: probes, fine-tuning and dense tasks share this loop; these hand on to it what it takes
     of their variables (`call`). Returns a dict: the batch size and the warm-up that it used, and in the first
@@ -294,8 +294,8 @@ def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epoc
         usual = warmup_steps / (len(train) // batch_size) if warmup_steps else usual_warmup
         warmup_epochs = min(usual, epochs * max(1 / 9, usual_warmup / 100))
     images = getattr(train.source, "digest", train.__len__)()  # plain data say how many they are
-    settings = dict(settings or {}, batch_size=batch_size, accumulate=accumulate, images=images,
-                    warmup_epochs=warmup_epochs)
+    settings = settings | dict(batch_size=batch_size, accumulate=accumulate, images=images,
+                               warmup_epochs=warmup_epochs)
     begun = open_kept(output, settings) if resume and output and Path(output).exists() else None
     log, found = Log(output and Path(output).with_suffix(".jsonl"), begun, sys.stderr), {}
 
@@ -377,11 +377,10 @@ class AttentiveProbe(nn.Module):
 
     def __init__(self, dim, num_heads, num_classes):
         super().__init__()
-        self.query = nn.Parameter(torch.zeros(1, 1, dim))
         self.attn = mim.CrossAttention(dim, num_heads)
         self.attn.apply(mim.init_weights)
         self.classifier = classifier(dim, num_classes)
-        nn.init.normal_(self.query, std=0.02)
+        self.query = mim.learned_token(dim)
 
     def forward(self, patches):
         patches = patches.float()
@@ -964,9 +963,7 @@ class ViTDet(nn.Module):
         self.encoder, self.out_channels, depth = encoder, width, len(encoder.blocks)
         self.global_blocks = [math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)]
         self.window = min(window, *encoder.grid)
-        buckets = None
-        if encoder.relative_position:
-            buckets = mim.relative_buckets((self.window, self.window))[1:, 1:]
+        buckets = mim.relative_buckets(2 * [self.window])[1:, 1:] if encoder.relative_position else None
         self.register_buffer("window_buckets", buckets, persistent=False)
         D = encoder.embed_dim
         self.rescalers = rescalers(D, D // 2, D // 4, norm)
@@ -1004,7 +1001,14 @@ class ViTDet(nn.Module):
 
 class AlignedPool(MultiScaleRoIAlign):
     """torchvision's RoIAlign, but aligned as detectron2's: where that would read half a position too far to
-    the right and below, the boxes are moved."""
+    the right and below, the boxes are moved. Regions are of `size` positions, on maps of `strides`."""
+
+    def __init__(self, size, strides):
+        super().__init__(["0", "1", "2", "3"], size, sampling_ratio=0)  # 0: as many as positions
+        # torchvision would guess these, as powers of two. Feature Pyramid Networks, Eq. 1, for any patch
+        # size: objects of 14 x 14 patches (ViT-B: 224 pixels) belong to the patches' own grid.
+        self.scales = [1 / stride for stride in strides]
+        self.map_levels = LevelMapper(0, 3, canonical_scale=14 * strides[2], canonical_level=2)
 
     def forward(self, maps, boxes, image_shapes):
         strides = 1 / boxes[0].new_tensor(self.scales)
@@ -1086,14 +1090,6 @@ class Detector(MaskRCNN):
         rois, proposals, convs = (32, 100, [width]) if small else (512, 1000, 4 * [width])
         strides = [p // 4, p // 2, p, 2 * p, 4 * p]
 
-        def roi_pool(size):
-            pool = AlignedPool(["0", "1", "2", "3"], size, sampling_ratio=0)  # 0: as many as positions
-            # torchvision would guess these, as powers of two. Feature Pyramid Networks, Eq. 1, for any patch
-            # size: objects of 14 x 14 patches (ViT-B: 224 pixels) belong to the patches' own grid.
-            pool.scales = [1 / stride for stride in strides[:4]]
-            pool.map_levels = LevelMapper(0, 3, canonical_scale=14 * p, canonical_level=2)
-            return pool
-
         predictor, more = FastRCNNPredictor(4 * width, num_classes), {}
         if image_counts:
             weights = torch.tensor([0, *image_counts]).sqrt()  # as in detectron2
@@ -1106,10 +1102,10 @@ class Detector(MaskRCNN):
             rpn_head=RPNHead(width, 3, conv_depth=2),
             rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
             rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
-            box_roi_pool=roi_pool(7), box_batch_size_per_image=rois,
+            box_roi_pool=AlignedPool(7, strides[:4]), box_batch_size_per_image=rois,
             box_head=FastRCNNConvFCHead((width, 7, 7), convs, [4 * width], norm),
             box_predictor=predictor,
-            mask_roi_pool=roi_pool(14), mask_head=MaskRCNNHeads(width, convs, 1, norm),
+            mask_roi_pool=AlignedPool(14, strides[:4]), mask_head=MaskRCNNHeads(width, convs, 1, norm),
             mask_predictor=MaskRCNNPredictor(width, width, num_classes), **more)
         for coder in (self.rpn.box_coder, self.roi_heads.box_coder):  # bf16 has too few bits for pixels
             coder.decode_single = functools.partial(decode_boxes, coder.decode_single)
@@ -1765,14 +1761,13 @@ def open_pair(data, task, size, finished=None, limit=None, val_limit: PositiveIn
     val_limit: use so many of the validation images, evenly spread; default: all
     """
     dense, small = task in ("semseg", "detect"), max(size) <= SMALL
-    load, known = functools.partial(load_data, data), {}
-    if dense:
-        load = functools.partial(load_dense, data, task == "detect")
     with first_process_first():
-        train = finished or load("train", size, limit)
         if dense:
-            known = dict(categories=train.categories)
-        val = load("val", size, val_limit, **known)
+            train = finished or load_dense(data, task == "detect", "train", size, limit)
+            val = load_dense(data, task == "detect", "val", size, val_limit, train.categories)
+        else:
+            train = finished or load_data(data, "train", size, limit)
+            val = load_data(data, "val", size, val_limit)
     if rank() == 0:
         print("; ".join(source.description for source in [train] * (not finished) + [val]), file=sys.stderr)
     if not dense and (len(train.classes) < 2 or finished and finished.classes != val.classes):
@@ -1816,7 +1811,7 @@ def open_images(data, size, settings, images: list[str] | None = None, count: Po
     """
     for path in images or ():
         open_photo(path)
-    source = Files("", images, [], [], "") if images else load_unlabelled(data, size, settings.get("limit"))
+    source = Files("", images) if images else load_unlabelled(data, size, settings.get("limit"))
     if images and settings.get("regions") not in (None, "fh"):
         raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
     regions = call(open_regions, settings, source=source, split="val")
