@@ -931,7 +931,7 @@ def in_entries(source, entries, where):
 
 
 class CocoRegions:
-    """The annotations of a COCO root's split, and the region maps and the dense truth made of them.
+    """The annotations of a COCO root's split, and the region maps made of them.
 
     kind: "instances", "panoptic" (things and stuff) or "lvis_v1"; with it the JSON file's name begins. The
         file's entry of an image is that whose file_name (in LVIS: coco_url) is the image's path, relative to
@@ -1012,24 +1012,6 @@ class CocoRegions:
         for number, mask in enumerate(sorted(masks, key=np.count_nonzero, reverse=True), start=1):
             labels[mask] = number
         return torch.from_numpy(labels)[None]
-
-    def truth(self, index, item):
-        """The dense truth of an image (`load_dense`): objects, or of panoptic segments classes of pixels."""
-        objects, shape = self.objects(index, item), item["image"].shape[1:]
-        number = {k: place for place, k in enumerate(self.source.categories)}
-        if self.kind == "panoptic":
-            labels = np.full(shape, IGNORED, np.int16)
-            for segment, mask in objects:
-                labels[mask] = number[segment["category_id"]]
-            return labels
-        masks = np.array([mask for _, mask in objects], bool).reshape(-1, *shape)
-        truth = as_truth(masks, [number[o["category_id"]] + 1 for o, _ in objects])
-        for name, key in (("boxes", "bbox"), ("areas", "area"), ("crowd", "iscrowd")):
-            for k, (annotation, _) in enumerate(objects):
-                truth[name][k] = annotation.get(key) or truth[name][k]
-        image, _ = self.annotations(index)
-        return truth | {key: np.array([number[k] + 1 for k in image[key] if k in number], int)
-                        for key in ("neg_category_ids", "not_exhaustive_category_ids") if key in image}
 
 
 def find_masks(source, folder, extensions=(".png",)):
@@ -1282,7 +1264,7 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
         kind = "lvis_v1" if lvis else "instances" if objects else "panoptic"
         source = load_coco(data, split, lvis)
         regions = CocoRegions(source, data, split, kind)
-        source.truth, source.categories = regions.truth, categories or regions.categories
+        source.truth, source.categories = partial(coco_truth, regions), categories or regions.categories
         for k in regions.used:
             if regions.categories.get(k, "") != source.categories.get(k):
                 raise UsageError(f"{regions.file}: it has objects of category {k}, which is not among its "
@@ -1337,6 +1319,25 @@ def scene_truth(index, item):
     instances = item["instances"].numpy()
     numbers = np.setdiff1d(instances, 0)  # in small images some may be hidden
     return as_truth(instances == numbers[:, None, None], np.array(item["shapes"])[numbers - 1] + 1)
+
+
+def coco_truth(regions, index, item):
+    """The objects of an image's `CocoRegions`, or of panoptic segments the classes of its pixels."""
+    objects, shape = regions.objects(index, item), item["image"].shape[1:]
+    number = {k: place for place, k in enumerate(regions.source.categories)}
+    if regions.kind == "panoptic":
+        labels = np.full(shape, IGNORED, np.int16)
+        for segment, mask in objects:
+            labels[mask] = number[segment["category_id"]]
+        return labels
+    masks = np.array([mask for _, mask in objects], bool).reshape(-1, *shape)
+    truth = as_truth(masks, [number[o["category_id"]] + 1 for o, _ in objects])
+    for name, key in (("boxes", "bbox"), ("areas", "area"), ("crowd", "iscrowd")):
+        for k, (annotation, _) in enumerate(objects):
+            truth[name][k] = annotation.get(key) or truth[name][k]
+    image, _ = regions.annotations(index)
+    return truth | {key: np.array([number[k] + 1 for k in image[key] if k in number], int)
+                    for key in ("neg_category_ids", "not_exhaustive_category_ids") if key in image}
 
 
 def boxes_of(masks):

@@ -1204,13 +1204,12 @@ def score_objects(model, val, per_class: bool = False, precision="fp32", workers
 
     per_class: the AP of each class that occurs, too
     """
-    records, shown, result, names = dict(box=[], mask=[]), [], {}, ["", *val.source.classes]
+    records, shown, result, names = [], [], {}, ["", *val.source.classes]
     for item, found in predictions(model, val, precision, workers):
-        records["box"].append(match_image(item["label"], found, "boxes"))
-        records["mask"].append(match_image(item["label"], found, "masks"))
+        records.append([match_image(item["label"], found, kind) for kind in ("boxes", "masks")])
         shown += [(item["image"], found, item["label"])] * (len(shown) < 6)
-    for name, record in records.items():
-        figures, by_class = average_precision(record, getattr(val.source, "groups", {}))
+    for name, matches in zip(("box", "mask"), zip(*records)):
+        figures, by_class = average_precision(matches, getattr(val.source, "groups", {}))
         for figure, value in figures.items():
             result[f"{name}_{figure}"] = None if value is None else round(value, 2)
         if per_class:
@@ -1617,11 +1616,6 @@ def predict(model, image, precision="fp32"):
     return {name: value.cpu().numpy() for name, value in found.items()}
 
 
-# The names of predictions in COCO's result format, and how they are written there
-COCO_FORMAT = dict(scores=("score", float), boxes=("bbox", np.ndarray.tolist),
-                   masks=("segmentation", encode_mask))
-
-
 def predict_images(model, output, images: list[str] | None = None, precision="fp32") -> dict:
     """Writes what a finished model says of image files beside its picture, which has the first 16: everything
     in COCO's result format, as JSON; of a `Segmenter` the labels of pixels, too, a PNG for each image.
@@ -1645,9 +1639,12 @@ def predict_images(model, output, images: list[str] | None = None, precision="fp
             found, known["labels"] = as_masks(found["classes"]), str(file)
         shown += [(image, found)] * (number <= 16)
         for i, label in enumerate(found["labels"].tolist()):
-            own = {key: convert(found[kind][i]) for kind, (key, convert) in COCO_FORMAT.items()
-                   if kind in found}
-            results.append(known | dict(category_id=ids[label], category_name=model.classes[label]) | own)
+            entry = known | dict(category_id=ids[label], category_name=model.classes[label])
+            if "scores" in found:
+                entry |= dict(score=float(found["scores"][i]), bbox=found["boxes"][i].tolist())
+            if "masks" in found:
+                entry["segmentation"] = encode_mask(found["masks"][i])
+            results.append(entry)
     write_atomically(path, lambda to: to.write(json.dumps(results).encode()))
     return dict(predictions=path, picture=draw_masks(shown, model.classes))
 
