@@ -1304,14 +1304,18 @@ def repeat_rare(source, regions, threshold=1e-3):
     return source
 
 
+def mask_areas(masks):
+    """n masks, bool [H, W] -> [n], pixels. One at a time, numpy counts them far faster."""
+    return np.array([np.count_nonzero(mask) for mask in masks])
+
+
 def as_truth(masks, labels):
     """Masks bool [n, H, W] and the labels of their objects -> their dense truth, as far as masks tell it."""
     boxes = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in masks]
     boxes = np.array(boxes, float).reshape(-1, 4)
     boxes[:, 2:] -= boxes[:, :2]
-    areas = np.array([np.count_nonzero(mask) for mask in masks], float)
-    return dict(masks=masks, boxes=boxes, labels=np.array(labels, int), areas=areas,
-                crowd=np.zeros(len(masks), bool))
+    return dict(masks=masks, boxes=boxes, labels=np.array(labels, int),
+                areas=mask_areas(masks).astype(float), crowd=np.zeros(len(masks), bool))
 
 
 def scene_truth(index, item):
