@@ -96,7 +96,7 @@ def reason_of(error):
     if isinstance(error, KeyError):
         words = f"it has no {error}"
     if isinstance(error, MemoryError) or "alloc" in words:
-        return "out of memory: use fewer or smaller images a step"
+        return "out of memory: use fewer or smaller images a step, or in training --accumulate"
     own = r"<\S+ object at \w+>|<urlopen error |\[(?:enforce fail|Errno) .*?\]|>$|Error\(s\) in loading .*?:"
     return " ".join(re.sub(own, "", words).split())[:200] or type(error).__name__
 
@@ -559,16 +559,18 @@ def crop_boxes(images, box, flip, size, mode="bicubic"):
 
     box: [B, 4] (x1, y1, x2, y2) as fractions of the image. flip: [B] bool, True where the crop is mirrored.
     """
-    # affine_grid counts from -1 to 1: the crop's point x is the image's point (x2 - x1) * x + (x1 + x2 - 1).
-    first, last = box.split(2, dim=1)
-    sides, centre = last - first, last + first - 1
-    sides[:, 0] *= 1 - 2 * flip.float()
-    theta = torch.cat([torch.diag_embed(sides), centre[:, :, None]], dim=2)
     # grid_sample does not antialias. So an image that is larger than `size` is sampled more finely, and
     # averaged.
     times = math.ceil(max(1, images.shape[2] / size[0], images.shape[3] / size[1]))
-    shape = (*images.shape[:2], times * size[0], times * size[1])
-    grid = F.affine_grid(theta, shape, align_corners=False)
+
+    def places(count, first, last):  # of the centres of the pixels; the image's go from -1 to 1
+        steps = (torch.arange(count, device=box.device) + 0.5) / count
+        return 2 * torch.lerp(first[:, None], last[:, None], steps) - 1
+
+    x1, y1, x2, y2 = box.unbind(1)
+    x1, x2 = torch.where(flip, x2, x1), torch.where(flip, x1, x2)
+    x, y = places(times * size[1], x1, x2), places(times * size[0], y1, y2)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=3)
     out = F.grid_sample(images, grid, mode, padding_mode="border", align_corners=False)
     return F.avg_pool2d(out, times)
 
@@ -1259,8 +1261,8 @@ def load_dense(data, objects, split="train", image_size=None, limit=None, catego
         annotations = Path(data, "annotations")
         lvis = objects and any(annotations.glob("lvis_v1_*"))
         if lvis and any(annotations.glob("instances_*")):
-            raise UsageError(f"{annotations} has both LVIS's and COCO's objects: make a folder for each, with "
-                             "links to the images")
+            raise UsageError(f"{annotations} has both LVIS's and COCO's objects: make a folder for each, "
+                             "with links to the images")
         kind = "lvis_v1" if lvis else "instances" if objects else "panoptic"
         source = load_coco(data, split, lvis)
         regions = CocoRegions(source, data, split, kind)

@@ -27,6 +27,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -132,7 +133,7 @@ def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae")
 class Pairs(torch.utils.data.Dataset):
     """A dataset of (image, label) pairs, or of dicts with these (as a Subset of datasets.Images is), or two
     tensors (images, labels), with items like those of datasets.Images: dict(image, label). Keys: an index, or
-    (epoch, index), of which the data get the index.
+    (epoch, index), of which data other than datasets.Images get the index.
 
     Images: [3, H, W], uint8, which are normalised later, or floats, which are taken as they are.
     """
@@ -145,7 +146,11 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, key):
-        item = self.source[key[1] if isinstance(key, tuple) else key]
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        data = self.source
+        while isinstance(data, torch.utils.data.Subset):
+            data, index = data.dataset, data.indices[index]
+        item = data[(epoch, index) if isinstance(data, Images) else index]
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
         return dict(image=image, label=int(label), broken=-1)
 
@@ -271,8 +276,8 @@ def settings_of(task, arguments, classes):
 
 def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epochs, batch_size, base_lr,
         lr_batch=256, warmup_epochs=None, usual_warmup=10, warmup_steps=None, min_lr=0.0, accumulate=None,
-        eval_every=None, output=None, resume=False, settings={}, seed=0, device="cpu", precision="fp32",
-        workers=0, **options):
+        most=256, eval_every=None, output=None, resume=False, settings={}, seed=0, device="cpu",
+        precision="fp32", workers=0, **options):
     """Trains `model`: probes, fine-tuning and dense tasks share this loop; these hand on to it what it takes
     of their variables (`call`). Returns a dict: the batch size and the warm-up that it used, and in the first
     process the score.
@@ -282,6 +287,7 @@ def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epoc
         is an argument because it is wrapped where several processes train it. Labels are as collated.
     score(model) -> dict of figures, and perhaps a picture: after training, and every `eval_every` epochs.
     base_lr: learning rate per `lr_batch` images of the batch
+    most: images in a micro-batch, if `accumulate` is not given
     warmup_epochs: default: `usual_warmup`, or `warmup_steps` in epochs, but at most a ninth of the epochs; or
         usual_warmup percent of them, if that is more (SimMIM: 20%).
     output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
@@ -289,7 +295,7 @@ def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epoc
         lies a log, a line for each epoch.
     options: others of `train_epochs`, such as fall, collate_fn.
     """
-    batch_size, accumulate = cut_batch(batch_size, len(train), accumulate)
+    batch_size, accumulate = cut_batch(batch_size, len(train), accumulate, most)
     if warmup_epochs is None:
         usual = warmup_steps / (len(train) // batch_size) if warmup_steps else usual_warmup
         warmup_epochs = min(usual, epochs * max(1 / 9, usual_warmup / 100))
@@ -308,9 +314,11 @@ def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epoc
             seed=seed, device=device, precision=precision, workers=workers, **options):
         if rank() > 0:
             continue
+        if not line and begun:  # a stop during the evaluation may have left this out of the log
+            line = begun["line"]
         if output is not None:
-            write_atomically(output, functools.partial(torch.save, state | dict(args=settings)))
-        if line:
+            write_atomically(output, functools.partial(torch.save, state | dict(args=settings, line=line)))
+        if line and line["epoch"] > len(log.lines):
             due = line["epoch"] == epochs or eval_every and line["epoch"] % eval_every == 0
             found = score(model.eval()) if due else {}
             figures = {name: value for name, value in found.items() if name != "picture"}
@@ -326,6 +334,7 @@ def open_kept(path, settings):
     with explained("--resume", f"{path} is not of --task {settings['task']}"):
         state = mim.load_file(path)
         check_setting("epoch", state["epoch"], NonNegativeInt)
+        state.setdefault("line", {})
         for name, value in settings.items():
             kept = state["args"].get(name)
             if kept != value:
@@ -414,7 +423,7 @@ def train_probe(features, make_head, make_optimizer, train, val, epochs, batch_s
         if not cache_features:
             with torch.no_grad(), autocast(device, precision):
                 inputs = features(inputs)
-        return dict(loss=F.cross_entropy(head(inputs), labels.to(device)))
+        return dict(loss=F.cross_entropy(head(inputs), labels.to(device, non_blocking=True)))
 
     def logits(images):
         inputs = features(images)
@@ -476,7 +485,8 @@ def attentive(encoder, train, val, images=None, epochs: PositiveInt = 90, batch_
         return encoder(images)[:, 1:].half()
 
     def make_head(dim, num_classes):
-        return AttentiveProbe(dim, getattr(encoder, "num_heads", max(1, dim // 64)), num_classes)
+        usual = max(heads for heads in range(1, dim // 64 + 2) if dim % (4 * heads) == 0)
+        return AttentiveProbe(dim, getattr(encoder, "num_heads", usual), num_classes)
 
     sgd = functools.partial(torch.optim.SGD, momentum=0.9)
     probe, result = call(train_probe, locals(), make_optimizer=sgd)
@@ -596,7 +606,7 @@ def finetune(encoder, train, val, epochs: PositiveInt = 100, batch_size: Positiv
                            v2.CutMix(alpha=1.0, num_classes=num_classes)])
 
     def compute_losses(model, images, labels):
-        images, targets = mix(images, labels.to(device))
+        images, targets = mix(images, labels.to(device, non_blocking=True))
         logits = model(images).float()
         return dict(loss=F.cross_entropy(logits, targets, label_smoothing=label_smoothing))
 
@@ -1144,8 +1154,9 @@ def paste(mask, box, size):
     # From places in the image, which count from -1 to 1, to those in the box
     scale = box.new_tensor(size[::-1]) / (end - start)
     theta = torch.stack([*scale.diag(), scale - (start + end) / (end - start)], dim=1)
-    grid = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
-    return F.grid_sample(mask[None].float(), grid, align_corners=False)[0, 0]
+    with torch.autocast(box.device.type, enabled=False):  # bf16 has too few bits for places
+        grid = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
+        return F.grid_sample(mask[None].float(), grid, align_corners=False)[0, 0]
 
 
 def stepwise(progress):
@@ -1175,7 +1186,8 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     drop_path: stochastic depth of the last block (not with --freeze)
     width: channels of the feature pyramid and the heads
     window: patches on the side of the windows that most blocks attend in
-    accumulate: number of micro-batches of a step, over all processes
+    accumulate: number of micro-batches of a step, over all processes; default: the smallest that leaves at
+        most 8 images in each (at 1024 pixels in bf16 ViT-B needs about 2.5 GiB an image)
     eval_every: evaluate after every so many epochs, too
     resume: go on from --output
     seed: of everything random
@@ -1195,7 +1207,7 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
         parts = model(images, targets)
         return dict(loss=sum(parts.values()), **parts)
 
-    return call(fit, locals(), lr_batch=16, warmup_steps=250, fall=stepwise, collate_fn=collate_dense,
+    return call(fit, locals(), lr_batch=16, most=8, warmup_steps=250, fall=stepwise, collate_fn=collate_dense,
                 score=lambda model: score_objects(model, val, per_class, precision, workers))
 
 
@@ -1418,7 +1430,8 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
         patches are drawn too (ObjMAE, Figures 7 and 10).
     dataset: datasets.Images with regions, label maps. Then the mean shares of the attention that fall on the
         largest object and on all objects, attention_main and attention_objects, are returned, too, and the
-        objects' shares of the area, all in percent. Attention that knows nothing of objects has the area's.
+        objects' shares of the area, all in percent (not of a rollout). Attention that knows nothing of
+        objects has the area's.
     query: whose attention: 0 the class token, 1+i patch i, which the picture marks (default: the class token;
         for LoMaR, where no loss reaches it, the patch in the middle)
     rollout: the attention rolled out through all blocks instead (see mim.ViT.rollout)
@@ -1578,7 +1591,8 @@ def segment(method, dataset, image_visible: Fraction = 1.0, count: PositiveInt =
     if not scores:
         raise UsageError("--task segment: no image has a region of at least 5% of it")
     scores = {name: torch.cat(values) for name, values in scores.items()}
-    means = {name: round(100 * values.nanmean().item(), 2) for name, values in scores.items()}
+    means = {name: None if values.isnan().all() else round(100 * values.nanmean().item(), 2)
+             for name, values in scores.items()}
     return means | dict(objects=len(scores["iou_80"]), picture=picture(columns, HIDDEN))
 
 
@@ -1690,14 +1704,19 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
         taken, *others = mim.encoder_prefixes(state)
         if others:
             print(f"{checkpoint}: the encoder is {taken} and not {', '.join(others)}", file=sys.stderr)
-        # What a run says of its encoder, in encoder.pt among the metadata. Nothing else tells a grid that is
-        # not square, or the image size where positions are relative.
+        # What a run says of its encoder, in encoder.pt among the metadata, in what a task has trained in its
+        # args. Nothing else tells a grid that is not square, the image size where positions are relative, or
+        # an unusual number of heads.
         run = run_settings(content) or getattr(content, "_metadata", {}).get("", {})
+        if task_of(checkpoint) in FINISHED:
+            run = content["args"]
         size = size or run.get("image_size")
         if size is None and not any(name.endswith("pos_embed") for name in state):
             raise UsageError(f"--image-size is needed: {checkpoint} has relative positions and does not tell "
                              "it")
-        encoder, names = mim.vit_from_checkpoint(state, size)
+        encoder, names = mim.vit_from_checkpoint(state, size, run.get("num_heads"))
+        if encoder.channels != 3:
+            raise ValueError(f"its images have {encoder.channels} channels, and not 3")
         method = run.get("method")
         if method not in mim.METHODS:
             method = "lomar" if encoder.relative_position else "mae"
@@ -1763,7 +1782,10 @@ def open_pair(data, task, size, finished=None, limit=None, val_limit: PositiveIn
     if rank() == 0:
         print("; ".join(source.description for source in [train] * (not finished) + [val]), file=sys.stderr)
     if not dense and (len(train.classes) < 2 or finished and finished.classes != val.classes):
-        raise UsageError(f"this task needs labels: a folder per class; {val.description}")
+        need = "this task needs labels: a folder per class"
+        if finished and val.classes:
+            need = "its classes are not those that the model was trained on"
+        raise UsageError(f"--data {data}: {need}; {val.description}")
     pair = dict(val=DenseImages(val, size) if dense else Images(val, size, "center"))
     pair["val"][0]  # what is wrong with the validation data is told before the training
     if finished:
@@ -1825,7 +1847,8 @@ def check_output(path, checkpoint=None):
     """Returns the path of a result, after trying now, and not after an hour of training, to write beside it.
     UsageError if that fails, or if eval.py has not written what is there."""
     check_place(path)
-    if path.exists() and (task_of(path) not in TASKS or str(path) == checkpoint):
+    itself = checkpoint and os.path.exists(checkpoint) and path.exists() and path.samefile(checkpoint)
+    if itself or path.exists() and task_of(path) not in TASKS:
         raise UsageError(f"--output {path}: it is no result of eval.py, or the checkpoint itself")
     with explained(f"--output {path}", "it cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1856,8 +1879,9 @@ def open_result(checkpoint, task, output: str | None = None, resume=False, overw
     overwrite: start anew where --output already holds a trained model (not with --resume)
     """
     path = check_output(Path(output or beside(checkpoint, f"{task}.pt")), checkpoint)
-    if path.suffix == ".png":
-        raise UsageError(f"--output {output}: it is for the model; a picture beside it ends in .png")
+    if path.suffix != ".pt":
+        raise UsageError(f"--output {output}: it is for the model, and must end in .pt; what lies beside it "
+                         "ends in .jsonl and .png")
     if path.exists() and not (resume or overwrite):
         raise UsageError(f"--output {path}: it holds a result: --resume goes on from it, --overwrite starts "
                          "anew")

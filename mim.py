@@ -134,7 +134,7 @@ def put(x, ids, rows):
     [[[8, 8], [1, 1], [7, 7]]]
     """
     ids = ids[..., None].expand(-1, -1, x.shape[-1])
-    return x.scatter(1, ids, rows.to(x.dtype).expand_as(ids))
+    return x.scatter(1, ids, rows.expand_as(ids).to(x.dtype))  # so that gradients add up in rows' precision
 
 
 def pair(size):
@@ -219,7 +219,8 @@ class Attention(nn.Module):
     def relative_bias(self, q, buckets):
         """q [B, heads, l, d], buckets [l, L] -> q_i . r[bucket(i, j)], [B, heads, l, L]."""
         products = q @ self.relative_table.to(q.dtype).T
-        return products.gather(-1, buckets.expand(*q.shape[:2], -1, -1))
+        # The backward pass sums what many keys give to one bucket, which half precision could not.
+        return products.float().gather(-1, buckets.expand(*q.shape[:2], -1, -1)).to(q.dtype)
 
     def forward(self, x, buckets=None, keep=None):
         q, k, v = self.split_heads(x)
@@ -1555,8 +1556,8 @@ class ObjMAE(MAE):
     alpha: length of source and of target, each, as a share of all patches; on COCO half of §4.1's 0.34,
         which is Table 9's 0.17; on CLEVR 0.05 (§4.7)
     alignment: how all images come to this length (§3.3): throwout cuts to the batch's smallest (torch.compile
-        then compiles each length), zero pads with tokens that take part in nothing, replicate repeats
-        patches, random adds other patches
+        then compiles only a few of the lengths), zero pads with tokens that take part in nothing, replicate
+        repeats patches, random adds other patches
     selection: intra is source and target from one object; inter is target from another, or the background
         (§4.5)
     object_floor: smallest object, as a share of the image; with 1 no object is large enough, and all of each
@@ -2321,7 +2322,8 @@ def split_encoder(state):
 def grid_of(table, likely=(0, 0)):
     """The (gh, gw) grid that a position table [1, 1+N, D] was made for.
 
-    A sine-cosine table is recognised. Another is taken for square or, if N is no square number, for `likely`.
+    A sine-cosine table is recognised. Another is taken for that of `likely` if this has N patches, else for
+    square.
     """
     N, D = table.shape[1] - 1, table.shape[2]
     for gh in range(1, N + 1):
@@ -2329,11 +2331,11 @@ def grid_of(table, likely=(0, 0)):
             fixed = sincos_position_embedding(D, (gh, N // gh))
             if torch.allclose(table.float(), fixed, atol=1e-3):
                 return gh, N // gh
+    if math.prod(likely) == N:
+        return likely
     side = math.isqrt(N)
     if side**2 == N:
         return side, side
-    if math.prod(likely) == N:
-        return likely
     raise ValueError(f"a position table of {N} patches, neither sine-cosine nor of a square grid")
 
 
@@ -2397,7 +2399,8 @@ def load_mae(mae, source):
 def vit_from_checkpoint(source, image_size=None, num_heads=None):
     """Builds the ViT that fits a checkpoint and loads it: (vit, (missing, left_over)).
 
-    All sizes are read off the tensors but the number of heads, which the literature's sizes imply.
+    All sizes are read off the tensors but the number of heads, which the literature's sizes imply. MoCo v3's
+    ViT-S has 12 heads, not 6; its full checkpoints are recognised, for others give num_heads.
     image_size: None for what the position table was made for.
     """
     state = read_checkpoint(source)
@@ -2406,6 +2409,8 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None):
     depth = len({k.split(".")[1] for k in inside if k.startswith("blocks.")})
     relative = inside.get("blocks.0.attn.relative_table")
     heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
+    if "base_encoder" in encoder_prefixes(state)[0]:  # MoCo v3, arXiv:2104.02057
+        heads[384, 12] = 12
     num_heads = num_heads or heads.get((embed_dim, depth)) or max(1, embed_dim // 64)
     if relative is not None:
         num_heads = embed_dim // relative.shape[1]

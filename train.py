@@ -205,10 +205,10 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
                  device="cpu", precision="fp32", workers=0):
     """Trains `model`, or goes on from a `state`. Pre-training, probes, fine-tuning and dense tasks share it.
 
-    Yields a pair before the first epoch and after each epoch: a dict of figures for the log, and the state.
-    The figures are the means of the losses over the epoch, the last learning rate and the speed. The state is
-    a dict of all that an exact resume needs. It has no states of random generators, because every draw
-    follows from numbers that the run knows.
+    Yields a pair before it begins and after each epoch: a dict of figures for the log, and the state. The
+    first dict is empty. The figures are the means of the losses over the epoch, the last learning rate and
+    the speed. The state is a dict of all that an exact resume needs. It has no states of random generators,
+    because every draw follows from numbers that the run knows.
 
     compute_losses: function (model, micro-batch, progress of the run from 0 to 1) -> dict of scalars: first
         `loss`, which is minimised, then others to log. The model is an argument because it is wrapped where
@@ -242,8 +242,7 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         return dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"],
                     scaler=scaler.state_dict(), epoch=epoch)
 
-    if not done:
-        yield {}, state_after(0)
+    yield {}, state_after(done)
     for epoch in range(done, epochs):
         began, batches.epoch, history = time.perf_counter(), epoch, []
         before_epoch(epoch)
@@ -462,14 +461,14 @@ def add_lookahead(optimizer, k=5, alpha=0.5):
     optimizer.register_step_post_hook(after_step)
 
 
-def cut_batch(batch_size, num_images, accumulate=None):
+def cut_batch(batch_size, num_images, accumulate=None, most=256):
     """Returns the batch size and the number of its micro-batches, over all processes. The batch size is
     reduced to the number of images, if that is smaller, and to a multiple of the number of micro-batches.
 
-    accumulate: the number of micro-batches; None: the smallest that leaves at most 256 images in each.
+    accumulate: the number of micro-batches; None: the smallest that leaves at most `most` images in each.
     """
     batch_size = min(batch_size, num_images)
-    pieces = accumulate or world_size() * math.ceil(batch_size / world_size() / 256)
+    pieces = accumulate or world_size() * math.ceil(batch_size / world_size() / most)
     if pieces % world_size():
         raise UsageError(f"--accumulate {pieces}: {world_size()} processes cannot share out {pieces} "
                          "micro-batches evenly")
@@ -948,12 +947,13 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
     def add(title, pred, error):
         shown = predicted(pred, ids_masked)
         tiles[title] = put_patches(masked, shown, ids_masked, p)
-        out[error] = mim.take(mim.patchify(shown - image, p), ids_masked).square().mean()
+        hidden = put_patches(0 * white, white, ids_masked, p)  # 1 where hidden; some ids are there twice
+        out[error] = (hidden * (shown - image).square()).sum() / hidden.sum()
 
     tiles, legend, given = dict(image=image), HIDDEN, ""
     if "ids_thrown" in out and method.throw != "random" and not mask:
         tiles["attention"], legend = heat(image, mim.attention_map(method.encoder, images)), SCALE | HIDDEN
-    elif ids_used.shape[1] != num_patches:
+    elif ids_visible.shape[1] + ids_masked.shape[1] < num_patches:
         title = "object: source and target" if windows == 1 else "all windows"
         tiles[title] = show_mask(image, ids_used, ids_used[:, :0], p)
     tiles["masked" if windows == 1 else "masked: one window"] = masked

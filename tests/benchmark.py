@@ -204,7 +204,7 @@ def speed(methods: list[Literal[tuple(VARIANTS)]] | None = None,
         line += f"{row['compiled_images_per_s']:10.2f}{row['compiled_ratio']:7.2f}" if compile else ""
         tqdm.write(line)
         rows.append(row)
-        del variant, step, calls
+        del variant, step, calls, function
     return dict(rows=rows, matmul_peak_gmac_per_s=round(peak), model=model, image_size=image_size,
                 patch_size=patch_size, batch_size=batch_size, repeats=repeats)
 

@@ -1360,3 +1360,24 @@ def test_figures_of_classes_on_the_command_line(task, name, finished, cli, few_s
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])[name]
     assert found and set(found) <= {"background", *datasets.SHAPE_CLASSES}
+
+
+def test_masks_are_pasted_in_full_precision():
+    mask, box = torch.rand(1, 28, 28), torch.tensor([10.3, 20.7, 310.2, 250.9])
+    plain = evaluation.paste(mask, box, (300, 400))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(evaluation.paste(mask, box, (300, 400)), plain)
+
+
+def test_detection_computes_eight_images_at_a_time_unless_told_otherwise(monkeypatch):
+    def train_epochs(*_, batch_size, accumulate, **options):
+        steps.append((batch_size, accumulate))
+        return iter(())
+
+    steps = []
+    monkeypatch.setattr(evaluation, "train_epochs", train_epochs)
+    train = DenseImages(datasets.load_dense("shapes", True, limit=40), (64, 64), (1.0, 1.0))
+    monkeypatch.setattr(evaluation, "score_objects", lambda *_: {})
+    for accumulate in (None, 1):
+        detect(mim.ViT(64, 8, 32, 2, 2), train, train, batch_size=32, width=8, accumulate=accumulate)
+    assert steps == [(32, 4), (32, 1)]

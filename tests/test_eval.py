@@ -1823,3 +1823,109 @@ def test_a_users_mistake_is_one_line(cli, runs, folder, line, words, tmp_path):
     code, _, err = cli(evaluation, *line.format(**places).split())
     last = err.strip().splitlines()[-1]
     assert code == 2 and words in last and last.startswith("eval.py: error: ") and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Odd files, names and data
+
+
+def test_a_stop_during_an_evaluation_leaves_no_gap_in_the_log(tmp_path):
+    data, path = evaluation.Pairs((torch.randn(8, 3), torch.arange(8) % 2)), tmp_path / "run.pt"
+
+    def run(stop=None, epochs=3, **options):
+        calls = []
+
+        def score(model):
+            calls.append(model.weight.sum().item())
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return dict(weights=calls[-1])
+
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        evaluation.fit(model, optimizer, data, cross_entropy, score, epochs=epochs, batch_size=4, base_lr=8.0,
+                       warmup_epochs=1, eval_every=1, output=path, settings=dict(task="finetune"), **options)
+
+    def figures():
+        lines = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
+        return [(line["epoch"], line["weights"]) for line in lines]
+
+    run()
+    whole = figures()
+    assert [epoch for epoch, _ in whole] == [1, 2, 3]
+    for stop in (1, 2, 3):
+        path.unlink()
+        with pytest.raises(KeyboardInterrupt):
+            run(stop)
+        assert mim.load_file(path)["epoch"] == stop
+        run(resume=True)
+        assert figures() == whole
+
+
+def test_a_subset_of_images_has_new_crops_in_each_epoch():
+    source = datasets.load_data("shapes", "train", 32, limit=8)
+    images = datasets.Images(source, 32)
+    pairs = evaluation.as_items(torch.utils.data.Subset(torch.utils.data.Subset(images, [3, 4, 5]), [2, 0]))
+    for epoch in (0, 1):
+        for place, index in ((0, 5), (1, 3)):
+            assert torch.equal(pairs[epoch, place]["image"], images[epoch, index]["image"])
+            assert pairs[epoch, place]["label"] == images[0, index]["label"]
+    assert not torch.equal(pairs[0, 0]["image"], pairs[1, 0]["image"])
+
+
+def test_a_finetuned_models_own_size_and_heads_are_taken(call, tmp_path):
+    """Its position table, which has been trained, could be of 4 x 4 patches, and 32 channels of one head."""
+    images = torch.randint(0, 256, (8, 3, 16, 64), dtype=torch.uint8)
+    encoder = mim.ViT((16, 64), 8, 32, 2, 4)
+    torch.nn.init.normal_(encoder.pos_embed)
+    data = (images, torch.arange(8) % 2)
+    evaluation.finetune(encoder, data, data, epochs=1, batch_size=8, output=tmp_path / "model.pt")
+    vit, _ = evaluation.open_encoder(str(tmp_path / "model.pt"))
+    own = evaluation.load_finished(tmp_path / "model.pt").encoder
+    assert vit.num_heads == 4 and vit.image_size == (16, 64)
+    assert torch.equal(vit.pos_embed, own.pos_embed)
+
+
+def test_encoders_of_other_channels_are_refused_in_one_line(call, tmp_path):
+    torch.save(mim.ViT(32, 8, 32, 2, 2, channels=1).state_dict(), tmp_path / "grey.pt")
+    code, _, err = call(tmp_path / "grey.pt", "knn")
+    assert code == 2 and "its images have 1 channels, and not 3" in err and "Traceback" not in err
+
+
+def test_the_checkpoint_is_not_overwritten_under_another_name(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    data = (images, torch.arange(8) % 2)
+    evaluation.finetune(mim.ViT(32, 8, 32, 2, 2), data, data, epochs=1, batch_size=8, output="model.pt")
+    before = Path("model.pt").read_bytes()
+    code, _, err = call("./model.pt", "semseg", "--output", "model.pt", "--overwrite", "--epochs", 1)
+    assert code == 2 and "or the checkpoint itself" in err and Path("model.pt").read_bytes() == before
+    code, _, err = call("model.pt", "finetune")  # the scenes have ten classes
+    assert code == 2 and "its classes are not those that the model was trained on" in err
+
+
+@pytest.mark.parametrize("dim", [20, 64, 200, 400])
+def test_the_attentive_probe_takes_any_width_that_four_divides(dim):
+    class Encoder(nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, None, :dim].expand(-1, 3, -1)
+
+    data = (torch.randn(8, 3, 16, 16), torch.arange(8) % 2)
+    assert "top1" in evaluation.attentive(Encoder(), data, data, epochs=1, batch_size=8)
+
+
+def test_errors_count_each_hidden_pixel_once():
+    """`ObjMAE(alignment="replicate")` repeats patches of small objects."""
+    torch.manual_seed(0)
+    regions = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    regions[0, 0, :16, :16], regions[1, 0, :, :16] = 1, 1  # 4 and 8 patches of 16
+    method = mim.ObjMAE(mim.ViT(32, 8, 32, 2, 2), alpha=0.25, alignment="replicate", norm_pix=False)
+    images = torch.randn(2, 3, 32, 32)
+    _, out = train.draw_reconstruction(method.eval(), images, regions)
+    ids = out["ids_masked"]
+    assert len(ids[0].unique()) < ids.shape[1]
+    shown = datasets.denormalize(mim.reconstruct(images, out["pred"], ids, 8, False))
+    errors = mim.patchify((shown - datasets.denormalize(images)).square(), 8).mean(2)  # [2, 16]
+    distinct = torch.cat([errors[i][ids[i].unique()] for i in range(2)])
+    assert out["error"].item() == pytest.approx(distinct.mean().item(), rel=1e-4)

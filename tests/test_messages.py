@@ -95,7 +95,7 @@ def test_a_full_disk_is_called_a_full_disk(content, tmp_path, monkeypatch):
     assert (tmp_path / "kept").read_text() == "as it was"
 
 
-TOO_LARGE = "out of memory: use fewer or smaller images a step"
+TOO_LARGE = "out of memory: use fewer or smaller images a step, or in training --accumulate"
 
 
 @pytest.mark.parametrize("error, says", [
@@ -294,7 +294,9 @@ def test_a_picture_gets_the_name_it_was_given(run, cli, mistake, tmp_path):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "no ending", "notes.txt"]
     message = mistake("eval", "random", "--task", "semseg", "--output", "model.png")
-    assert message == "--output model.png: it is for the model; a picture beside it ends in .png"
+    assert message.startswith("--output model.png: it is for the model, and must end in .pt;")
+    message = mistake("eval", "random", "--task", "finetune", "--output", "rate-0.001")  # not a log rate-0.jsonl
+    assert message.startswith("--output rate-0.001: it is for the model, and must end in .pt;")
 
 
 @pytest.mark.parametrize("names, drawn", [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mim
@@ -1364,3 +1365,51 @@ def test_every_argument_of_a_method_is_explained():
         text = "\n".join(inspect.getdoc(c) or "" for c in cls.__mro__[:-2])
         names = [name for name in inspect.signature(cls).parameters if name not in ("encoder", "base")]
         assert [n for n in names if not re.search(rf"^{n}: \w", text, re.M)] == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Half precision
+
+
+def test_gradients_of_a_mask_token_add_up_in_its_own_precision():
+    """In half precision 200,000 would be infinite, and a step of fp16 would be skipped."""
+    token = torch.nn.Parameter(torch.zeros(1, 1, 1))
+    out = mim.put(torch.zeros(1, 2000, 1, dtype=torch.float16), torch.arange(2000)[None], token)
+    assert out.dtype == torch.float16
+    out.backward(torch.full_like(out, 100))
+    assert token.grad.item() == 200_000
+
+
+def test_gradients_of_relative_positions_add_up_in_full_precision():
+    """CUDA would add up thousands of keys of one bucket in bf16, where a sum of ones stops at 256."""
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "scatter_add" in str(function):
+                dtypes.append(args[0].dtype)
+            return function(*args, **kwargs or {})
+
+    attn, dtypes = mim.Attention(4, 1, relative_position=True), []
+    q = torch.ones(1, 1, 1, 4, dtype=torch.bfloat16)
+    with Sums():
+        bias = attn.relative_bias(q, torch.zeros(1, 2000, dtype=torch.long))
+        bias.backward(torch.ones_like(bias))
+    assert bias.dtype == torch.bfloat16 and dtypes == [torch.float32]
+    assert attn.relative_table.grad[0].tolist() == pytest.approx(4 * [2000], rel=0.01)
+
+
+@pytest.mark.parametrize("prefix, heads", [("module.base_encoder.", 12), ("module.", 6)])
+def test_moco_v3s_small_vit_has_twelve_heads(prefix, heads):
+    state = {prefix + name: value for name, value in mim.ViT(32, 16, 384, 12, 12).state_dict().items()}
+    vit, _ = mim.vit_from_checkpoint(dict(state_dict=state))
+    assert vit.num_heads == heads
+    assert mim.vit_from_checkpoint(dict(state_dict=state), num_heads=12)[0].num_heads == 12
+
+
+def test_a_learned_table_of_a_square_number_of_patches_may_be_of_another_grid():
+    """2 x 8 patches are as many as 4 x 4; a ViT that has this grid takes the table as it is."""
+    table = torch.randn(1, 17, 8)
+    assert mim.grid_of(table) == (4, 4) and mim.grid_of(table, (2, 8)) == (2, 8)
+    vit = mim.ViT((16, 64), 8, 8, 1, 2)
+    state = vit.state_dict() | dict(pos_embed=table)
+    assert torch.equal(mim.vit_from_checkpoint(state, (16, 64))[0].pos_embed, table)
