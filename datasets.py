@@ -736,8 +736,9 @@ class DeviceLoader:
         generator = torch.Generator().manual_seed(seed_of(dataset.seed, self.batches.epoch, 0))
         boxes = random_boxes(len(dataset), dataset.crop_scale, generator).to(self.device)
         flips = (torch.rand(len(dataset), generator=generator) < 0.5 * dataset.flip).to(self.device)
-        for keys in self.batches:
-            index = torch.tensor([i for _, i in keys], device=self.device)
+        # All at once, because the CPU waits for the GPU at every such copy.
+        indices = torch.tensor([[i for _, i in keys] for keys in self.batches], device=self.device)
+        for index in indices:
             box, flip = boxes[index], flips[index]
             image = crop_boxes(self.images[index].float(), box, flip, dataset.size).round().clamp(0, 255)
             yield dict(image=image.byte(), index=index, box=box, flip=flip, broken=torch.empty(0))

@@ -871,7 +871,7 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
     optimizer = layer_wise_adamw(model.encoder, [model.head], weight_decay, layer_decay)
 
     def compute_losses(model, images, maps):
-        truth = torch.stack(maps).to(device).long()
+        truth = torch.stack([some.to(device, non_blocking=True) for some in maps]).long()
         return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
 
     return call(fit, locals(), lr_batch=16, warmup_steps=1500, fall=lambda progress: 1 - progress,
@@ -1203,7 +1203,8 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     optimizer = layer_wise_adamw(backbone.encoder, heads, weight_decay, layer_decay)
 
     def compute_losses(model, images, objects):
-        targets = [{name: value.to(device) for name, value in some.items()} for some in objects]
+        targets = [{name: value.to(device, non_blocking=True) for name, value in some.items()}
+                   for some in objects]
         parts = model(images, targets)
         return dict(loss=sum(parts.values()), **parts)
 
