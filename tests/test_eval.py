@@ -1929,3 +1929,12 @@ def test_errors_count_each_hidden_pixel_once():
     errors = mim.patchify((shown - datasets.denormalize(images)).square(), 8).mean(2)  # [2, 16]
     distinct = torch.cat([errors[i][ids[i].unique()] for i in range(2)])
     assert out["error"].item() == pytest.approx(distinct.mean().item(), rel=1e-4)
+
+
+def test_all_windows_are_shown_even_if_they_have_as_many_patches_as_the_image(monkeypatch):
+    """Four windows of 2 x 2 patches, drawn anywhere, of an image of 4 x 4."""
+    shown = {}
+    monkeypatch.setattr(train, "picture", lambda tiles, legend={}: shown.update(tiles))
+    method = mim.LoMaR(mim.ViT(32, 8, 32, 2, 2, relative_position=True), num_windows=4, window_size=2)
+    train.draw_reconstruction(method.eval(), torch.randn(2, 3, 32, 32))
+    assert "all windows" in shown

@@ -295,7 +295,7 @@ def test_a_picture_gets_the_name_it_was_given(run, cli, mistake, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "no ending", "notes.txt"]
     message = mistake("eval", "random", "--task", "semseg", "--output", "model.png")
     assert message.startswith("--output model.png: it is for the model, and must end in .pt;")
-    message = mistake("eval", "random", "--task", "finetune", "--output", "rate-0.001")  # not a log rate-0.jsonl
+    message = mistake("eval", "random", "--task", "finetune", "--output", "rate-0.001")
     assert message.startswith("--output rate-0.001: it is for the model, and must end in .pt;")
 
 
