@@ -234,9 +234,7 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
         raise UsageError(f"--epochs {epochs}: the run to resume has had {done}")
     if done:
         restore(state, model, optimizer, scaler, len(dataset))
-    wrapped = model
-    if world_size() > 1:
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = share_gradients(model)
 
     def state_after(epoch):
         return dict(model=model.state_dict(), optimizer=optimizer.state_dict()["state"],
@@ -521,6 +519,16 @@ def join_processes(device):
         # The timeout is a day, because processes may wait for others that compute regions or download data.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+
+
+def share_gradients(model):
+    """Wraps a model so that backward passes average its gradients over all processes, if there are several.
+    Buffers, such as statistics of a batch norm, stay each process's own."""
+    if world_size() == 1:
+        return model
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # torch 2.13
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def gather(value):
@@ -1251,7 +1259,7 @@ def exit_with_one_line(program, main):
     one line on stderr instead of a traceback."""
     try:
         main()
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_backend() == "nccl":  # with gloo torch 2.6 may hang here
             dist.destroy_process_group()
         return 0
     except UsageError as error:  # from a worker it comes with a traceback, whose last line is the message

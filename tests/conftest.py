@@ -169,12 +169,12 @@ class Program:
         """
         deadline = time.monotonic() + timeout
         while alive := [child for child in self.children if child.exitcode is None]:
-            left = max(0, deadline - time.monotonic())
-            multiprocessing.connection.wait([child.sentinel for child in alive], left)
             if time.monotonic() > deadline:
                 self.kill(group=True)
             elif any(child.exitcode for child in self.children):
                 self.kill(signal.SIGTERM)
+            left = max(0, deadline - time.monotonic())
+            multiprocessing.connection.wait([child.sentinel for child in alive], left)
         codes = [child.exitcode for child in self.children]
         return codes if len(codes) > 1 else codes[0], self.stdout, self.stderr
 

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -163,6 +164,7 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_micro_batch_alone(run, fork
     assert (column(seen, "index") != column(other, "index")).any()
 
     def one_of_two():
+        warnings.simplefilter("error", FutureWarning)  # of DistributedDataParallel, say
         seen, _ = run(out="two")
         torch.save(seen, tmp_path / f"{os.environ['RANK']}.pt")
 
