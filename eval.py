@@ -1708,9 +1708,9 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
         # What a run says of its encoder, in encoder.pt among the metadata, in what a task has trained in its
         # args. Nothing else tells a grid that is not square, the image size where positions are relative, or
         # an unusual number of heads.
-        run = run_settings(content) or getattr(content, "_metadata", {}).get("", {})
-        if task_of(checkpoint) in FINISHED:
-            run = content["args"]
+        run, args = getattr(content, "_metadata", {}).get("", {}), content.get("args")
+        if isinstance(args, dict):
+            run = args if args.get("task") in FINISHED else run_settings(content)
         size = size or run.get("image_size")
         if size is None and not any(name.endswith("pos_embed") for name in state):
             raise UsageError(f"--image-size is needed: {checkpoint} has relative positions and does not tell "
