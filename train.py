@@ -16,6 +16,7 @@ threads is the same; on CUDA the same but for the order in which kernels add num
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,11 +28,12 @@ def become_program(name):
     """Prepares this process for signals and for unusual streams.
 
     SIGINT (Ctrl-C) and SIGTERM end the process and its workers at once, with one line on stderr and the exit
-    code 130 or 143. Files are whole all the same, see `write_atomically`. Forked workers inherit these rules,
-    but only the process itself prints the line; under torchrun only the first process does. Characters that
-    stdout cannot encode, as in strange file names, are escaped.
+    code 130 or 143. Files are whole all the same, see `write_atomically`. Workers have the same rules, but do
+    not print the line; under torchrun only the first process does. Characters that stdout cannot encode, as in
+    strange file names, are escaped.
     """
-    process = os.getpid()
+    spawned = multiprocessing.current_process().name != "MainProcess"  # a worker on macOS imports this, too
+    process = None if spawned else os.getpid()
 
     def end(number, frame):
         try:
@@ -69,6 +71,7 @@ import math
 import re
 import shlex
 import textwrap
+import threading
 import time
 import typing
 from pathlib import Path
@@ -1257,6 +1260,7 @@ class Parser(argparse.ArgumentParser):
 def exit_with_one_line(program, main):
     """Runs main() and returns the exit code. After a mistake of the user, or if memory runs out, it prints
     one line on stderr instead of a traceback."""
+    tqdm.set_lock(threading.RLock())  # its own is for processes, too, and after Ctrl-C Python 3.14 misses it
     try:
         main()
         if dist.is_initialized() and dist.get_backend() == "nccl":  # with gloo torch 2.6 may hang here

@@ -137,7 +137,8 @@ class Program:
                 variables |= dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank,
                                   LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             arguments = (target, variables, files)
-            child = multiprocessing.get_context("fork").Process(target=run_as_program, args=arguments)
+            child = multiprocessing.get_context("fork").Process(
+                target=run_as_program, args=arguments, name="MainProcess")
             child.start()
             self.children.append(child)
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have done so, or ended

@@ -6,12 +6,14 @@ import re
 import runpy
 import signal
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from conftest import ROOT
 from torch.utils.data import get_worker_info
+from tqdm import tqdm
 
 import datasets
 import eval as evaluation
@@ -103,6 +105,30 @@ def test_a_signal_while_workers_start_is_one_line(start, folder, tmp_path, monke
     assert (code, said) == (CODES[number], [f"eval.py: interrupted ({number.name}); {KEPT}"])
     time.sleep(0.02)
     assert running(program.pid) == []
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_worker_that_was_not_forked_says_nothing(fork, number):
+    def worker():
+        multiprocessing.current_process().name = "SpawnProcess-1"
+        train.become_program("train.py")
+        os.kill(os.getpid(), number)
+
+    assert fork(worker) == (CODES[number], "", "")
+
+
+def test_no_semaphore_is_left_that_python_would_miss(monkeypatch):
+    monkeypatch.delattr(tqdm, "_lock", raising=False)
+    assert train.exit_with_one_line("train.py", lambda: None) == 0
+    assert isinstance(tqdm.get_lock(), type(threading.RLock()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_workers_share_the_memory_of_the_dataset_whatever_python_does():
+    """Python 3.14 starts processes by forkserver, and would give each worker a copy."""
+    loader = make_loader(torch.arange(4), 1, batch_size=2)
+    assert loader.multiprocessing_context.get_start_method() == "fork"
+    assert make_loader(torch.arange(4), batch_size=2).multiprocessing_context is None
 
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py"])
