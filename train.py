@@ -521,7 +521,8 @@ def join_processes(device):
     if "RANK" in os.environ and not dist.is_initialized():
         # The timeout is a day, because processes may wait for others that compute regions or download data.
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        with explained("RANK is set, as by torchrun", "the processes cannot be joined"):
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 
 def share_gradients(model):
@@ -1275,7 +1276,8 @@ def exit_with_one_line(program, main):
         message = f"{error.filename or 'system'}: {reason_of(error)}"
     except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
-            message = "a worker was killed, perhaps because memory ran out: try fewer --workers"
+            message = ("a worker was killed, perhaps because memory or, in a container, shared memory (docker "
+                       "run --shm-size) ran out: try fewer --workers")
         else:
             message = reason_of(error)
             if not message.startswith("out of memory"):

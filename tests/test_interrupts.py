@@ -179,8 +179,8 @@ def test_a_killed_worker_is_not_a_broken_image(fork, folder, tmp_path, monkeypat
     monkeypatch.setattr(datasets, "decode", killed)
     code, out, err = fork(train, *TINY, "--data", folder, "--workers", 1, "--output", tmp_path / "run")
     assert code == 2 and "broken" not in out + err
-    assert err == ("train.py: error: a worker was killed, perhaps because memory ran out: try fewer "
-                   "--workers\n")
+    assert err == ("train.py: error: a worker was killed, perhaps because memory or, in a container, shared "
+                   "memory (docker run --shm-size) ran out: try fewer --workers\n")
 
 
 def test_a_worker_killed_while_something_else_is_read_is_no_error_of_that(folder):

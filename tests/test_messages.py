@@ -388,3 +388,11 @@ def test_of_one_encoder_nothing_is_said(capsys):
     torch.save(under("encoder.", tiny()), "some.pt")
     evaluation.open_encoder("some.pt")
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_without_other_processes(mistake, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    said = mistake("train", "--method", "mae", "--limit", 8)
+    assert said.startswith("RANK is set, as by torchrun: the processes cannot be joined (")
+    assert "WORLD_SIZE" in said
