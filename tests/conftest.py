@@ -37,14 +37,16 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def checkout_stays_as_it_is():
-    """Tests write below tmp_path alone: after all of them the checkout has the files it had before,
-    unchanged."""
+    """Tests write below tmp_path alone: after all of them the checkout has the files it had before, unchanged.
+    Of what git ignores, such as runs/, where a training may be going on, it need only be there or not."""
+    ignored = (ROOT / ".gitignore").read_text().replace("/", "").split()
 
     def state():
-        files = (path for path in ROOT.rglob("*") if path.is_file())
-        others = {".git", "__pycache__", ".pytest_cache", ".venv"}
-        own = (path for path in files if not others & set(path.parts))
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in own}
+        names = {path.name for path in ROOT.iterdir()} - {"__pycache__", ".pytest_cache"}
+        own = [ROOT / name for name in names.difference(ignored, [".git"])]
+        files = [path for part in own for path in (part, *part.rglob("*"))]
+        stats = {path: path.stat() for path in files if path.is_file() and "__pycache__" not in path.parts}
+        return names, {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     before = state()
     yield
