@@ -712,9 +712,9 @@ def collate(items):
 def make_loader(dataset, workers=0, device=None, collate_fn=collate, **options):
     """Makes a DataLoader for `Images`. options: batch_sampler=... or batch_size=...
 
-    The workers live as long as the loader. On Linux they are forked, also by Python 3.14, so that they share the
-    memory of the dataset. For a CUDA device the memory is pinned, so that copies with non_blocking=True run
-    while the GPU computes.
+    The workers live as long as the loader. On Linux they are forked, also by Python 3.14, so that they share
+    the memory of the dataset. For a CUDA device the memory is pinned, so that copies with non_blocking=True
+    run while the GPU computes.
     """
     start = "fork" if workers and sys.platform == "linux" else None
     pin_memory = str(device).startswith("cuda")
