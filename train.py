@@ -1278,6 +1278,8 @@ def exit_with_one_line(program, main):
         if "DataLoader worker" in str(error):
             message = ("a worker was killed, perhaps because memory or, in a container, shared memory (docker "
                        "run --shm-size) ran out: try fewer --workers")
+        elif re.search(r"C(\+\+)? compiler|triton installation", str(error)):
+            message = "--compile: torch.compile needs a C++ compiler and on CUDA Triton, and does not find them"
         else:
             message = reason_of(error)
             if not message.startswith("out of memory"):

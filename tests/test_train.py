@@ -170,6 +170,15 @@ def test_a_compiled_run_compiles_once_and_is_the_same(call, monkeypatch):
     assert_same_run(compiled, plain)
 
 
+def test_without_a_compiler_the_message_is_one_line(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "g++")))
+    torch._dynamo.reset()
+    code, _, err, output = call("simmim", "--compile")
+    assert code == 2 and err.splitlines()[-1].startswith("train.py: error: --compile: torch.compile needs a C++")
+    assert "Traceback" not in err and not (output / "encoder.pt").exists()
+
+
 def test_the_loss_falls(call):
     *_, output = call("mae", "--epochs", 8, "--base-lr", 0.1, "--no-norm-pix")
     losses = [line["loss"] for line in log(output)]
