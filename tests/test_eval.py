@@ -1264,6 +1264,8 @@ def test_an_object_that_is_shown_whole_has_no_score(monkeypatch):
     items[1]["regions"][0, :2, :20] = 1  # 10 of 128 patches
     result = evaluation.segment(Oracle(lambda maps: maps), items)
     assert [result[f"iou_{ratio}"] for ratio in (80, 85, 90)] == [100, 100, 100] and result["objects"] == 2
+    result = evaluation.segment(Oracle(lambda maps: maps), items[1:])
+    assert [result[f"iou_{ratio}"] for ratio in (80, 85, 90)] == [None] * 3  # JSON has no nan
 
 
 def test_the_picture_shows_hints_and_what_was_completed(columns):
