@@ -296,7 +296,8 @@ MEASURES = {
     "semseg-linear": ("semseg --head linear --freeze", {"mIoU, linear": "miou"}),
     "semseg": ("semseg", {"mIoU, UPerNet": "miou"}),
     "detect": ("detect", {"box AP": "box_ap", "mask AP": "mask_ap"}),
-    "attention": ("attention --regions instances", {"attention": "attention_main", "area": "area_main"}),
+    "attention": ("attention --regions instances --query 0",
+                  {"object": "attention_main", "area": "area_main"}),
     "segment": ("segment", {"IoU, own image": "iou_80", "another": "other_image_80"}),  # of rae and rmae
 }
 

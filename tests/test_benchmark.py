@@ -146,11 +146,13 @@ def test_a_row_may_have_options(cli, folder, tmp_path, in_process):
 
 
 def test_compare_measures_what_is_asked_for_and_names_a_papers_table(tmp_path, in_process, monkeypatch):
-    monkeypatch.setitem(benchmark.ABLATIONS, "some", "rae:num_regions=2 mae")
+    monkeypatch.setitem(benchmark.ABLATIONS, "some", "rae:num_regions=2 lomar")
     result = benchmark.compare(device=torch.device("cpu"), ablation="some", measures=["attention"], epochs=1,
                                limit=16, output=tmp_path)
-    assert [row["name"] for row in result["rows"]] == ["random", "rae:num_regions=2", "mae"]
-    assert all(0 < row["attention"] < 100 and 0 < row["area"] < 100 for row in result["rows"])
+    assert [row["name"] for row in result["rows"]] == ["random", "rae:num_regions=2", "lomar"]
+    assert all(0 < row["object"] < 100 and 0 < row["area"] < 100 for row in result["rows"])
+    lines = (tmp_path / "lomar-1" / "attention.txt").read_text().splitlines()
+    assert json.loads(lines[-1])["query"] == 0  # the class token's, as that of the others
 
 
 def test_every_measure_is_a_command_of_eval(tmp_path):
