@@ -7,13 +7,13 @@ Contents. To copy a paper, copy the imports, the paper's section and the section
      2. Patches and index tensors  patchify, take, put
      3. Vision Transformer         ViT, its blocks and attentions                          1, 2
      4. Losses and pictures        pixel, token and region loss; what a prediction shows   2, 3
-     5. Random masking             counts, random_masking, units of patches                1
+     5. Random masking             counts, random_masking, units of patches                1, 2
      6. MAE                        MAE                                                     1-5
      7. SimMIM                     unit_masking, SimMIM                                    1-5
      8. Block-wise masking         block_masking                                           1
      9. BEiT                       BEiT                                                    1-5, 8
     10. CAE                        RegressorBlock, CAE                                     1-5, 8
-    11. AMT                        attention_masking, crop_maps, AMT around a method       1, 5
+    11. AMT                        attention_masking, crop_maps, AMT around a method       1, 2, 5
     12. LoMaR                      window_masking, LoMaR                                   1-5
     13. Label maps                 areas and binary maps of regions
     14. ObjMAE                     its selection, division and alignment; ObjMAE           1-6, 13
@@ -352,7 +352,7 @@ class ViT(nn.Module):
     drop_path: stochastic depth of the last block; it grows linearly from 0 over the blocks
     relative_position: relative positions in every block instead of the position embedding, as LoMaR has them
     layer_scale: initial value of a learned factor per channel on both branches of every block; with it the
-        blocks' output projections start smaller, too, as in BEiT and CAE. None: no factor, usual projections
+        blocks' output projections start smaller, too, as in BEiT. None: no factor, usual projections
     channels: channels of the images, C; 1 for grey ones
     """
 
@@ -596,9 +596,8 @@ def units_to_patches(ids, grid, unit_size):
     >>> units_to_patches(torch.tensor([[0, 3]]), grid=(4, 4), unit_size=2).tolist()  # of four, first and last
     [[0, 1, 4, 5, 10, 11, 14, 15]]
     """
-    numbers = torch.arange(math.prod(grid), device=ids.device).view(grid)
-    units = numbers.unfold(0, unit_size, unit_size).unfold(1, unit_size, unit_size)  # [gh/u, gw/u, u, u]
-    return units.reshape(-1, unit_size**2)[ids].flatten(1)
+    numbers = torch.arange(math.prod(grid), device=ids.device).view(1, 1, *grid)
+    return patchify(numbers, unit_size)[0, ids].flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -800,11 +799,11 @@ def random_blocks(area, grid, min_aspect, generator=None):
 def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=None, generator=None):
     """Block-wise masking of exactly num_masked patches per image (BEiT, arXiv:2106.08254, Alg. 1).
 
-    Blocks have about min_block patches or more, or what remains to be masked if that is less, and may
-    overlap. 30 blocks are proposed to each image. Those are placed that mask no more patches than remain. The
-    patches that are missing then (about 0.3 per image in a grid of 24x24) are drawn at random, next to blocks
-    first. A block may be as high or as wide as the grid, which BEiT's code excludes. Returns ids_visible [B,
-    N - num_masked] and ids_masked [B, num_masked].
+    A block's area is uniform between min_block and what remains to be masked. Blocks may overlap. Of 30
+    proposals per image those are placed that mask no more patches than remain. The patches that are missing
+    then (about 0.3 per image in a grid of 24x24) are drawn at random, next to blocks first. A block may be as
+    high or as wide as the grid, which BEiT's code excludes. Returns ids_visible [B, N - num_masked] and
+    ids_masked [B, num_masked].
 
     >>> _, ids_masked = block_masking(1, grid=(2, 5), num_masked=4, min_block=4, min_aspect=1.0)
     >>> (ids_masked - ids_masked.min()).sort().values.tolist()  # a square of 2x2 patches, somewhere
@@ -818,7 +817,7 @@ def block_masking(batch, grid, num_masked, min_block=16, min_aspect=0.3, device=
         area = min_block + torch.rand(batch, device=device, generator=generator) * (remaining - min_block)
         new = random_blocks(area, grid, min_aspect, generator) * visible
         added = new.sum((1, 2))
-        placed = (added <= remaining).float()
+        placed = added <= remaining
         visible -= new * placed[:, None, None]
         remaining -= added * placed
     beside = F.max_pool2d(1 - visible, 3, stride=1, padding=1)
@@ -943,13 +942,13 @@ class CAE(nn.Module):
     norm_pix: predict each patch with mean 0 and variance 1, as MAE (not with a tokenizer)
 
     The paper's encoder has drop path 0.1, and in the authors' code layer scale 0.1 (ViT-L: 1e-5). Regressor
-    and decoder take over both. As in that code, the encoder has a class token, which goes no further, and the
-    latents that are aligned are those after its last norm. The authors keep a second encoder with the same
-    weights for the targets; here one encoder does both. Table 9 has the "RGB pixel value" as a target; that
-    each patch is normalised is ours. Their code draws the first weights of the patch projection and of the
-    tokens from a normal distribution of deviation 0.02 that is cut off at 0.02, which leaves a deviation of
-    0.0108; here they are drawn as MAE's. Sections, tables and figures are numbered as in the version under
-    review.
+    and decoder take both; see `rescale_projections`. As in that code, the encoder has a class token, which
+    goes no further, and the latents that are aligned are those after its last norm. The authors keep a second
+    encoder with the same weights for the targets; here one encoder does both. Table 9 has the "RGB pixel
+    value" as a target; that each patch is normalised is ours. Their code draws the first weights of the patch
+    projection and of the tokens from a normal distribution of deviation 0.02 that is cut off at 0.02, which
+    leaves a deviation of 0.0108; here they are drawn as MAE's. Sections, tables and figures are numbered as
+    in the version under review.
     """
 
     inputs = ()
@@ -1141,9 +1140,9 @@ class AMT(nn.Module):
     interval: epochs between updates of the maps; None is 10% of the run's epochs on MAE, 20% on SimMIM, at
         least 4, as an update costs up to an epoch's time, and at most the paper's 40
 
-    Masks are random (the base's own) until `update_maps` has filled `maps`, one map of the whole image for
-    each training image. forward(images, index, box, flip) cuts from them what the augmentation cut from the
-    images. Without `index` the maps are computed on the spot, which costs one more pass of the encoder.
+    forward(images, index, box, flip) draws random masks (the base's own) until `update_maps` has filled
+    `maps`, one map of the whole image for each training image, and then cuts from them what the augmentation
+    cut from the images. forward(images) computes maps on the spot, which costs one more pass of the encoder.
     Departs from the authors' code, and follows the paper, in three ways. The code crops its maps at a wrong
     place (always near one corner, by 2x2 to 3x3 cells, whatever the image's crop), so the published figures
     come from other masks than the paper's. It renews the maps one epoch later. On MAE it throws int(0.85 N) -
@@ -1212,7 +1211,7 @@ class AMT(nn.Module):
         """
         weight = next(self.parameters())  # it says on which device
         maps = weight.new_zeros(num_images, *self.encoder.grid, dtype=torch.float16)
-        if self.throw == "random":  # as after any other first interval, but no image is looked at
+        if self.throw == "random":  # its draws ignore the maps, so no image is read
             batches, maps = (), maps + 1
         for images, index in batches:
             maps[index] = attention_map(self.encoder, images).half()
@@ -1240,19 +1239,17 @@ class AMT(nn.Module):
         """images [B, C, H, W] -> the base's loss, pred, ids_visible, ids_masked, and ids_thrown.
 
         index: [B], each image's number among the training images; with it box [B, 4] and flip [B] must be
-            given, see `crop_maps`.
+            given, see `crop_maps`. None: maps are computed on the spot.
         ids_visible, ids_masked: the mask to use.
         """
         if index is not None and (box is None or flip is None):
             raise ValueError("index needs box and flip, to cut the maps as the images were cut")
-        ids_thrown = None
+        ids_thrown = images.new_zeros(len(images), 0, dtype=torch.int64)
         if ids_visible is None:
             weights = self.patch_weights(images, index, box, flip)
             if weights is not None:
                 ids_visible, ids_masked, ids_thrown = self.draw(weights)
         out = self.base(images, ids_visible=ids_visible, ids_masked=ids_masked)  # draws a mask if given None
-        if ids_thrown is None:
-            ids_thrown = out["ids_masked"][:, :0]
         return dict(out, ids_thrown=ids_thrown)
 
 
@@ -1395,9 +1392,7 @@ def region_areas(regions):
     """
     labels = regions.long().flatten(2)
     areas = torch.zeros(*labels.shape[:2], NUM_LABELS, device=regions.device)
-    areas.scatter_add_(2, labels, torch.ones_like(labels, dtype=areas.dtype))
-    areas[..., 0] = 0
-    return areas.flatten(1)
+    return areas.scatter_add(2, labels, (labels > 0).float()).flatten(1)
 
 
 def binary_maps(regions, chosen):
@@ -1456,7 +1451,7 @@ def select_objects(regions, number, floor=0.05, generator=None):
     >>> maps[0, 0].int().tolist(), found.tolist()  # 7 is large enough, 9 is not
     ([[1, 1, 1, 0]], [[True, False]])
     """
-    usable = region_areas(regions) >= floor * regions[0, 0].numel() - 1e-3  # Eq. 1
+    usable = region_areas(regions) >= max(1, floor * regions[0, 0].numel() - 1e-3)  # Eq. 1
     noise = torch.rand(usable.shape, device=usable.device, generator=generator)
     chosen = (noise + usable).topk(number, dim=1).indices
     return binary_maps(regions, chosen), usable.gather(1, chosen)
@@ -1503,11 +1498,12 @@ def divide_patches(member, count, generator=None):
 
 
 def align_patches(source, target, count, alignment, generator=None):
-    """Makes the lists of source and target patches of every image exactly `count` long (ObjMAE, §3.3).
+    """Brings the lists of source and target patches of all images to one length, n (ObjMAE, §3.3).
 
-    source, target: [B, N] bool, disjoint, with 1 to `count` patches per image.
-    Returns ids_visible, ids_masked [B, count], and keep_visible, keep_masked: [B, count] bool with "zero" as
-    the alignment, else None. Source 0, 1, 2 and target 5 of eight patches become with count=3, for example:
+    source, target: [B, N] bool, disjoint, with 1 to `count` patches per image. Returns ids_visible,
+    ids_masked [B, n], and keep_visible, keep_masked: [B, n] bool with "zero" as the alignment, else None. n
+    is `count`, with "throwout" at most that. Source 0, 1, 2 and target 5 of eight patches become with
+    count=3, for example:
 
         alignment  ids_visible  ids_masked
         throwout   1            5           cut to the shortest list of the batch
@@ -1555,9 +1551,9 @@ class ObjMAE(MAE):
 
     alpha: length of source and of target, each, as a share of all patches; on COCO half of §4.1's 0.34,
         which is Table 9's 0.17; on CLEVR 0.05 (§4.7)
-    alignment: how all images come to this length (§3.3): throwout cuts to the batch's smallest (torch.compile
-        then compiles only a few of the lengths), zero pads with tokens that take part in nothing, replicate
-        repeats patches, random adds other patches
+    alignment: how all images come to this length (§3.3): throwout cuts to the batch's smallest (beyond its
+        recompile limit torch.compile runs new lengths eagerly), zero pads with tokens that take part in
+        nothing, replicate repeats patches, random adds patches of neither list (the paper: of all)
     selection: intra is source and target from one object; inter is target from another, or the background
         (§4.5)
     object_floor: smallest object, as a share of the image; with 1 no object is large enough, and all of each
@@ -1615,7 +1611,7 @@ class ObjMAE(MAE):
         maps, found = select_objects(regions, 2, self.object_floor)
         first = object_patches(maps[:, 0], p, share) & found[:, :1]
         second = object_patches(maps[:, 1], p, share)
-        return first, torch.where(found[:, 1:], second, True) & ~first
+        return first, (second | ~found[:, 1:]) & ~first
 
     def split(self, regions, batch):
         """Source and target, [B, N] bool, disjoint, with 1 to `count` patches per image; see `select`."""
@@ -1663,13 +1659,16 @@ class ObjMAE(MAE):
 # R-Encoder (Eq. 1, 4, 7)          RegionBranch.encode                          [B, k, n, dim]
 # f                                proj
 # v'_renc (Eq. 2, 5)               x in BatchBranch.forward                     [B * k, 1 + N, dim]
+# v_penc                           latents                                      [B, 1 + n, D]
 # v'_penc                          RegionBranch.fill                            [B, 1 + N, dim]
 # [mask]                           neck_mask_token, mask_token                  [1, 1, dim]
 # Neck, v_context (Eq. 9)          neck_block, context                          [B, 1 + N, dim]
 # v_emb, v_query (Eq. 8, 10)       queries in LengthBranch.forward              [B, k, dim]
+# R-Decoder (Eq. 3, 6, 10)         BatchBranch.blocks; LengthBranch.blocks, last_attn
 # W, v_rdec (Eq. 11)               expand, x in LengthBranch.forward            [B, k, n_masked, dim]
 # g                                head
 # h (Eq. 12)                       region_feed
+# AvgPool, P-Decoder (Eq. 14)      in RMAE.forward, MAE.decode                  [B, n, D]
 
 Variant = Literal["length", "channel", "batch"]
 CrossFeed = Literal["pixel_to_region", "region_to_pixel", "both"]
@@ -1733,7 +1732,7 @@ class RegionBranch(nn.Module):
         patch_dim = encoder.patch_size**2 * channels
         self.embed = nn.Linear(patch_dim, dim)
         self.pos_embed = nn.Parameter(sincos_position_embedding(dim, encoder.grid), requires_grad=False)
-        self.block, self.block_norm = Block(dim, num_heads), layer_norm(dim)
+        self.block, self.block_norm = Block(dim, num_heads), layer_norm(dim)  # R-Encoder
         self.proj = nn.Linear(dim, dim)  # f of Eq. 2, 5, 10
         self.neck_embed = nn.Linear(encoder.embed_dim, dim) if from_pixels else None
         self.neck_mask_token = learned_token(dim)
@@ -1883,9 +1882,9 @@ class RAE(nn.Module):
     region_decoder_depth: blocks of the region decoder, counting the last one, which expands the queries
 
     Where the paper is silent: maps enter as -0.5 and 0.5; a norm ends the region encoder (in the length
-    variant after the mean, as in the authors' code) and the neck; the class token goes through neck and
-    decoder, as in MAE; the last block of the length variant has no MLP but the predictor, whose layers have
-    GELU between; the batch and the channel variant have no block in the neck.
+    variant after the mean, as in the authors' code) and the neck; the class token goes through the neck
+    (length) or the decoder (batch, channel); the last block of the length variant has no MLP but the
+    predictor, whose layers have GELU between; the batch and the channel variant have no block in the neck.
     Departs from the paper: p_E and p_D are one number, region_dim (Table 8 has 128 and 256). The authors'
     released configuration has a base learning rate of 1.5e-4 and 8 blocks in the neck, draws regions without
     replacement where an image has eight and without the rule of visible foreground, and warms up for 8% of
@@ -1919,7 +1918,7 @@ class RAE(nn.Module):
         """Masks, encodes and completes; the arguments are those of `forward`. The mask comes first, then
         regions that it shows (Appendix A).
 
-        Returns a dict of all that `forward` does but its loss, the latents [B, 1 + n, D] of the image, and
+        Returns three things: the dict of `forward` without its loss, the image's latents [B, 1 + n, D], and
         the regions' embeddings.
         """
         given = regions if region_maps is None else region_maps
@@ -1987,8 +1986,8 @@ class RMAE(MAE):
 
     Where the paper is silent, and where this departs from it: see `RAE`. With region_to_pixel the neck gets
     mask tokens alone. h (Eq. 12) is added before MAE's linear decoder_embed, not after, and without a second
-    [mask] token: the same function where image and maps have one mask. With a region_mask_ratio, only patches
-    that both show get it.
+    [mask] token: as expressive if embed_dim >= decoder_dim and image and maps have one mask. With a
+    region_mask_ratio, only patches that both show get it.
     """
 
     inputs = ("regions",)
@@ -2263,7 +2262,7 @@ def read_checkpoint(source):
     """A checkpoint file, or what it held, -> its plain state dict of tensors.
 
     Takes this project's checkpoint.pt and encoder.pt, the MAE release's files ({"model": ...}) and timm's
-    state dicts; of files with several, as DINO's, all, under names that begin with theirs ("teacher.").
+    state dicts; if a file holds several, as DINO's, all of them, each name prefixed ("teacher.").
     ValueError, in one line that names the file, for anything else.
     """
     is_file = isinstance(source, (str, os.PathLike))
@@ -2304,8 +2303,8 @@ def encoder_prefixes(state):
 
 
 def split_encoder(state):
-    """A state dict -> the ViT's part of it, with its own names, and the names of the rest. ValueError if it
-    has what would change a ViT's output, and is not here."""
+    """A state dict -> the ViT's part of it, with its own names, and the names of the rest. ValueError for
+    parameters that change the output and that `ViT` does not have."""
     prefix = encoder_prefixes(state)[0]
     # BEiT's and CAE's code has names of its own (gamma_1, q_bias, v_bias), and no bias of the keys.
     inside = {re.sub(r"gamma_(\d)$", r"ls\1.gamma", k.removeprefix(prefix)): v

@@ -1017,6 +1017,9 @@ def test_objects_are_drawn_uniformly_and_small_ones_never():
     assert found.all() and set((maps * regions).amax((2, 3)).unique().tolist()) == {1, 2, 3}
     assert torch.equal(mim.region_areas(layered)[:, 256:], mim.region_areas(regions))
     assert not mim.select_objects(torch.zeros_like(layered), 1)[1].any()
+    assert not mim.select_objects(torch.zeros_like(layered), 1, floor=0)[1].any()
+    maps, found = mim.select_objects(regions, 256, floor=0)  # of all labels only those that are there
+    assert found.sum() == len(regions.unique()) - 1 and maps[found].any((1, 2)).all()
 
 
 @pytest.mark.parametrize("pixels, inside", [(19, False), (20, True), (21, True)])
@@ -1353,7 +1356,7 @@ def test_amt_lifts_out():
         def forward(self, images, ids_visible=None, ids_masked=None):
             return dict(loss=images.mean(), ids_visible=ids_visible, ids_masked=ids_masked)
 
-    assert CONTENTS["AMT"][1] == "1, 5"
+    assert CONTENTS["AMT"][1] == "1, 2, 5"
     out = lift("AMT")["AMT"](Method())(images())
     assert [out[k].shape[1] for k in ("ids_masked", "ids_thrown", "ids_visible")] == [28, 25, 11]
     assert_partition(out["ids_masked"], out["ids_thrown"], out["ids_visible"], n=64)
