@@ -515,7 +515,7 @@ def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: in
 
     data: the images: shapes (built-in scenes), cifar10, cifar100, stl10 (downloaded), or a folder: train/ and
         val/ with a folder per class, a folder per class, COCO's layout, or plain images
-    limit: use only so many of the images (where a task trains, of those for training), evenly spread over
+    limit: use only so many of the images (where a task has training images, of those), evenly spread over
         all and so over the classes; default: all
 
     split: "pretrain" (labels are not used), "train" or "val". image_size: that of the scenes, an int or
@@ -788,8 +788,7 @@ def renumber(maps):
     out = np.zeros(layers.shape, np.uint8)
     for layer, into in zip(layers, out):
         areas = np.bincount(layer.ravel())
-        areas[0] = -1  # no region: it comes last, and gets no number
-        order = np.argsort(-areas, kind="stable")[:-1][:255]
+        order = 1 + np.argsort(-areas[1:], kind="stable")[:255]  # 0, no region, gets no number
         number = np.zeros(len(areas), np.uint8)
         number[order] = np.arange(1, len(order) + 1)
         into[:] = number[layer]
@@ -1182,8 +1181,9 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
     """Opens the regions of a source's images: an object with `read`, and `fill` where maps are computed.
 
     regions: maps of the images' regions: instances, panoptic (with COCO; the built-in scenes have instances),
-        fh (Felzenszwalb-Huttenlocher segments), cam (class activation maps), or a folder of masks; default:
-        instances for the built-in scenes and for objmae on COCO, else cam for objmae, fh for rae and rmae
+        fh (Felzenszwalb-Huttenlocher segments), cam (class activation maps), or a folder of masks; default
+        in eval.py: those of the run, if any; in train.py: instances for the built-in scenes and for objmae on
+        COCO, else cam for objmae, fh for rae and rmae
     fh_scales: scales of fh, which are minimum sizes in pixels too; default: 500 1000 1500 for COCO, 1000 for
         other large images, in proportion to their area for small ones
     region_cache: folder for computed regions (not with --images, not with --regions instances, not with
@@ -1238,8 +1238,8 @@ VOC_CLASSES = dict(enumerate((
 
 
 def load_dense(data, objects, split="train", image_size=None, limit=None, categories=None):
-    """Opens images with dense truth: the built-in scenes, COCO, or with `objects` LVIS, or without them label
-    PNGs (`open_masks`).
+    """Opens images with dense truth: the built-in scenes, COCO, LVIS (only with `objects`), label PNGs (only
+    without; `open_masks`).
 
     Without `objects` truth is [H, W] int16, classes or IGNORED. With them it is a dict of masks, bool
     [n, H, W]; boxes, [n, 4], COCO's (x, y, width, height) in pixels; labels, int64 [n] from 1; areas, [n] in
@@ -1365,7 +1365,7 @@ def open_masks(data, split, categories):
 
     One's own lie in images/train and masks/train or in train/images and train/masks, likewise for val. Line k
     of classes.txt names label k, from 0. Without it, the classes are the labels that the training masks have.
-    255 does not count, but if the masks of two classes have 0 and 255 alone.
+    255 does not count, unless there are two classes and the masks have 0 and 255 alone.
     """
     root, part = Path(data), "training" if split == "train" else "validation"
     for images, masks, names in (

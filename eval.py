@@ -108,7 +108,7 @@ SMALL_RECIPES = {
 NANO_RECIPES = {"attentive": dict(epochs=30), "finetune": dict(epochs=5, base_lr=4e-3, layer_decay=0.75)}
 
 
-def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae"):
+def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] | None = None):
     """The keywords of a task that differ from its defaults for this mim.ViT: `linear(..., **recipe("linear",
     vit, "lomar"))`.
 
@@ -117,9 +117,8 @@ def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae")
     """
     sizes = [f"-{name}" for name, size in mim.SIZES.items() if size["embed_dim"] <= encoder.embed_dim]
     paper = {}
-    for name in ("mae", method):
-        for size in ("", *sizes):
-            paper |= PAPER_RECIPES.get(f"{task} {name}{size}", {})
+    for name, size in itertools.product(("mae", method), ("", *sizes)):
+        paper |= PAPER_RECIPES.get(f"{task} {name}{size}", {})
     if max(encoder.image_size) > SMALL:
         return paper
     nano = encoder.embed_dim <= mim.SIZES["nano"]["embed_dim"]
@@ -133,7 +132,7 @@ def recipe(task, encoder, method: Literal[(*mim.METHODS, "amt-simmim")] = "mae")
 class Pairs(torch.utils.data.Dataset):
     """A dataset of (image, label) pairs, or of dicts with these (as a Subset of datasets.Images is), or two
     tensors (images, labels), with items like those of datasets.Images: dict(image, label). Keys: an index, or
-    (epoch, index), of which data other than datasets.Images get the index.
+    (epoch, index); only datasets.Images are given the epoch.
 
     Images: [3, H, W], uint8, which are normalised later, or floats, which are taken as they are.
     """
@@ -156,7 +155,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def as_items(data):
-    """Makes a Dataset, with items of image and label, of what a task is given as train or val."""
+    """What a task is given as train or val -> a Dataset with items of image and label."""
     return data if isinstance(data, (Images, Pairs)) else Pairs(data)
 
 
@@ -262,8 +261,8 @@ def knn(encoder, train, val, k: PositiveInt = 20, temperature: PositiveFloat = 0
 
 
 def settings_of(task, arguments, classes):
-    """What a task keeps in its file: the plain values among its arguments, with which alone a run can be
-    resumed, a short hash of the encoder's weights, and what else `load_finished` needs."""
+    """What a task keeps in its file: the plain values among its arguments and a short hash of the encoder's
+    weights, which a resumed run must share, and what else `load_finished` needs."""
     machine = ("output", "resume", "accumulate", "eval_every", "per_class", "device", "precision", "workers")
     plain = {name: value for name, value in arguments.items()
              if isinstance(value, (int, float, str)) and name not in machine}
@@ -278,8 +277,8 @@ def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epoc
         lr_batch=256, warmup_epochs=None, usual_warmup=10, warmup_steps=None, min_lr=0.0, accumulate=None,
         most=256, eval_every=None, output=None, resume=False, settings={}, seed=0, device="cpu",
         precision="fp32", workers=0, **options):
-    """Trains `model`: probes, fine-tuning and dense tasks share this loop; these hand on to it what it takes
-    of their variables (`call`). Returns a dict: the batch size and the warm-up that it used, and in the first
+    """Trains `model`: probes, fine-tuning and dense tasks share this loop; `call` hands it those of their
+    variables that it names. Returns a dict: the batch size and the warm-up that it used, and in the first
     process the score.
 
     train: a dataset whose items are dicts with image and label.
@@ -290,8 +289,8 @@ def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epoc
     most: images in a micro-batch, if `accumulate` is not given
     warmup_epochs: default: `usual_warmup`, or `warmup_steps` in epochs, but at most a ninth of the epochs; or
         usual_warmup percent of them, if that is more (SimMIM: 20%).
-    output, settings: the file that has, after each epoch, the model and all that an exact resume needs, and
-        what a resumed run must have been started with (`settings_of`). Beside it, with .jsonl for its ending,
+    output: the file that has, after each epoch, the model and all that an exact resume needs, also
+        `settings`, which a resumed run must share (`settings_of`). Beside it, with .jsonl for its ending,
         lies a log, a line for each epoch.
     options: others of `train_epochs`, such as fall, collate_fn.
     """
@@ -308,10 +307,8 @@ def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epoc
     def losses(model, batch, progress):
         return compute_losses(model, prepare(batch["image"], device), batch["label"])
 
-    for line, state in train_epochs(
-            model, optimizer, train, losses, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
-            peak_lr=base_lr * batch_size / lr_batch, warmup_epochs=warmup_epochs, min_lr=min_lr, state=begun,
-            seed=seed, device=device, precision=precision, workers=workers, **options):
+    for line, state in call(train_epochs, locals(), dataset=train, compute_losses=losses, state=begun,
+                            peak_lr=base_lr * batch_size / lr_batch, **options):
         if rank() > 0:
             continue
         if not line and begun:  # a stop during the evaluation may have left this out of the log
@@ -421,7 +418,7 @@ def train_probe(features, make_head, make_optimizer, train, val, epochs, batch_s
 
     def compute_losses(head, inputs, labels):
         if not cache_features:
-            with torch.no_grad(), autocast(device, precision):
+            with torch.no_grad():  # autocast is on, see `train_epochs`
                 inputs = features(inputs)
         return dict(loss=F.cross_entropy(head(inputs), labels.to(device, non_blocking=True)))
 
@@ -956,7 +953,7 @@ class ViTDet(nn.Module):
     quarter of the depth attends everywhere (§3, "Backbone adaptation"). The last map alone makes the pyramid
     (Figure 2c).
 
-    Images [B, 3, H, W] -> OrderedDict of five maps [B, width, h, w], of 4, 2, 1, 1/2, 1/4 times the patches'
+    Images [B, 3, H, W] -> dict of five maps [B, width, h, w], of 4, 2, 1, 1/2, 1/4 times the patches'
     grid: what torchvision asks of a backbone, with `out_channels`. The class token is left out.
 
     width: channels of the maps.
@@ -1489,15 +1486,12 @@ def reconstruct(method, images, regions=None, tokenizer=None, hide: Literal["obj
     if hide and isinstance(method, (mim.LoMaR, mim.DVAE)):
         raise UsageError("--hide object: lomar masks inside of windows, and dvae nothing")
     with autocast(device, precision):
-        if hide is None:
-            parts = [draw_reconstruction(method, images, regions, tokenizer)]
-        else:
-            parts = []
-            for i, hidden in enumerate(one_object(regions, method.encoder.patch_size)):
-                if 0 < hidden.sum() < len(hidden):
-                    ids_visible, ids_masked = (member.nonzero().T for member in (~hidden, hidden))
-                    parts.append(draw_reconstruction(method, images[i, None], regions[i, None], tokenizer,
-                                                     ids_visible=ids_visible, ids_masked=ids_masked))
+        parts = [] if hide else [draw_reconstruction(method, images, regions, tokenizer)]
+        for i, hidden in enumerate(one_object(regions, method.encoder.patch_size) if hide else ()):
+            if 0 < hidden.sum() < len(hidden):
+                ids_visible, ids_masked = (member.nonzero().T for member in (~hidden, hidden))
+                parts.append(draw_reconstruction(method, images[i, None], regions[i, None], tokenizer,
+                                                 ids_visible=ids_visible, ids_masked=ids_masked))
     if not parts:
         raise UsageError("--hide object: no image has an object of at least 5% of it")
     pictures, outs = zip(*parts)
@@ -1517,8 +1511,8 @@ def draw_patches(first, num_patches, count):
 
 
 def hint_patches(patches, count):
-    """Maps in patches [B, N, p*p] -> `count` random patches of each, one of which shows the object, [B,
-    count]."""
+    """Maps in patches [B, N, p*p] -> `count` random patches of each, at least one of which shows the
+    object, [B, count]."""
     first = (torch.rand(patches.shape[:2], device=patches.device) + patches.any(-1)).argmax(-1, keepdim=True)
     return draw_patches(first, patches.shape[1], count)
 
@@ -1549,9 +1543,10 @@ def hidden_iou(guess, patches, ids):
 @torch.no_grad()
 def segment(method, dataset, image_visible: Fraction = 1.0, count: PositiveInt = 8, seed: NonNegativeInt = 0,
             device="cpu", precision="fp32", workers=0) -> dict:
-    """Hides 80, 85 and 90% of an object's patches and completes it. Returns the mean intersection over union
-    (IoU, in percent) inside the hidden patches, and a `picture`. Two controls tell what the hints alone give:
-    the same hints with another image of the batch (other_image), and a copy of the nearest shown patch.
+    """Hides 80, 85 and 90% of the patches of an object's map and completes it. Returns the mean intersection
+    over union (IoU, in percent) inside the hidden patches, and a `picture`. Two controls tell what the hints
+    alone give: the same hints with another image of the batch (other_image), and a copy of the nearest shown
+    patch.
 
     method: mim.RMAE or RAE. dataset: datasets.Images with regions, label maps.
     image_visible: share of the image's patches that are encoded, the hints' among them, 0 to 1: all, as in
@@ -1821,7 +1816,7 @@ def open_images(data, size, settings, images: list[str] | None = None, count: Po
     """What is drawn, the files of --images, or the val split of --data, as a dict: dataset (datasets.Images),
     and of some of it images [count, 3, H, W] and regions, if it has any.
 
-    images: image files, instead of --data
+    images: image files to draw, instead of some of --data
     count: images in the picture, spread over those of --data (not with --images)
     """
     for path in images or ():
@@ -1928,7 +1923,7 @@ def parse(argv):
 
 def kept_settings(method, args, given):
     """The settings `args` of a method's run that its evaluation shares, where the user gives no others.
-    UsageError if the method takes none of a kind that the user gives."""
+    UsageError if the user gives regions or a tokenizer, and the method takes none."""
     accepted = inspect.signature(method.forward).parameters
     if "hide" in given:  # objects, for methods that are trained without, too
         args = dict(regions=default_regions("objmae", given.get("data", "shapes"))) | args
@@ -1956,7 +1951,8 @@ def main(argv):
     finished = task in FINISHED and task_of(checkpoint) == task
     if finished:
         model, settings = load_finished(checkpoint).to(device), {}
-        for name in given.keys() & {"limit", "overwrite", *flags_of([run, open_encoder, recipe])}:
+        training = {"limit", "overwrite", *flags_of([run, open_encoder, recipe])}
+        for name in filter(training.__contains__, given):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} is for training, and {checkpoint} is trained")
         run, functions = FINISHED[task][1], [open_pair, open_picture]

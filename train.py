@@ -151,10 +151,10 @@ SMALL_METHOD_RECIPES = {
                  groups=3, vocab_size=512),
     # At the learning rate of the other methods RAE's encoder collapses at this scale: after 60 to 160 steps
     # 99% of the normalised latents are one direction, and the region loss is the same with another image.
-    # Hints and the usual shape of objects alone lower that loss. Here all have an eighth of
-    # ViT-nano's. An eighth for the encoder alone was tried on CIFAR-10. After 512 steps the loss is lower
-    # (0.107, not 0.143), but it is the same with another image, and the encoder is no better. At the full
-    # rate neither a warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from
+    # Hints and the usual shape of objects alone lower that loss. So all parameters have an
+    # eighth of ViT-nano's. With an eighth for the encoder alone (CIFAR-10, 512 steps) the loss is lower
+    # (0.107, not 0.143), but the same with another image, and the encoder is no better. At the full rate
+    # neither a warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from
     # collapsing.
     "rae": dict(base_lr=5e-4),
 }
@@ -315,8 +315,8 @@ def pretrain(method, source, regions=None, tokenizer=None, *, output, epochs: Po
     accumulate: micro-batches per step, over all processes; default: the smallest number that leaves at most
         256 images in each
     lr: absolute learning rate at the end of the warm-up, instead of --base-lr
-    base_lr: learning rate per 256 images of the batch (above 96 pixels SimMIM: per 512; ObjMAE: 128; CAE and
-        BEiT: 2048; dvae: 512, below 32); not with --lr
+    base_lr: learning rate per 256 images of the batch (dvae: 32; above 96 pixels dvae, SimMIM and AMT on it:
+        512; ObjMAE: 128; CAE and BEiT: 2048); not with --lr
     warmup_epochs: epochs in which the learning rate rises from 0; the default may name several lengths of a
         run: a run of another length warms up for the same fraction as the next longer one of these, and a run
         that is longer than all of them for as many epochs as the longest
@@ -610,7 +610,7 @@ def build_method(method, image_size: list[PositiveInt] | None = None, **settings
     of the method and of its encoder; all other settings are ignored.
 
     image_size: pixels, one number, or height and width; default: the size of the data's images if that is at
-        most 96, else 224
+        most 96, else 224 (dvae: 112)
     """
     cls, settings = mim.METHODS[method], settings | dict(image_size=image_size)
     if cls is mim.BEiT and not settings.get("vocab_size"):
@@ -661,7 +661,7 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
     file holds none, or if the digest is not `tokenizer_digest` (None: any).
 
     tokenizer: file of the tokenizer whose tokens are the target: checkpoint.pt of a dvae run, or a state dict
-        of DALL-E's encoder; default: pixels are the target
+        of DALL-E's encoder; default: pixels are the target (in eval.py: what the run had)
     """
     if tokenizer is None:
         return None
@@ -710,8 +710,7 @@ def write_checkpoint(output, method, state, save_every=None):
     """
     if state["epoch"]:
         encoder, args = method.encoder.state_dict(), state["args"]
-        known = {name: args[name] for name in ("method", "base", "image_size") if name in args}
-        encoder._metadata[""] |= known
+        encoder._metadata[""] |= {k: args[k] for k in ("method", "base", "image_size") if k in args}
         names = ["encoder.pt"]
         if save_every and state["epoch"] % save_every == 0:
             names.append(f"encoder-{state['epoch']}.pt")
@@ -1054,7 +1053,7 @@ def parse(argv):
     parser.add_argument("--method", required=True, choices=mim.METHODS)
     if "method" in known:
         size = known.get("image_size") or [NAMED.get(known.get("data", "shapes"), 224)]
-        parser.add(functions_of(known), **recipe(known, image_pair(size)))
+        parser.add(functions_of(known), **recipe(known, image_pair(size)) | dict(image_size=None))
     others = {f"--method {name}": functions_of(dict(method=name)) for name in mim.METHODS}
     given = parser.parse(argv, others | {"--base simmim": [mim.SimMIM]})
     if "image_size" in given:
@@ -1106,8 +1105,8 @@ def settle_batch(batch_size, num_images, accumulate, lr, base_lr, lr_batch, chos
     """The batch size, the number of micro-batches and the learning rate of a run, as a dict.
 
     chosen: True if the user gave the batch size. If not, and if there are few images, a batch is a sixteenth
-    of them, but at least 8. The learning rate is then that of lr_batch images, because that of so small a
-    batch would be almost 0.
+    of them, but at least 8. Its learning rate is at least that of lr_batch images, but at most the recipe's,
+    because that of so small a batch would be almost 0.
     """
     if chosen and batch_size > num_images:
         raise UsageError(f"--batch-size {batch_size} is more than the {counted(num_images, 'images')} of "
@@ -1150,11 +1149,9 @@ def check_setting(name, value, annotation):
     """
     parser = Parser(add_help=False)
     parser.add_argument("--flag", **flag_options(annotation))
-    words = ["--flag=" + str(value)]
+    words = ["--flag", *map(str, value)] if isinstance(value, list) else ["--flag=" + str(value)]
     if isinstance(value, bool):
         words = ["--flag" if value else "--no-flag"]
-    elif isinstance(value, list):
-        words = ["--flag", *map(str, value)]
     fitting = value is None and type(None) in typing.get_args(annotation)
     with contextlib.suppress(UsageError):
         fitting = fitting or parser.parse_args(words).flag == value
@@ -1279,7 +1276,7 @@ def exit_with_one_line(program, main):
             message = ("a worker was killed, perhaps because memory or, in a container, shared memory (docker "
                        "run --shm-size) ran out: try fewer --workers")
         elif re.search(r"C(\+\+)? compiler|triton installation", str(error)):
-            message = "--compile: torch.compile needs a C++ compiler and on CUDA Triton, and does not find them"
+            message = "--compile: torch.compile needs a C++ compiler, on CUDA Triton, and does not find it"
         else:
             message = reason_of(error)
             if not message.startswith("out of memory"):

@@ -1046,6 +1046,7 @@ def test_other_classes_than_the_models_are_refused(finished, cli, tmp_path):
     ("{detect} --task detect --epochs 3", "--epochs is for training, and {detect} is trained"),
     ("{semseg} --task semseg --limit 3", "--limit is for training"),
     ("{semseg} --task semseg --overwrite", "--overwrite is for training"),
+    ("{semseg} --task semseg --overwrite --epochs 3 --limit 3", "--limit is for training"),
     ("{semseg} --task detect --images {image}", "{semseg} is no model that --task detect has trained"),
     ("random --task detect --images {image}", "--images: random is no model"),
     ("{detect} --task detect --images {image} --data shapes", "leave one out"),

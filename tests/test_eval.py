@@ -857,7 +857,7 @@ def test_finetuning_with_lookahead_resumes_exactly(tmp_path):
         if name == "parts":  # interrupted in the second epoch: after the third of six steps
             with pytest.MonkeyPatch.context() as patch:
                 train_all = evaluation.train_epochs
-                first_two = lambda *a, **k: itertools.islice(train_all(*a, **k), 2)  # noqa: E731
+                first_two = functools.wraps(train_all)(lambda *a, **k: itertools.islice(train_all(*a, **k), 2))
                 patch.setattr(evaluation, "train_epochs", first_two)
                 run(epochs=3, output=tmp_path / name, **options)
             assert mim.load_file(tmp_path / name)["epoch"] == 1
@@ -1744,7 +1744,7 @@ def test_attention_draws_the_mean_and_every_head(call, runs, folder):
 def test_help_shows_the_flags_of_the_task_alone(cli, runs, capsys):
     amt = runs / "amt" / "checkpoint.pt"
     for arguments, shown, absent in (
-            (["--task", "knn"], ["--k INT", "number of neighbours", "(default: 20)"], ["--epochs"]),
+            (["--task", "knn"], ["--k INT", "number of neighbours", "(default: 20)"], ["--epochs", "(default: mae)"]),
             (["--task", "attention"], ["--rollout", "--query"], ["--k ", "--val-limit"]),
             ([amt, "--task", "reconstruct"], ["--set", "--count", "--images"], ["--k ", "--alpha"])):
         with pytest.raises(SystemExit):

@@ -113,6 +113,7 @@ def test_every_constructor_argument_is_a_flag_and_every_flag_has_a_meaning(metho
     for name, line in flags.items():
         described = re.sub(r"\(default: .*?\)|[A-Z]{3,}|\{.*?\}|--[\w-]+", "", line, flags=re.DOTALL)
         assert re.search(r"\w", described), f"--{name} has no meaning, only a default"
+    assert "(default: " not in flags["image-size"]  # the data decide, in ways that the meaning tells
 
 
 def test_flags_have_their_arguments_types():
