@@ -117,13 +117,13 @@ def unpatchify(patches, patch_size, grid):
 
 
 def take(x, ids):
-    """Returns the rows `ids` [B, n] of x [B, N, D]: [B, n, D].
+    """Returns the rows `ids` [B, n], or [1, n] for all, of x [B, N, D]: [B, n, D].
 
     >>> x = torch.tensor([[[0, 0], [1, 1], [2, 2]]])
     >>> take(x, torch.tensor([[2, 0]])).tolist()
     [[[2, 2], [0, 0]]]
     """
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, ids[..., None].expand(len(x), -1, x.shape[-1]))
 
 
 def put(x, ids, rows):
@@ -133,7 +133,7 @@ def put(x, ids, rows):
     >>> put(x, torch.tensor([[2, 0]]), torch.tensor([[[7, 7], [8, 8]]])).tolist()
     [[[8, 8], [1, 1], [7, 7]]]
     """
-    ids = ids[..., None].expand(-1, -1, x.shape[-1])
+    ids = ids[..., None].expand(len(x), -1, x.shape[-1])
     return x.scatter(1, ids, rows.expand_as(ids).to(x.dtype))  # so that gradients add up in rows' precision
 
 
@@ -518,6 +518,8 @@ class TargetHead(nn.Linear):
     """
 
     def __init__(self, encoder, vocab_size=None, norm_pix=True):
+        if vocab_size is not None:
+            check_range(1, vocab_size=vocab_size)
         super().__init__(encoder.embed_dim, vocab_size or encoder.patch_dim)
         init_weights(self)
         self.patch_size, self.vocab_size, self.norm_pix = encoder.patch_size, vocab_size, norm_pix
@@ -533,7 +535,10 @@ class TargetHead(nn.Linear):
         if tokens is None:
             loss = pixel_loss(pred, take(patchify(images, self.patch_size), ids), self.norm_pix)
             return loss, dict(loss_pixel=loss)
-        tokens = tokens.gather(1, ids)
+        height, width = images.shape[-2:]
+        if tokens.shape != (len(images), height * width // self.patch_size**2):
+            raise ValueError(f"tokens must be [B, N], one for each patch, got {list(tokens.shape)}")
+        tokens = tokens.gather(1, ids.expand(len(tokens), -1))
         loss = token_loss(pred, tokens)
         return loss, dict(loss_token=loss, accuracy=(pred.argmax(-1) == tokens).float().mean())
 
@@ -1084,6 +1089,8 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
     >>> [ids.tolist() for ids in attention_masking(weights, num_masked=1, num_thrown=2, throw="low")]
     [[[3]], [[1]], [[2, 0]]]
     """
+    check_choice("throw", throw, Throw)
+    check_range(0, weights.shape[1] - num_thrown, num_masked=num_masked)
     if throw == "random":
         weights = torch.ones_like(weights)
     # Eq. 5, M = S(P_A): all N patches are drawn by weight, without replacement. Sorting E_i / w_i with E_i
@@ -1112,6 +1119,9 @@ def crop_maps(maps, box, flip, size):
     >>> crop_maps(maps, middle, flip, size=(1, 2)).tolist()
     [[[1.0, 2.0]], [[2.0, 1.0]]]
     """
+    if not len(maps) == len(box) == len(flip):
+        raise ValueError("maps, box and flip must be of as many images, got "
+                         f"{len(maps)}, {len(box)} and {len(flip)}")
     gh, gw = maps.shape[1:]
     x1, y1, x2, y2 = box.to(maps.device, torch.float32).unbind(1)
     number = torch.arange(len(box), device=maps.device)
@@ -1128,8 +1138,8 @@ class AMT(nn.Module):
     be masked, and a middle part of the order is thrown: it enters neither encoder nor decoder nor loss.
 
     AMT is a masking strategy around a method, as in `AMT(MAE(encoder))`; the method does the rest. Any base
-    will do if it has forward(images, ids_visible, ids_masked) -> dict, `mask_ratio` and `encoder`, and, where
-    it masks units of patches, `unit_size`.
+    will do if it has forward(images, ids_visible, ids_masked) -> dict for any patches, `mask_ratio` and
+    `encoder`, and, where it masks units of patches, `unit_size`.
 
     mask_ratio: share of the patches that is masked after the first interval; None is 0.45 on MAE, 0.44 on
         SimMIM, and with throw_ratio=0 the base's own, for attention-driven masking alone (Table 1)
@@ -1341,7 +1351,7 @@ class LoMaR(nn.Module):
             raise ValueError("LoMaR needs an encoder with relative positions: relative_position=True")
         if num_windows is None:
             num_windows = math.ceil(min(encoder.num_patches, 196) / max(1, window_size) ** 2)  # Table 4
-            if window_size == 7:
+            if (window_size, encoder.patch_size) == (7, 16):
                 num_windows = {(384, 384): 6, (448, 448): 9}.get(encoder.image_size, num_windows)  # §4.1
         window_places(encoder.grid, window_size, num_windows)
         self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
@@ -1382,6 +1392,13 @@ class LoMaR(nn.Module):
 # and label; its number is 256 * layer + label. Regions of different layers may overlap.
 
 NUM_LABELS = 256  # of one layer
+
+
+def check_maps(images, maps):
+    """Raises a ValueError unless `maps` are as many and as large as the images [B, C, H, W]."""
+    if maps is None or maps.ndim != 4 or (len(maps), *maps.shape[2:]) != (len(images), *images.shape[2:]):
+        raise ValueError("needs regions, label maps [B, L, H, W], or region_maps, binary [B, k, H, W], as "
+                         f"many and as large as the images, got {maps if maps is None else list(maps.shape)}")
 
 
 def region_areas(regions):
@@ -1633,6 +1650,8 @@ class ObjMAE(MAE):
         The last four arguments are the mask to use; keep_visible, keep_masked: [B, n] bool, False for the
             padding of alignment "zero"; None with the other alignments.
         """
+        if regions is not None:
+            check_maps(images, regions)
         if ids_visible is None:
             source, target = self.split(regions, len(images))
             ids_visible, ids_masked, keep_visible, keep_masked = align_patches(
@@ -1921,10 +1940,7 @@ class RAE(nn.Module):
         Returns three things: the dict of `forward` without its loss, the image's latents [B, 1 + n, D], and
         the regions' embeddings.
         """
-        given = regions if region_maps is None else region_maps
-        if given is None or given.shape[-2:] != images.shape[-2:]:
-            raise ValueError("needs regions, label maps [B, L, H, W], or region_maps, binary [B, k, H, W], "
-                             f"as large as the images, got {given if given is None else list(given.shape)}")
+        check_maps(images, regions if region_maps is None else region_maps)
         p = self.encoder.patch_size
         if ids_visible is None:
             ids_visible, ids_masked = random_masking(
@@ -1959,12 +1975,13 @@ class RAE(nn.Module):
         ids_image: the patches of the images [B, C, H, W] that the encoder sees; None for ids_visible, as in
             pre-training (Figure 6 gives the whole image).
         """
+        check_maps(images, hints)
         ids_image = ids_visible if ids_image is None else ids_image
         k, channels = hints.shape[1], self.region_branch.channels
         if k < channels:  # the channel variant: the hints are repeated to fill its channels
             hints = hints.repeat(1, channels, 1, 1)[:, :channels]
         visible = images.new_zeros(len(images), self.encoder.num_patches).scatter(1, ids_visible, 1.0)
-        ids_masked = visible.argsort(dim=1, stable=True)[:, : -ids_visible.shape[1]]
+        ids_masked = visible.argsort(dim=1, stable=True)[:, : visible.shape[1] - ids_visible.shape[1]]
         latents = self.encoder(images, ids_image)
         pred, _ = self.region_branch(hints, latents, ids_visible, ids_masked, ids_image)
         return reconstruct_regions(hints, pred, ids_masked, self.encoder.patch_size)[:, :k]
@@ -2151,7 +2168,8 @@ class DVAE(nn.Module):
         super().__init__()
         check_range(1, vocab_size=vocab_size, hidden_dim=hidden_dim, groups=groups,
                     blocks_per_group=blocks_per_group)
-        check_range(0, kl_weight=kl_weight, tau_start=tau_start)
+        check_range(0, kl_weight=kl_weight)
+        check_range(1e-3, tau_start=tau_start)
         if hidden_dim % 4:
             raise ValueError(f"hidden_dim must be a multiple of 4, got {hidden_dim}")
         check_range(1e-3, tau_start, tau_end=tau_end)

@@ -798,6 +798,7 @@ def test_lomar_defaults_and_cost_are_the_papers():
     assert build(448, num_windows=4)[1] - projection == pytest.approx(small, rel=1e-6)
     assert [windows(size) for size in (384, 448)] == [6, 9]
     assert windows(224, patch_size=8) == 4  # §4.1, pretraining on small patches
+    assert (windows(448, patch_size=32), windows(384, patch_size=32)) == (4, 3)
     assert [windows(224, window_size=k) for k in (5, 9, 11, 14)] == [8, 3, 2, 1]
 
 
@@ -1416,3 +1417,36 @@ def test_a_learned_table_of_a_square_number_of_patches_may_be_of_another_grid():
     vit = mim.ViT((16, 64), 8, 8, 1, 2)
     state = vit.state_dict() | dict(pos_embed=table)
     assert torch.equal(mim.vit_from_checkpoint(state, (16, 64))[0].pos_embed, table)
+
+
+def test_a_mask_for_all_images_is_one_row_and_other_sizes_are_refused():
+    x, (ids_visible, ids_masked) = images(), mim.random_masking(1, 64, 0.5)
+    for method in (MAE(vit(), **DECODER), SimMIM(vit()), mim.CAE(vit()), AMT(MAE(vit(), **DECODER))):
+        method.eval()
+        one = method(x, ids_visible=ids_visible, ids_masked=ids_masked)
+        four = method(x, ids_visible=ids_visible.expand(4, -1), ids_masked=ids_masked.expand(4, -1))
+        assert one["pred"].shape == four["pred"].shape and torch.equal(one["loss"], four["loss"])
+        with pytest.raises(RuntimeError, match="expanded size"):
+            method(x, ids_visible=ids_visible.expand(2, -1), ids_masked=ids_masked.expand(2, -1))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 16, 16), (1, 1, 32, 32), (4, 32, 32)])
+@pytest.mark.parametrize("method", [ObjMAE, RMAE])
+def test_regions_are_as_many_and_as_large_as_the_images(method, shape):
+    with pytest.raises(ValueError, match=r"as many and as large as the images, got \["):
+        method(vit(), **DECODER)(images(), torch.ones(shape, dtype=torch.uint8))
+
+
+def test_what_a_function_cannot_use_is_named():
+    with pytest.raises(ValueError, match="throw must be middle or low or random, got 'Low'"):
+        mim.attention_masking(torch.rand(2, 16), 4, 4, "Low")
+    with pytest.raises(ValueError, match=r"num_masked must be in 0\.\.6, got 8"):
+        mim.attention_masking(torch.rand(2, 16), 8, 10)
+    with pytest.raises(ValueError, match="as many images, got 1, 3 and 3"):
+        mim.crop_maps(torch.ones(1, 4, 4), torch.rand(3, 4), torch.zeros(3, dtype=torch.bool), (2, 2))
+    with pytest.raises(ValueError, match=r"tokens must be \[B, N\], one for each patch, got \[4, 16\]"):
+        mim.BEiT(vit(), 5)(images(), torch.zeros(4, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
+        mim.BEiT(vit(), 0)
+    with pytest.raises(ValueError, match="tau_start must be at least 0.001, got 0"):
+        mim.DVAE(16, 8, 4, 2, 1, tau_start=0)
