@@ -147,8 +147,10 @@ def statistics(device):
 
 def normalize(images):
     """uint8 [B, 3, H, W] -> float32 of ImageNet's mean 0 and standard deviation 1, on the images' device."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
     mean, std = statistics(images.device)
-    return (images.float() / 255 - mean) / std
+    return (images / 255 - mean) / std
 
 
 def denormalize(images):
@@ -419,7 +421,8 @@ def find_files(folder, extensions=EXTENSIONS):
     """Finds the regular files with these extensions below a folder, at any depth -> sorted relative paths.
 
     Links are followed, but no folder is visited twice, and none that contains `folder` itself. Hidden files
-    and folders, whose names begin with a dot, are left out. Raises UsageError if a folder cannot be read.
+    and folders, whose names begin with a dot, are left out, and the folders of train.py's runs, which hold
+    pictures. Raises UsageError if a folder cannot be read.
     """
     visited, found, folders = {*Path(folder).resolve().parents}, [], [(False, "")]
     while folders:
@@ -429,7 +432,10 @@ def find_files(folder, extensions=EXTENSIONS):
             continue
         visited.add(real)
         with explained("data", f"{real} cannot be read"):
-            for entry in os.scandir(real):
+            entries = [*os.scandir(real)]
+            if below and {"checkpoint.pt", "encoder.pt"} & {entry.name for entry in entries}:
+                continue
+            for entry in entries:
                 path = os.path.join(below, entry.name)
                 if entry.name.startswith("."):
                     continue
@@ -478,6 +484,9 @@ def load_folder(root, split):
         folder = os.path.join(root, "val")
         paths, names = find_labelled(folder)
         unknown = sorted(set(names) - set(classes))
+        if any(os.sep not in path for path in paths):
+            raise UsageError(f"--data {root}: images lie directly in {folder}, which must have a folder per "
+                             "class")
         if unknown:
             raise UsageError(f"{folder} has the class {unknown[0]!r}, which {train} does not have")
     labels = np.searchsorted(classes, names)
@@ -651,12 +660,15 @@ class Images(Dataset):
         """Returns (item, index, broken): the source's item at `index`, or the next one that is readable."""
         for place in range(index, index + min(100, len(self))):
             place %= len(self)
-            with contextlib.suppress(Exception):  # decoders raise anything from OSError to SyntaxError
+            try:
                 item = self.source[place]
                 if min(item["image"].shape[1:]) >= MIN_SIDE:
                     return item, place, -1 if place == index else index
-        raise UsageError(f"{self.source.name(index)} and the images after it are broken: they cannot be "
-                         f"decoded, or a side has fewer than {MIN_SIDE} pixels")
+                reason = f"a side has fewer than {MIN_SIDE} pixels"
+            except Exception as error:  # decoders raise anything from OSError to SyntaxError
+                reason = reason_of(error)
+        name = getattr(self.source, "name", str)(index)
+        raise UsageError(f"{name} and the images after it are broken; the last one tried: {reason}")
 
     def choose_crop(self, H, W):
         """The crop (top, left, height, width) of an image of H x W pixels.
@@ -1046,6 +1058,10 @@ class MaskFolder:
 
     def __init__(self, source, folder):
         check_folder("--regions", folder, REGIONS)
+        inside = os.path.relpath(os.path.realpath(folder), os.path.realpath(getattr(source, "root", folder)))
+        if any(source.path(i).startswith(inside + os.sep) for i in range(len(source))):
+            raise UsageError(f"--regions {folder} is among the images of --data, and its masks would be "
+                             "images: give a folder of images alone")
         self.source, self.files = source, find_masks(source, folder, (".png", ".npz"))
         in_entries(source, self.files, f"--regions {folder}")
 

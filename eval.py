@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -203,6 +204,7 @@ def pooled(encoder, pool):
     The mean is of the encoder's outputs, that is, after its last norm. The authors' global pooling
     (`Classifier`) takes the mean first and norms it.
     """
+    mim.check_choice("pool", pool, Literal["cls", "mean"])
 
     def features(images):
         latents = encoder(images).float()
@@ -268,9 +270,10 @@ def settings_of(task, arguments, classes):
              if isinstance(value, (int, float, str)) and name not in machine}
     encoder = arguments["encoder"]
     weights = [value.float().cpu().numpy().tobytes() for value in encoder.state_dict().values()]
-    return plain | dict(task=task, encoder=digest(b"".join(weights)), image_size=list(encoder.image_size),
-                        num_heads=encoder.num_heads, classes=list(classes),
-                        categories=getattr(arguments["train"].source, "categories", None))
+    # What a message is to name first comes first.
+    return dict(task=task, image_size=list(encoder.image_size)) | plain | dict(
+        encoder=digest(b"".join(weights)), num_heads=encoder.num_heads, classes=list(classes),
+        categories=getattr(arguments["train"].source, "categories", None))
 
 
 def fit(model, optimizer, train, compute_losses, score=lambda model: {}, *, epochs, batch_size, base_lr,
@@ -1640,6 +1643,8 @@ def predict_images(model, output, images: list[str] | None = None, precision="fp
         if "classes" in found:
             file = output.with_name(f"{output.stem}-{number}-{stem}.png")
             labels = np.array(ids)[found["classes"]].astype(np.min_scalar_type(max(ids)))
+            if max(ids) > 65535:  # of masks in colours, see `read_ids`
+                labels = (labels[..., None] >> np.array([0, 8, 16])).astype(np.uint8)
             save_png(check_output(file), Image.fromarray(labels), "semseg")
             found, known["labels"] = as_masks(found["classes"]), str(file)
         shown += [(image, found)] * (number <= 16)
@@ -1825,8 +1830,10 @@ def open_images(data, size, settings, images: list[str] | None = None, count: Po
     if images and settings.get("regions") not in (None, "fh"):
         raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
     regions = call(open_regions, settings, source=source, split="val")
-    if hasattr(regions, "fill") and not images:
-        regions.fill(settings["workers"])
+    task = settings.get("task")
+    scored = task == "segment" or task == "attention" and not settings.get("rollout")
+    if hasattr(regions, "fill") and not images and (scored or settings["regions"] == "cam"):
+        regions.fill(settings["workers"])  # of all images; `read` computes fh's of those that are drawn
     dataset = Images(source, size, "center", regions=regions)
     return dict(dataset=dataset) | picture_items(dataset, len(images) if images else count)
 
@@ -1860,9 +1867,10 @@ def beside(checkpoint, name):
 def open_picture(checkpoint, task, output: str | None = None):
     """The file of a task's picture, which may be drawn anew.
 
-    output: file of the picture, PNG; default: TASK.png beside the checkpoint
+    output: file of the picture, PNG; default: TASK.png beside the checkpoint; of encoder-N.pt TASK-N.png
     """
-    path = Path(output or beside(checkpoint, f"{task}.png"))
+    number = re.search(r"(-\d+)?$", Path(checkpoint).stem)[0]
+    path = Path(output or beside(checkpoint, f"{task}{number}.png"))
     if path.suffix in (".pt", ".jsonl", ".json"):
         raise UsageError(f"--output {output}: it is for the picture, and models, logs and predictions end so")
     return check_output(path, checkpoint)
@@ -1929,7 +1937,9 @@ def kept_settings(method, args, given):
         args = dict(regions=default_regions("objmae", given.get("data", "shapes"))) | args
     elif "regions" in given and "regions" not in accepted:
         raise UsageError(f"--regions: the method of {given['checkpoint']} takes none")
-    if "tokenizer" in given and "tokens" not in accepted:
+    if given.get("regions") == "cam" and not isinstance(method, mim.ObjMAE) and "hide" not in given:
+        raise UsageError("--regions cam is for objmae; rae, rmae take fh, panoptic, instances, folders")
+    if "tokenizer" in given and getattr(method, "vocab_size", None) is None:
         raise UsageError(f"--tokenizer: the method of {given['checkpoint']} takes none")
     regions = given.get("regions", "fh" if "images" in given else args.get("regions"))
     if regions != args.get("regions", regions):  # the run's other settings are of its own kind of regions
@@ -1957,7 +1967,7 @@ def main(argv):
             raise UsageError(f"--{flag} is for training, and {checkpoint} is trained")
         run, functions = FINISHED[task][1], [open_pair, open_picture]
         if "images" in given:
-            settings["output"] = beside(checkpoint, f"{task}-predictions.png")
+            settings["output"] = beside(checkpoint, f"{Path(checkpoint).stem}-predictions.png")
             run, functions = predict_images, [open_picture]
     elif "images" in given and task in FINISHED:
         raise UsageError(f"--images: {checkpoint} is no model that --task {task} has trained")

@@ -2293,7 +2293,8 @@ def read_checkpoint(source):
         for name, part in list(state.items()):
             if isinstance(part, dict):
                 state = state | {f"{name}.{k}": v for k, v in part.items()}
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    tensors = OrderedDict((k, v) for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point())
+    tensors._metadata = getattr(state, "_metadata", {})
     if not tensors:
         raise ValueError(f"there is no state dict of tensors in {source if is_file else 'it'}; "
                          f"{listed(state)}")
@@ -2417,11 +2418,14 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None):
     """Builds the ViT that fits a checkpoint and loads it: (vit, (missing, left_over)).
 
     All sizes are read off the tensors but the number of heads, which the literature's sizes imply. MoCo v3's
-    ViT-S has 12 heads, not 6; its full checkpoints are recognised, for others give num_heads.
+    ViT-S has 12 heads, not 6; its full checkpoints are recognised, for others give num_heads. The metadata of
+    train.py's encoder.pt tell image size and heads.
     image_size: None for what the position table was made for.
     """
     state = read_checkpoint(source)
     inside, _ = split_encoder(state)
+    known = state._metadata.get("", {})
+    image_size, num_heads = image_size or known.get("image_size"), num_heads or known.get("num_heads")
     embed_dim, channels, patch_size, _ = inside["patch_embed.proj.weight"].shape
     depth = len({k.split(".")[1] for k in inside if k.startswith("blocks.")})
     relative = inside.get("blocks.0.attn.relative_table")

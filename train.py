@@ -281,8 +281,9 @@ def train_epochs(model, optimizer, dataset, compute_losses, *, epochs, batch_siz
             # The weights are checked once an epoch, before they are saved.
             if not math.isfinite(loss) or len(history) == steps and not all_finite(model):
                 raise UsageError(f"the loss is {loss}, or the weights are not finite, at step {step + 1} "
-                                 f"(epoch {epoch + 1}), learning rate {lr:.3g}; the files of the epochs "
-                                 "before are kept. Try a lower learning rate or --precision fp32")
+                                 f"(epoch {epoch + 1}), learning rate {lr:.3g}; "
+                                 + "the files of the epochs before are kept. " * (epoch > 0)
+                                 + "Try a lower learning rate or --precision fp32")
             bar.set_postfix(loss=loss)
         speed = steps * batch_size / (time.perf_counter() - training_began)
         means = torch.tensor(gather(history), dtype=torch.float64).mean((0, 1)).tolist()
@@ -412,7 +413,7 @@ def main(argv):
     call(pretrain, args, method=method, source=source, regions=regions, tokenizer=tokenizer, output=output,
          args=args, state=state)
     if rank() == 0:
-        labelled = source.classes and args["method"] != "dvae"
+        labelled = len(source.classes) > 1 and args["method"] != "dvae"
         file, task = ("encoder.pt", "linear") if labelled else ("checkpoint.pt", "reconstruct")
         print(f"{counted(args['epochs'], 'epochs')} done: {output}/ holds checkpoint.pt, encoder.pt, "
               "log.jsonl and reconstruction.png")
@@ -706,11 +707,14 @@ def write_checkpoint(output, method, state, save_every=None):
     """Writes encoder.pt and then checkpoint.pt, the state from which the run can go on.
 
     encoder.pt is a plain state dict with timm's names, or with DALL-E's for a tokenizer. Its metadata, which
-    load_state_dict ignores, tell eval.py the method, its base and the image size.
+    load_state_dict ignores, tell the method, its base, the image size and the number of heads.
     """
     if state["epoch"]:
         encoder, args = method.encoder.state_dict(), state["args"]
         encoder._metadata[""] |= {k: args[k] for k in ("method", "base", "image_size") if k in args}
+        if isinstance(method.encoder, mim.ViT):
+            encoder._metadata[""] |= dict(image_size=list(method.encoder.image_size),
+                                          num_heads=method.encoder.num_heads)
         names = ["encoder.pt"]
         if save_every and state["epoch"] % save_every == 0:
             names.append(f"encoder-{state['epoch']}.pt")
@@ -718,8 +722,9 @@ def write_checkpoint(output, method, state, save_every=None):
             write_atomically(output / name, lambda to: torch.save(encoder, to))
     write_atomically(output / "checkpoint.pt", lambda to: torch.save(state, to))
     if not state["epoch"]:
-        for old in output.glob("encoder*.pt"):  # of a run that is overwritten
-            old.unlink()
+        for old in output.iterdir():  # of a run that is overwritten
+            if re.fullmatch(r"encoder(-\d+)?\.pt|log\.jsonl|reconstruction\.png", old.name):
+                old.unlink()
 
 
 def run_settings(content):
@@ -781,7 +786,7 @@ def check_place(path):
 
 
 def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,
-                prepare: bool = False):
+                prepare: bool = False, tokenizer=None):
     """Returns the folder of the run, and the checkpoint from which it goes on, or None. Raises UsageError
     rather than overwrite another run or files of another program.
 
@@ -792,6 +797,8 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     """
     output = Path(output or f"runs/{method}")
     path = output / "checkpoint.pt"
+    if tokenizer and output.resolve() == Path(tokenizer).resolve().parent:
+        raise UsageError(f"--output {output}: it holds the tokenizer, which the run would overwrite")
     for file in (path, *output.glob("encoder*.pt"), output / "log.jsonl", output / "reconstruction.png"):
         check_place(file)
         if file.exists() and not path.exists():

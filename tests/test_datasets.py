@@ -124,13 +124,17 @@ def test_a_folder_that_is_not_there_is_named():
         load_data("none")
 
 
-def test_images_directly_in_train_are_for_pretraining_alone(tmp_path):
+def test_images_directly_in_train_or_val_are_for_pretraining_alone(tmp_path):
     write(tmp_path / "train" / "1.png")
     source = load_data(str(tmp_path))
     assert len(source) == 1 and source.name(0) == str(tmp_path / "train" / "1.png") and source.classes == []
     for split in ("train", "val"):
         with pytest.raises(UsageError, match="images lie directly in .*/train, which must have a folder per"):
             load_data(str(tmp_path), split)
+    write(tmp_path / "other" / "train" / "a" / "1.png")
+    write(tmp_path / "other" / "val" / "1.png")
+    with pytest.raises(UsageError, match="images lie directly in .*/val, which must have a folder per class"):
+        load_data(str(tmp_path / "other"), "val")
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
@@ -908,7 +912,7 @@ def test_tiny_images_count_as_broken_and_all_broken_stops(tmp_path):
     dataset = Images(load_data(str(tmp_path)), 32)
     assert [(dataset[k]["index"], dataset[k]["broken"]) for k in range(3)] == [(0, -1), (0, 1), (0, 2)]
     (tmp_path / "0.png").unlink()
-    says = "1.png and the images after it are broken: they cannot be decoded, or a side has fewer than 8 pix"
+    says = "1.png and the images after it are broken; the last one tried: a side has fewer than 8 pixels"
     with pytest.raises(UsageError, match=says):
         Images(load_data(str(tmp_path)), 32)[0]
 
@@ -920,7 +924,7 @@ def test_after_a_hundred_broken_files_none_is_tried():
             raise OSError("broken")
 
     tried = []
-    with pytest.raises(UsageError, match="image 250 and the images after it are broken: .*cannot be"):
+    with pytest.raises(UsageError, match="250 and the images after it are broken; .*: broken$"):
         Images(Broken(*300 * [noise(8, 8)]), 8)[250]
     assert tried == [*range(250, 300), *range(50)]
 

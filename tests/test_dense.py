@@ -1024,6 +1024,11 @@ def test_predicted_labels_are_the_datas_own(finished, folder, tmp_path):
     labels = datasets.read_ids(entries[0]["labels"])
     assert set(labels.ravel().tolist()) == {e["category_id"] for e in entries if e["labels"] == entries[0]["labels"]}
     assert labels.min() >= 300 and len({e["labels"] for e in entries}) == 18
+    model.categories = {k << 15: name for k, name in enumerate(model.classes)}  # masks in colours
+    evaluation.predict_images(model, tmp_path / "c.png", [file])
+    entries = json.loads((tmp_path / "c.json").read_text())
+    coloured = datasets.read_ids(entries[0]["labels"])
+    assert np.array_equal(coloured >> 15, (labels - 300) // 2) and not (coloured & 0x7FFF).any()
     shorter = evaluation.predict_images(model, tmp_path / "b.png", 16 * [file])
     assert torch.equal(result["picture"], shorter["picture"])  # it has the first 16
     evaluation.predict_images(model, tmp_path / "b.png", [file])  # its own file
@@ -1046,7 +1051,7 @@ def test_other_classes_than_the_models_are_refused(finished, cli, tmp_path):
     ("{detect} --task detect --epochs 3", "--epochs is for training, and {detect} is trained"),
     ("{semseg} --task semseg --limit 3", "--limit is for training"),
     ("{semseg} --task semseg --overwrite", "--overwrite is for training"),
-    ("{semseg} --task semseg --overwrite --epochs 3 --limit 3", "--limit is for training"),
+    ("{semseg} --task semseg --limit 3 --epochs 3 --overwrite", "--limit is for training"),
     ("{semseg} --task detect --images {image}", "{semseg} is no model that --task detect has trained"),
     ("random --task detect --images {image}", "--images: random is no model"),
     ("{detect} --task detect --images {image} --data shapes", "leave one out"),

@@ -937,8 +937,8 @@ def test_regions_are_those_of_the_run_or_given(handed, runs, folder, masks):
     (dict(regions="fh", fh_scales=[30]), dict(regions="instances")),
     (dict(regions="cam", cam_weights="weights.pth", cam_labels=True), dict(images=["a.png"]))])
 def test_settings_of_the_runs_regions_are_not_those_of_others(own, given):
-    method = mim.RMAE(mim.ViT(32, 8, 32, 1, 2), region_dim=16, region_heads=2, decoder_dim=16, decoder_heads=2)
-    args = dict(method="rmae", regions=None, fh_scales=None, cam_weights=None, cam_labels=False) | own
+    method = mim.ObjMAE(mim.ViT(32, 8, 32, 1, 2), decoder_dim=16, decoder_heads=2)
+    args = dict(method="objmae", regions=None, fh_scales=None, cam_weights=None, cam_labels=False) | own
     kept = evaluation.kept_settings(method, args, given)
     assert kept["regions"] == given.get("regions", "fh")
     assert not kept["fh_scales"] and not kept["cam_weights"] and not kept["cam_labels"]
@@ -1807,6 +1807,8 @@ MISTAKES = [
     ("{mae}/checkpoint.pt --task segment", "--task segment is for runs of rae and rmae"),
     ("{rmae}/checkpoint.pt --task segment --image-visible 2", "--image-visible must be"),
     ("{rmae}/checkpoint.pt --task segment --regions panoptic", "--regions panoptic: --data shapes has none"),
+    ("{rmae}/checkpoint.pt --task reconstruct --regions cam", "--regions cam is for objmae"),
+    ("{cae}/checkpoint.pt --task reconstruct --tokenizer t.pt", "--tokenizer: the method of "),
     ("{mae}/encoder.pt --task knn --limit 0", "--limit must be positive, got 0"),
     ("{mae}/encoder.pt --task knn --dat shapes", "unknown argument --dat: see --help; did you mean --data"),
 ]
@@ -1820,8 +1822,8 @@ def test_a_users_mistake_is_one_line(cli, runs, folder, line, words, tmp_path):
     state = torch.load(runs / "mae" / "encoder.pt", weights_only=True)
     torch.save(state | {"norm.weight": state["norm.weight"] * float("nan")}, tmp_path / "nan.pt")
     write_png(torch.zeros(3, 4, 40, dtype=torch.uint8), str(tmp_path / "low.png"))
-    places = dict(mae=runs / "mae", rmae=runs / "rmae", image=folder / "val" / "a" / "0.png",
-                  plain=folder / "val" / "a", data=folder)
+    places = dict(mae=runs / "mae", rmae=runs / "rmae", cae=runs / "cae", plain=folder / "val" / "a",
+                  image=folder / "val" / "a" / "0.png", data=folder)
     code, _, err = cli(evaluation, *line.format(**places).split())
     last = err.strip().splitlines()[-1]
     assert code == 2 and words in last and last.startswith("eval.py: error: ") and "Traceback" not in err
@@ -1940,3 +1942,22 @@ def test_all_windows_are_shown_even_if_they_have_as_many_patches_as_the_image(mo
     method = mim.LoMaR(mim.ViT(32, 8, 32, 2, 2, relative_position=True), num_windows=4, window_size=2)
     train.draw_reconstruction(method.eval(), torch.randn(2, 3, 32, 32))
     assert "all windows" in shown
+
+
+def test_what_a_notebook_gives_wrongly_is_named():
+    encoder, pairs = mim.ViT(8, 4, 16, 1, 2), (torch.randn(8, 3, 8, 8), torch.arange(8) % 2)
+    with pytest.raises(ValueError, match="pool must be cls or mean, got 'max'"):
+        evaluation.knn(encoder, pairs, pairs, k=1, pool="max")
+    with pytest.raises(ValueError, match="images must be uint8, got torch.float32"):
+        datasets.normalize(torch.rand(1, 3, 8, 8))
+    model = evaluation.Classifier(encoder, 2)
+    with pytest.raises(datasets.UsageError, match="0 and the images after it are broken; .*fewer than 8 pixels"):
+        model.predict(torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+
+def test_regions_are_computed_for_the_picture_alone(call, runs, folder):
+    """`segment` scores all 8 validation images; of the one that is drawn alone no maps are kept."""
+    flags = [runs / "rmae" / "checkpoint.pt", "--data", folder, "--regions", "fh", "--region-cache", "cache"]
+    for task, options, count in (("reconstruct", ["--count", 1], 0), ("segment", [], 8)):
+        code, *_ = call(flags[0], task, *flags[1:], *options)
+        assert code == 0 and sum(path.is_file() for path in Path("cache").rglob("*")) == count

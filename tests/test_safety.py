@@ -386,3 +386,65 @@ def test_a_damaged_tokenizer_is_not_used():
         torch.save(changed(state, path, value), "tokenizer.pt")
         with pytest.raises(datasets.UsageError, match="tokenizer.pt: "):
             train.load_tokenizer("tokenizer.pt")
+
+
+def test_overwrite_deletes_what_the_run_made_and_nothing_else(pretrain, images):
+    assert pretrain("--save-every", 1)[0] == 0
+    Path("run", "encoder-best.pt").write_bytes(b"mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)  # before the first step
+        with pytest.raises(ZeroDivisionError):
+            pretrain("--overwrite", "--clip-grad", 1)
+    assert sorted(os.listdir("run")) == ["checkpoint.pt", "encoder-best.pt"]
+
+
+def test_a_run_is_not_among_its_images_and_not_written_over_its_tokenizer(cli, images, monkeypatch):
+    shutil.copytree(images / "one" / "train", "photos")
+    monkeypatch.chdir("photos")
+    flags = ["--method", "mae", "--data", ".", *TINY, *DECODER]
+    assert cli(train, *flags, "--epochs", 1)[0] == 0 and Path("runs/mae/reconstruction.png").exists()
+    code, out, err = cli(train, *flags, "--epochs", 2, "--resume")
+    assert code == 0 and "8 images, 2 classes (a, b)" in out, err
+    code, _, err = cli(train, "--method", "beit", "--tokenizer", "runs/mae/checkpoint.pt", "--output", "runs/mae",
+                       "--overwrite")
+    assert code == 2 and "--output runs/mae: it holds the tokenizer, which the run would overwrite" in err
+
+
+def test_masks_are_not_among_the_images(cli, images):
+    shutil.copytree(images / "one" / "train" / "a", "photos")
+    shutil.copytree("photos", "photos/masks")
+    flags = ["--method", "rmae", *TINY, *DECODER, "--epochs", 1]
+    code, _, err = cli(train, *flags, "--data", "photos", "--regions", "photos/masks")
+    assert code == 2 and "--regions photos/masks is among the images of --data" in err
+    shutil.move("photos/masks", "masks")
+    code, _, err = cli(train, *flags, "--data", "photos", "--regions", "masks")
+    assert code == 0, err
+
+
+def test_an_encoders_heads_and_sides_are_kept(tmp_path):
+    source = datasets.Shapes()
+    source.order = source.order[:16]
+    method = mim.MAE(mim.ViT((32, 16), 8, 64, 1, 4), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    train.pretrain(method, source, output=tmp_path, epochs=1, batch_size=8, warmup_epochs=0, lr_batch=256,
+                   betas=(0.9, 0.95), crop_scale=(0.2, 1.0), flip=True)
+    encoder, _ = mim.vit_from_checkpoint(tmp_path / "encoder.pt")
+    assert encoder.num_heads == 4 and encoder.image_size == (32, 16)
+    x = torch.randn(2, 3, 32, 16)
+    assert torch.equal(encoder.eval()(x), method.encoder.eval()(x))
+    opened, _ = evaluation.open_encoder(tmp_path / "encoder.pt")
+    assert opened.num_heads == 4 and opened.image_size == (32, 16)
+
+
+def test_pictures_of_two_epochs_and_predictions_of_two_models_lie_side_by_side(evaluate):
+    for name in ("encoder-1.pt", "encoder-2.pt"):
+        shutil.copy("encoder.pt", name)
+        assert evaluate("attention", encoder=name)[0] == 0
+    assert evaluate("attention")[0] == 0
+    assert {"attention.png", "attention-1.png", "attention-2.png"} <= set(os.listdir())
+    photo = "photo.png"
+    write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), photo)
+    for name in ("one.pt", "finetune.pt"):
+        assert evaluate("finetune", "--output", name)[0] == 0
+    evaluation.main(["one.pt", "--task", "finetune", "--images", photo])
+    evaluation.main(["finetune.pt", "--task", "finetune", "--images", photo])
+    assert {"one-predictions.json", "finetune-predictions.json"} <= set(os.listdir())

@@ -345,7 +345,7 @@ def test_sizes_that_do_not_fit():
                            (dict(groups=0), "groups must be at least 1, got 0"),
                            (dict(blocks_per_group=-1), "blocks_per_group must be at least 1, got -1"),
                            (dict(kl_weight=math.nan), "kl_weight must be at least 0, got nan"),
-                           (dict(tau_start=math.inf), "tau_start must be at least 0, got inf"),
+                           (dict(tau_start=math.inf), "tau_start must be at least 0.001, got inf"),
                            (dict(tau_end=2.0), "tau_end must be in 0.001..1.0, got 2.0")]:
         with pytest.raises(ValueError, match=words):
             tiny(**options)
