@@ -475,7 +475,8 @@ def cut_batch(batch_size, num_images, accumulate=None, most=256):
         raise UsageError(f"--accumulate {pieces}: {world_size()} processes cannot share out {pieces} "
                          "micro-batches evenly")
     if batch_size < 2 * pieces:
-        raise UsageError(f"--batch-size must be at least {2 * pieces}, got {batch_size}: 2 images in each "
+        what = "--batch-size" if num_images >= 2 * pieces else "the number of images"
+        raise UsageError(f"{what} must be at least {2 * pieces}, got {batch_size}: 2 images in each "
                          "micro-batch")
     return batch_size // pieces * pieces, pieces
 
@@ -1055,7 +1056,7 @@ def parse(argv):
     first.add([load_data, build_method, build_encoder, build_amt])
     known = vars(first.parse_known_args(argv)[0])
     more = ("With --method, --help lists its own flags too. The defaults are those of the run that would "
-            "start with this command line.")
+            "start with this command line (of folders: for images above 96 pixels, or of --image-size).")
     parser = Parser(description=__doc__.split("\n")[0], epilog=more)
     parser.add_argument("--method", required=True, choices=mim.METHODS)
     if "method" in known:

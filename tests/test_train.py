@@ -500,6 +500,7 @@ MISTAKES = {
     "negative seed": ("--method mae --seed -1", "--seed must be a whole number from 0 to 2^63 - 1, got '-1'"),
     "large batch": ("--method mae --batch-size 5000", "--batch-size 5000 is more than the 4096 images"),
     "small pieces": ("--method mae --batch-size 9 --accumulate 5", "--batch-size must be at least 10, got 9"),
+    "one image": ("--method mae --limit 1", "the number of images must be at least 2, got 1"),
     "two rates": ("--method mae --lr 1 --base-lr 1", "--lr and --base-lr exclude"),
     "patch": ("--method mae --patch-size 7", "multiple of patch_size=7, got 64x64"),
     "ratio": ("--method amt --mask-ratio 0.9", "mask_ratio=0.9 and throw_ratio=0.4"),
