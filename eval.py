@@ -338,8 +338,10 @@ def open_kept(path, settings):
         for name, value in settings.items():
             kept = state["args"].get(name)
             if kept != value:
-                raise UsageError(f"--resume: {path} was made with {name} {kept}, not {value}; give the same, "
-                                 "or another --output")
+                words = f"{name} {kept}, not {value}"
+                if name in ("encoder", "images", "classes", "categories"):  # digests and long lists
+                    words = "another encoder" if name == "encoder" else f"other {name}"
+                raise UsageError(f"--resume: {path} was made with {words}; give the same or another --output")
     return state
 
 

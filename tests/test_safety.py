@@ -211,7 +211,7 @@ def test_a_moved_folder_resumes_and_another_does_not(pretrain, evaluate, kept, i
     assert evaluate("finetune")[0] == 0
     assert evaluate("finetune", "--resume", data=tmp_path / "moved")[0] == 0
     code, err = evaluate("finetune", "--resume", data=images / "other")
-    assert code == 2 and "finetune.pt was made with images " in err, err
+    assert code == 2 and "finetune.pt was made with other images;" in err, err
 
 
 def test_the_images_digest_depends_on_names_order_and_limit(images):
@@ -228,7 +228,7 @@ def test_another_encoders_result_is_not_continued(evaluate):
     assert evaluate("finetune", "--output", "out.pt")[0] == 0
     torch.save(mim.ViT(16, 4, **mim.SIZES["nano"]).state_dict(), "other.pt")
     code, err = evaluate("finetune", "--output", "out.pt", "--resume", encoder="other.pt")
-    assert code == 2 and "out.pt was made with encoder " in err.splitlines()[-1], err
+    assert code == 2 and "out.pt was made with another encoder;" in err.splitlines()[-1], err
     state = torch.load("encoder.pt", weights_only=True)
     torch.save({name: value.clone() for name, value in state.items()}, "copy.pt")
     assert evaluate("finetune", "--output", "out.pt", "--resume", encoder="copy.pt")[0] == 0
@@ -258,7 +258,7 @@ def test_a_notebooks_finetuning_resumes_on_plain_data(tmp_path):
     settings = dict(epochs=2, batch_size=4, output=tmp_path / "a.pt", resume=True)
     first = evaluation.finetune(encoder, data, data, **settings)
     assert evaluation.finetune(encoder, data, data, **settings) == first
-    with pytest.raises(datasets.UsageError, match="was made with images 8, not 12"):
+    with pytest.raises(datasets.UsageError, match="was made with other images;"):
         evaluation.finetune(encoder, more, data, **settings)
 
 
