@@ -42,8 +42,10 @@ def become_program(name):
             for temporary in UNFINISHED:
                 temporary.unlink(missing_ok=True)
             if os.getpid() == process and not int(os.environ.get("RANK", 0)):
-                line = (f"{name}: interrupted ({signal.Signals(number).name}); a checkpoint that was saved "
-                        "is kept, --resume continues from it\n")
+                line = f"{name}: interrupted ({signal.Signals(number).name})"
+                if name != "benchmark.py":
+                    line += "; a checkpoint that was saved is kept, --resume continues from it"
+                line += "\n"
                 os.write(2, ("\n" * os.isatty(2) + line).encode())
         finally:
             os._exit(128 + number)  # even if the line cannot be written
@@ -575,7 +577,7 @@ def open_device(device: str | None = None, precision: Literal[tuple(PRECISIONS)]
     """Returns (device, precision, workers) for this machine. A CUDA device becomes the current one.
 
     device: cuda, cuda:1, cpu, ...; default: cuda if there is one; each process of torchrun takes its own
-    precision: of autocast; default: on CUDA bf16, or fp16 where there is no bf16; else fp32
+    precision: of autocast; default: on CUDA bf16, or fp16 where there is none; else fp32 (on CUDA with TF32)
     workers: number of processes that load data, at most 8 per core (not with --loader device of train.py);
         default: on CUDA as many as there are cores, but at most 16; else 0
     """

@@ -80,7 +80,7 @@ def in_process(monkeypatch):
     monkeypatch.setitem(mim.SIZES, "nano", dict(embed_dim=128, depth=1, num_heads=4))
     commands = []
 
-    def run(words, stdout, stderr):
+    def run(words, stdout, stderr, **options):
         commands.append(words[1:])
         name = Path(words[1]).name
         program = {"train.py": train, "eval.py": evaluation}[name]
@@ -205,7 +205,7 @@ def test_an_interrupted_measure_goes_on(tmp_path, monkeypatch):
     log.write_text("python " + " ".join(command["semseg-linear"]) + "\n")
     log.with_suffix(".pt").touch()
 
-    def run(words, stdout, stderr):
+    def run(words, stdout, stderr, **options):
         print("{}", file=stdout)
         return SimpleNamespace(returncode="--resume" not in words)
 
@@ -216,7 +216,7 @@ def test_an_interrupted_measure_goes_on(tmp_path, monkeypatch):
 def test_compare_counts_what_training_costs():
     source, command = load_data("shapes"), dict(epochs=8, output=Path("none"), data="shapes", seed=0)
     methods = {name: benchmark.build_compared(name, source, **command)[0]
-               for name in ("mae", "amt", "simmim", "objmae")}
+               for name in ("mae", "amt", "amt:throw=random", "simmim", "objmae")}
     gmac = {name: benchmark.training_gmac(method, 8) for name, method in methods.items()}
     dim, n, dec = 128, 64, 64
     block = lambda tokens, d: 12 * tokens * d * d + 2 * tokens * tokens * d  # noqa: E731
@@ -228,8 +228,9 @@ def test_compare_counts_what_training_costs():
     visible = n - int(n * 0.45 + 1e-6) - int(n * 0.40 + 1e-6)
     amt = 3 * (patches + 6 * block(1 + visible, dim) + (1 + visible) * dim * dec
                + 2 * block(n - int(n * 0.40) + 1, dec) + 28 * dec * pixels) - patches
-    maps = 1 / 8 * (patches + 6 * block(65, dim))  # before epoch 5 of 8
-    assert gmac["amt"] == pytest.approx((amt + maps) / 1e9, rel=0.01)
+    maps = 1 / 8 * (patches + 6 * block(65, dim))  # before epoch 5 of 8; until then MAE's own masks
+    assert gmac["amt"] == pytest.approx((amt / 2 + maps) / 1e9 + gmac["mae"] / 2, rel=0.01)
+    assert gmac["amt:throw=random"] == pytest.approx(gmac["amt"] - maps / 1e9, rel=0.01)
     assert gmac["simmim"] > 2 * gmac["mae"] > 2 * gmac["objmae"]
 
 
