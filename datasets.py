@@ -909,6 +909,8 @@ def coco_mask(segmentation, height, width):
             mask |= fill_polygon(part, height, width)
         return mask
     counts = segmentation["counts"]
+    if segmentation.get("size", [height, width]) != [height, width]:
+        raise ValueError(f"a mask's size is {segmentation['size']}, the image's {[height, width]}")
     counts = rle_counts(counts) if isinstance(counts, str) else counts
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
@@ -970,21 +972,27 @@ class CocoRegions:
             for annotation in data["annotations"]:
                 found[annotation["image_id"]].append(annotation)
                 mask = annotation.get("segmentation") or [0]
-                if kind != "panoptic" and isinstance(mask, list) and np.size(mask[0]) < 6:
+                if kind != "panoptic" and isinstance(mask, list) and max(map(np.size, mask)) < 6:
                     raise UsageError(f"{self.file}: an object of image {annotation['image_id']} has no mask, "
                                      "which is needed beside its box")
             self.listed = sorted(data.get("categories", []), key=lambda category: category["id"])
-            self.categories = {category["id"]: category["name"] for category in self.listed}
+            times = collections.Counter(category["name"] for category in self.listed)
+            self.categories = {category["id"]: f"{category['name']}" + f" ({category['id']})" * (
+                times[category["name"]] > 1) for category in self.listed}
             self.used = collections.Counter(part.get("category_id") for a in data["annotations"]
                                             for part in a.get("segments_info", [a]))
             paths = [image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])
                      for image in data["images"]]
             folder = f"{Path(source.root).name}/"
             paths = [path.removeprefix(folder) for path in paths]
-            for keys in (paths, [category["id"] for category in self.listed]):
+            ids = [image["id"] for image in data["images"]]
+            for what, keys in (("", paths), ("the category ", [category["id"] for category in self.listed]),
+                               ("the image ", ids)):
                 for key, times in collections.Counter(keys).items():
                     if times > 1:
-                        raise UsageError(f"{self.file}: {key} is listed {times} times")
+                        raise UsageError(f"{self.file}: {what}{key} is listed {times} times")
+            if found and not found.keys() & set(ids):
+                raise UsageError(f"{self.file}: no annotation's image_id is the id of an image")
             kept = [pickle.dumps((image, found[image["id"]])) for image in data["images"]]
             ends = np.cumsum([len(k) for k in kept]).tolist()
         # One string of bytes: processes share its memory; of a list, each worker would soon have a copy.
@@ -1010,15 +1018,16 @@ class CocoRegions:
         image, annotations = self.annotations(index)
         height, width = item["image"].shape[1:]
         height, width = image.get("height", height), image.get("width", width)
+        if self.kind != "panoptic":
+            check_shape(name, item["image"], (height, width), exact=True)
         with explained(self.file, f"broken annotations of {name}"):
             for annotation in annotations:
                 if self.kind == "panoptic":
                     ids = read_ids(self.pngs / annotation["file_name"])
-                    height, width = ids.shape
+                    check_shape(name, item["image"], ids.shape, exact=True)
                     found += [(segment, ids == segment["id"]) for segment in annotation["segments_info"]]
                 else:
                     found.append((annotation, coco_mask(annotation["segmentation"], height, width)))
-        check_shape(name, item["image"], (height, width), exact=True)
         return found
 
     def read(self, index, item):
@@ -1360,7 +1369,10 @@ def coco_truth(regions, index, item):
     truth = as_truth(masks, [number[o["category_id"]] + 1 for o, _ in objects])
     for name, key in (("boxes", "bbox"), ("areas", "area"), ("crowd", "iscrowd")):
         for k, (annotation, _) in enumerate(objects):
-            truth[name][k] = annotation.get(key) or truth[name][k]
+            with explained(regions.file, f"broken {key} of {regions.source.name(index)}"):
+                truth[name][k] = annotation.get(key) or truth[name][k]
+                if np.any(truth[name][k] < 0):
+                    raise ValueError(f"{annotation[key]}")
     image, _ = regions.annotations(index)
     return truth | {key: np.array([number[k] + 1 for k in image[key] if k in number], int)
                     for key in ("neg_category_ids", "not_exhaustive_category_ids") if key in image}
@@ -1401,7 +1413,7 @@ def open_masks(data, split, categories):
         source = Files(root / images, paths)
         files = find_masks(source, root / masks)
         if (root / "classes.txt").exists():
-            names = dict(enumerate((root / "classes.txt").read_text().splitlines()))
+            names = dict(enumerate((root / "classes.txt").read_text("utf-8-sig").rstrip().splitlines()))
         if categories is None and len(names) in (0, 2):
             labels = {k for file in files.values() for k in np.unique(read_ids(file)).tolist()}
             if labels == {0, 255}:

@@ -783,6 +783,8 @@ class DenseImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} images, and none at {index}")
         with explained(self.source.name(index), "it cannot be decoded as an image"):
             item = self.source[index]
         image, label = item["image"], self.source.truth(index, item)
@@ -874,7 +876,8 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
 
     def compute_losses(model, images, maps):
         truth = torch.stack([some.to(device, non_blocking=True) for some in maps]).long()
-        return dict(loss=F.cross_entropy(model(images), truth, ignore_index=IGNORED))
+        total = F.cross_entropy(model(images), truth, ignore_index=IGNORED, reduction="sum")
+        return dict(loss=total / (truth != IGNORED).sum().clamp(min=1))
 
     return call(fit, locals(), lr_batch=16, warmup_steps=1500, fall=lambda progress: 1 - progress,
                 collate_fn=collate_dense,
@@ -892,6 +895,8 @@ def score_pixels(model, val, per_class: bool = False, precision="fp32", workers=
         both = len(names) * truth + found
         pairs = pairs + np.bincount(both[truth != IGNORED], minlength=len(names) ** 2)
         shown += [(item["image"], as_masks(found), as_masks(truth))] * (len(shown) < 4)
+    if not pairs.sum():
+        raise UsageError("no pixel of the validation masks counts: all are ignored")
     pairs = pairs.reshape(len(names), -1)
     hits, occurs = pairs.diagonal(), pairs.sum(1) > 0
     iou = hits / np.maximum(pairs.sum(0) + pairs.sum(1) - hits, 1)
@@ -1968,6 +1973,7 @@ def main(argv):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} is for training, and {checkpoint} is trained")
         run, functions = FINISHED[task][1], [open_pair, open_picture]
+        settings["output"] = beside(checkpoint, f"{Path(checkpoint).stem}.png")
         if "images" in given:
             settings["output"] = beside(checkpoint, f"{Path(checkpoint).stem}-predictions.png")
             run, functions = predict_images, [open_picture]

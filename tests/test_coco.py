@@ -375,6 +375,8 @@ def test_categories_that_the_training_data_do_not_have_are_refused(tmp_path, obj
     (lambda data: data["images"].append(dict(id=7, file_name="1.jpg")), "1.jpg is listed 2 times"),
     (lambda data: data["categories"][0].pop("name"), "is not a file of COCO annotations (it has no 'name')"),
     (lambda data: data.pop("categories"), "it has objects of category 9, which is not among its categories"),
+    (lambda data: data["images"].append(dict(id=0, file_name="2.jpg")), "the image 0 is listed 2 times"),
+    (lambda data: data["annotations"][0].update(image_id="0"), "no annotation's image_id is the id of an image"),
 ])
 def test_doubled_and_nameless_entries_are_one_line(tmp_path, spoil, words):
     root = small_coco(tmp_path, {"1.jpg": 9}, {9: "dog"})
@@ -383,6 +385,31 @@ def test_doubled_and_nameless_entries_are_one_line(tmp_path, spoil, words):
     path.write_text(json.dumps(data))
     told = message(load_dense, root, True)
     assert words in told and str(path) in told
+
+
+@pytest.mark.parametrize("own, words", [
+    (dict(bbox=[5, 1, -2, 3]), "broken bbox of {name} ([5, 1, -2, 3])"),
+    (dict(bbox=[5, 1, 2]), "broken bbox of {name} (could not broadcast"),
+    (dict(segmentation=dict(size=[W, H], counts=[0, W * H])), "a mask's size is [10, 8], the image's [8, 10]"),
+])
+def test_broken_objects_are_one_line(tmp_path, own, words):
+    root = small_coco(tmp_path, {"1.jpg": 2}, {2: 3})
+    path, data = annotate(tmp_path)
+    data["annotations"][0] |= own
+    path.write_text(json.dumps(data))
+    source = load_dense(root, True)
+    assert source.classes == ["3"]  # a name is a text
+    told = message(source.truth, 0, source[0])
+    assert words.format(name=source.name(0)) in told and str(path) in told
+
+
+def test_a_stray_line_of_a_polygon_and_classes_of_one_name(tmp_path):
+    root = small_coco(tmp_path, {"1.jpg": 2, "2.jpg": 5}, {2: "hole", 5: "hole", 7: "lid"})
+    path, data = annotate(tmp_path)
+    data["annotations"][0]["segmentation"].insert(0, [1, 1, 2, 2])
+    path.write_text(json.dumps(data))
+    source = load_dense(root, True)
+    assert source.classes == ["hole (2)", "hole (5)", "lid"] and rows_of(source)["1.jpg"] == (0, 3)
 
 
 @OBJECTS

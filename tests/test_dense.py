@@ -530,6 +530,17 @@ def test_the_loss_of_segmentation_leaves_out_ignored_pixels(monkeypatch, losses_
     loss = compute_losses(lambda images: logits, None, list(truth.short()))["loss"]
     right = -logits.log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0]
     assert loss.item() == pytest.approx(right[truth >= 0].mean().item(), rel=1e-5)
+    nothing = list(torch.full_like(truth, datasets.IGNORED).short())
+    assert compute_losses(lambda images: logits, None, nothing)["loss"] == 0  # and not nan
+
+
+def test_validation_masks_of_nothing_and_images_beyond_the_last_are_refused(monkeypatch):
+    item = dict(image=torch.zeros(3, 8, 8, dtype=torch.uint8), label=np.full((8, 8), datasets.IGNORED, np.int16))
+    monkeypatch.setattr(evaluation, "predictions", lambda *_: [(item, dict(classes=np.zeros((8, 8), int)))])
+    dataset = DenseImages(datasets.load_dense("shapes", False, "val", 32, 2), (32, 32))
+    with pytest.raises(datasets.UsageError, match="no pixel of the validation masks counts"):
+        evaluation.score_pixels(None, dataset)
+    assert len(list(dataset)) == 2
 
 
 def test_the_loss_of_detection_is_the_sum_of_its_parts(monkeypatch, losses_of):

@@ -418,6 +418,8 @@ def test_classes_txt_names_the_labels(tmp_path):
     for split, expected in (("train", [(0, 1)]), ("val", [(2, IGNORED)])):
         source = load_dense(root, False, split)
         assert source.classes == names and labels_of(source) == expected
+    (tmp_path / "own" / "classes.txt").write_text("\ufeffgrass\ntree\nlake\n\n", "utf-8")
+    assert load_dense(root, False).classes == names
     names = {0: "tree", 1: "grass", 2: "lake"}
     with pytest.raises(UsageError, match="own: its classes are not those of the training data"):
         load_dense(root, False, "val", categories=names)
