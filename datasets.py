@@ -1072,7 +1072,7 @@ class MaskFolder:
             raise UsageError(f"--regions {folder} is among the images of --data, and its masks would be "
                              "images: give a folder of images alone")
         self.source, self.files = source, find_masks(source, folder, (".png", ".npz"))
-        in_entries(source, self.files, f"--regions {folder} (PNG and npz files)")
+        self.known = in_entries(source, self.files, f"--regions {folder} (PNG and npz files)")
 
     def read(self, index, item):
         path = self.files.get(self.source.path(index))

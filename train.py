@@ -403,6 +403,9 @@ def main(argv):
             if value is not None:
                 print(f"  {name:16s} {value}")
     regions = call(open_regions, args, source=source, split="pretrain")  # None if the method takes none
+    missing = getattr(regions, "known", []).count(False)
+    if missing and rank() == 0:
+        print(f"images without regions: {missing} of {len(source)}")
     if hasattr(regions, "fill"):
         regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
         gather(None)  # each process computes a part of the maps, and reads all

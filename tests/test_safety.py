@@ -417,8 +417,11 @@ def test_masks_are_not_among_the_images(cli, images):
     code, _, err = cli(train, *flags, "--data", "photos", "--regions", "photos/masks")
     assert code == 2 and "--regions photos/masks is among the images of --data" in err
     shutil.move("photos/masks", "masks")
-    code, _, err = cli(train, *flags, "--data", "photos", "--regions", "masks")
-    assert code == 0, err
+    code, out, err = cli(train, *flags, "--data", "photos", "--regions", "masks")
+    assert code == 0 and "images without regions" not in out, err
+    next(Path("masks").glob("*.png")).unlink()
+    code, out, err = cli(train, *flags, "--data", "photos", "--regions", "masks", "--overwrite")
+    assert code == 0 and "images without regions: 1 of 4" in out, err
 
 
 def test_an_encoders_heads_and_sides_are_kept(tmp_path):
