@@ -976,9 +976,9 @@ class CocoRegions:
                     raise UsageError(f"{self.file}: an object of image {annotation['image_id']} has no mask, "
                                      "which is needed beside its box")
             self.listed = sorted(data.get("categories", []), key=lambda category: category["id"])
-            times = collections.Counter(category["name"] for category in self.listed)
-            self.categories = {category["id"]: f"{category['name']}" + f" ({category['id']})" * (
-                times[category["name"]] > 1) for category in self.listed}
+            names = [str(category["name"]) for category in self.listed]
+            self.categories = {c["id"]: name if names.count(name) == 1 else f"{name} ({c['id']})"
+                               for c, name in zip(self.listed, names)}
             self.used = collections.Counter(part.get("category_id") for a in data["annotations"]
                                             for part in a.get("segments_info", [a]))
             paths = [image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])

@@ -1969,7 +1969,7 @@ def main(argv):
     if finished:
         model, settings = load_finished(checkpoint).to(device), {}
         training = {"limit", "overwrite", *flags_of([run, open_encoder, recipe])}
-        for name in filter(training.__contains__, given):
+        for name in [name for name in given if name in training]:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} is for training, and {checkpoint} is trained")
         run, functions = FINISHED[task][1], [open_pair, open_picture]

@@ -153,11 +153,10 @@ SMALL_METHOD_RECIPES = {
                  groups=3, vocab_size=512),
     # At the learning rate of the other methods RAE's encoder collapses at this scale: after 60 to 160 steps
     # 99% of the normalised latents are one direction, and the region loss is the same with another image.
-    # Hints and the usual shape of objects alone lower that loss. So all parameters have an
-    # eighth of ViT-nano's. With an eighth for the encoder alone (CIFAR-10, 512 steps) the loss is lower
-    # (0.107, not 0.143), but the same with another image, and the encoder is no better. At the full rate
-    # neither a warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from
-    # collapsing.
+    # Hints and the usual shape of objects alone lower that loss. So all parameters have an eighth of
+    # ViT-nano's. With an eighth for the encoder alone (CIFAR-10, 512 steps) the loss is lower (0.107, not
+    # 0.143), but the same with another image, and the encoder is no better. At the full rate neither a
+    # warm-up of two epochs (98% after one) nor a norm before the neck (99%) keeps it from collapsing.
     "rae": dict(base_lr=5e-4),
 }
 
@@ -803,7 +802,7 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     """
     output = Path(output or f"runs/{method}")
     path = output / "checkpoint.pt"
-    if tokenizer and output.resolve() == Path(tokenizer).resolve().parent:
+    if tokenizer and Path(tokenizer).resolve() in (path.resolve(), (output / "encoder.pt").resolve()):
         raise UsageError(f"--output {output}: it holds the tokenizer, which the run would overwrite")
     for file in (path, *output.glob("encoder*.pt"), output / "log.jsonl", output / "reconstruction.png"):
         check_place(file)

@@ -124,6 +124,20 @@ def test_compare_gives_every_method_equal_epochs(cli, folder, tmp_path, in_proce
     assert cli(benchmark, "compare", *flags)[0] == 0 and len(in_process) == count + 1
 
 
+def test_options_of_a_row_are_not_those_of_others(tmp_path, monkeypatch):
+    rows = {}
+
+    def compare_row(name, *_, **common):
+        rows[name] = common["patch_size"]
+        return dict(name=name, seconds=0)
+
+    monkeypatch.setattr(benchmark, "compare_row", compare_row)
+    result = benchmark.compare(methods=["mae", "mae:patch_size=16"], device=torch.device("cpu"), epochs=1, limit=16,
+                               measures=["knn"], output=tmp_path)
+    assert rows == {"random": 8, "mae": 8, "mae:patch_size=16": 8}  # the row's own flag comes after
+    assert result["gmac"]["mae"] > result["gmac"]["mae:patch_size=16"]
+
+
 def test_a_row_may_have_options(cli, folder, tmp_path, in_process):
     """Each is a run of its own, evaluated as all others."""
     command = benchmark.train_command("objmae:alignment=random,norm_pix=true", 3, tmp_path, data="shapes")

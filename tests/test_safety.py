@@ -1,5 +1,6 @@
 """What a program must never lose or mix up: files that are not its own, results, what they were made from."""
 
+import contextlib
 import copy
 import os
 import shutil
@@ -408,6 +409,9 @@ def test_a_run_is_not_among_its_images_and_not_written_over_its_tokenizer(cli, i
     code, _, err = cli(train, "--method", "beit", "--tokenizer", "runs/mae/checkpoint.pt", "--output", "runs/mae",
                        "--overwrite")
     assert code == 2 and "--output runs/mae: it holds the tokenizer, which the run would overwrite" in err
+    for name in ("encoder.pt", "own.pt"):  # another file of that folder is not in the way
+        with contextlib.nullcontext() if name == "own.pt" else pytest.raises(datasets.UsageError):
+            train.open_output("beit", "runs/mae", overwrite=True, tokenizer=f"runs/mae/{name}")
 
 
 def test_masks_are_not_among_the_images(cli, images):
