@@ -711,8 +711,8 @@ def test_segments_of_a_broken_file_are_those_of_the_image_in_its_place(folder, t
 def classifier(monkeypatch):
     """A small network of 1000 classes for the ResNet-50; `loaded` has the weights that were asked for."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 32, 32), torch.nn.AdaptiveAvgPool2d(1),
-                                  torch.nn.Linear(4, 1000))
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 32, 32), torch.nn.BatchNorm2d(4),
+                                  torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(4, 1000))
     network.loaded = []
     monkeypatch.setattr(datasets, "resnet50", lambda weights: network.loaded.append(weights) or network)
     return network

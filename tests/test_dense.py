@@ -176,6 +176,11 @@ def test_information_leaves_a_window_only_in_global_blocks(relative):
     changed[:, :, :8, :8] += 1
     differs = (backbone.last_map(images) - backbone.last_map(changed)).abs().amax(1)[0] > 1e-6
     assert differs.all()
+    numbers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "windowed", lambda block, x: numbers.append([*encoder.blocks].index(block)) or x)
+        backbone.last_map(images)
+    assert numbers == [0, 3]
     backbone.global_blocks = []
     differs = (backbone.last_map(images) - backbone.last_map(changed)).abs().amax(1)[0] > 0
     assert differs[:4, :4].all() and differs.sum() == 16
@@ -234,6 +239,17 @@ def test_boxes_keep_all_bits_under_autocast(monkeypatch):
     assert len(found[0]["boxes"]) > 0
     for boxes in (*given, found[0]["boxes"]):
         assert boxes.dtype == torch.float32 and not torch.equal(boxes, boxes.bfloat16().float())
+
+
+@pytest.mark.parametrize("size, patch, rois, proposals, convs", [(96, 12, 32, 100, 1), (128, 16, 512, 1000, 4)])
+def test_small_images_have_fewer_regions_and_shallower_heads(size, patch, rois, proposals, convs):
+    model = Detector(make_encoder(size, patch), 3, width=8)
+    rpn, heads = model.rpn, model.roi_heads
+    assert heads.fg_bg_sampler.batch_size_per_image == rois
+    assert rpn._pre_nms_top_n == dict(training=2 * proposals, testing=proposals)
+    assert rpn._post_nms_top_n == dict(training=proposals, testing=proposals)
+    for head in (heads.box_head, heads.mask_head):
+        assert sum(isinstance(module, torch.nn.Conv2d) for module in head.modules()) == convs
 
 
 @pytest.mark.parametrize("size, patch", [((32, 48), 4), ((64, 96), 8), (96, 12), (128, 16)])

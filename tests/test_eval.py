@@ -243,6 +243,7 @@ def test_each_operation_of_randaugment_is_applied_half_the_time():
     for once in twice:
         operation, = once.transforms
         assert (operation.num_ops, operation.magnitude, operation.num_magnitude_bins) == (1, 9, 11)
+        assert operation.fill == [round(255 * m) for m in datasets.MEAN]
     augment = v2.Compose(twice)
     torch.manual_seed(0)
     image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
@@ -966,7 +967,7 @@ def test_the_releases_files_say_whether_pixels_were_normalised(tmp_path):
     method = mim.MAE(mim.ViT(32, 8, 64, 1, 1), decoder_dim=32, decoder_depth=2, decoder_heads=16)
     plain, normed = (argparse.Namespace(norm_pix_loss=value) for value in (False, True))
     for args, flags, expected in ((plain, {}, False), (normed, {}, True), (None, {}, True),
-                                  (plain, dict(set=["norm_pix=true"]), True)):
+                                  (dict(epochs=1), {}, True), (plain, dict(set=["norm_pix=true"]), True)):
         torch.save(dict(model=method.state_dict(), args=args), tmp_path / "full.pth")
         method, settings = evaluation.open_method(tmp_path / "full.pth", **flags)
         assert type(method) is mim.MAE and settings == {} and method.norm_pix is expected
@@ -1012,15 +1013,15 @@ def test_each_image_is_under_its_own_map():
 
 
 class Known(mim.ViT):
-    """A ViT of 2 x 3 patches whose attention is known: head h of query q looks at patch (q + h) % 6 alone.
-    The rollout is a table of random numbers."""
+    """A ViT of 2 x 3 patches whose attention is known: head h of query q gives 0.8 to patch (q + h) % 6, the
+    rest to the class token. The rollout is a table of random numbers."""
 
     def __init__(self, **options):
         super().__init__((16, 24), 8, 32, 1, 4, **options)
 
     def last_attention(self, images, query=0):
         looks = (query + torch.arange(4)) % 6
-        return F.one_hot(looks, 6).float().expand(len(images), 4, 6)
+        return 0.8 * F.one_hot(looks, 6).float().expand(len(images), 4, 6)
 
     def rollout(self, images):
         generator = torch.Generator().manual_seed(0)
@@ -1044,7 +1045,7 @@ def test_attention_is_that_of_the_query_head_by_head(columns, query, relative):
     assert torch.allclose(drawn["image"], shown, atol=1e-5)
     maps = torch.zeros(4, 6)
     for head in range(4):
-        maps[head, (taken + head) % 6] = 1
+        maps[head, (taken + head) % 6] = 0.8
     for title, map in zip(list(drawn)[1:], [maps.mean(0), *maps]):
         expected = evaluation.heat(shown, map.view(1, 2, 3).expand(2, 2, 3))
         assert torch.allclose(drawn[title], expected, atol=1e-5), title
@@ -1226,6 +1227,13 @@ def test_completed_regions_are_scored_inside_what_was_hidden(completed, iou):
         assert result[f"iou_{ratio}"] == pytest.approx(100 * sum(scores) / 65, abs=0.01)
         assert iou is None or result[f"iou_{ratio}"] == 100 * iou
         assert result[f"other_image_{ratio}"] == result[f"iou_{ratio}"]  # it does not look at the image
+
+
+def test_the_nearest_hint_is_copied_where_most_of_it_is_region():
+    patches = torch.zeros(1, 6, 16, dtype=torch.bool)  # 2 x 3 patches of 4 x 4 pixels
+    patches[0, 0, :9], patches[0, 5, :8], patches[0, 3] = True, True, True
+    copied = evaluation.nearest_hint(patches, torch.tensor([[5, 0]]), (2, 3))
+    assert copied.shape == (1, 6, 1) and copied[0, :, 0].nonzero()[:, 0].tolist() == [0, 1, 3]
 
 
 class Seer(Oracle):
@@ -1953,6 +1961,7 @@ def test_what_a_notebook_gives_wrongly_is_named():
     model = evaluation.Classifier(encoder, 2)
     with pytest.raises(datasets.UsageError, match="0 and the images after it are broken; .*fewer than 8 pixels"):
         model.predict(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    assert model.predict(torch.zeros(3, 12, 20, dtype=torch.uint8))["boxes"].tolist() == 2 * [[0, 0, 20, 12]]
 
 
 def test_regions_are_computed_for_the_picture_alone(call, runs, folder):

@@ -371,6 +371,14 @@ def test_what_is_thrown():
     assert set(ids_masked.unique().tolist()) == set(range(9))  # Table 4, MAE+Random T: the map plays no part
 
 
+def test_half_precision_draws_as_finely():
+    """Maps are kept in float16, whose random numbers would often be equal."""
+    weights = torch.rand(8, 49).half()
+    some, others = (mim.attention_masking(w, 9, 8, generator=torch.Generator().manual_seed(0))
+                    for w in (weights, weights.float()))
+    assert all(map(torch.equal, some, others))
+
+
 def test_zero_weights_come_last_in_random_order():
     weights = torch.zeros(4000, 10)
     weights[:, 7] = 0.5
@@ -896,7 +904,7 @@ def test_position_tables_are_resized():
 
 
 def test_a_table_tells_its_grid():
-    for grid in ((4, 16), (16, 4), (8, 8), (3, 5)):
+    for grid in ((4, 16), (16, 4), (8, 8), (3, 5), (1, 7), (7, 1)):
         assert mim.grid_of(mim.sincos_position_embedding(16, grid)) == grid
     learned = torch.randn(1, 65, 16)
     assert mim.grid_of(learned) == (8, 8) and mim.grid_of(torch.randn(1, 16, 16), likely=(3, 5)) == (3, 5)
@@ -1400,6 +1408,11 @@ def test_gradients_of_relative_positions_add_up_in_full_precision():
         bias.backward(torch.ones_like(bias))
     assert bias.dtype == torch.bfloat16 and dtypes == [torch.float32]
     assert attn.relative_table.grad[0].tolist() == pytest.approx(4 * [2000], rel=0.01)
+
+
+def test_a_head_has_64_channels_where_nothing_else_is_known():
+    state = ViT(16, 16, embed_dim=256, depth=1, num_heads=2).state_dict()
+    assert mim.vit_from_checkpoint(state)[0].num_heads == 4
 
 
 @pytest.mark.parametrize("prefix, heads", [("module.base_encoder.", 12), ("module.", 6)])

@@ -318,8 +318,9 @@ def test_two_processes_train_as_one(fork, folder, tmp_path, flags):
     arguments = ["--method", *flags, "--data", tmp_path / "data", *TINY, "--accumulate", 4]
     for out, processes in (("one", 1), ("two", 2)):
         cache = ["--region-cache", tmp_path / f"cache-{out}"] if flags[0] == "rmae" else []
-        codes, _, err = fork(train, *arguments, *cache, "--output", tmp_path / out, processes=processes)
+        codes, said, err = fork(train, *arguments, *cache, "--output", tmp_path / out, processes=processes)
         assert codes in (0, [0, 0]), err
+        assert said.count(": new attention maps decide") == (flags[0] == "amt")  # after the first epoch
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == 2
     for a, b in zip(one, two):
@@ -332,6 +333,13 @@ def test_two_processes_train_as_one(fork, folder, tmp_path, flags):
     if flags[0] == "amt":
         assert one["maps"].shape == (24, 8, 8)
         assert torch.allclose(one["maps"].float(), two["maps"].float(), atol=2e-2)
+
+
+def test_the_weights_are_checked_once_an_epoch(call, monkeypatch):
+    """At every step the CPU would wait for the GPU once more."""
+    checks = []
+    monkeypatch.setattr(train, "all_finite", lambda module: checks.append(module) or True)
+    assert call("mae")[0] == 0 and len(checks) == 2  # of 3 steps each
 
 
 def test_workers_change_nothing(call):
@@ -433,6 +441,9 @@ def test_a_batch_is_cut_into_equal_micro_batches(monkeypatch):
     for batch, expected in ((768, (768, 3)), (1000, (1000, 4)), (514, (513, 3)), (256, (256, 1))):
         assert train.cut_batch(batch, 10**6) == expected
     assert train.cut_batch(64, 40) == (40, 1)
+    for images, words in ((4, "--batch-size"), (3, "the number of images")):
+        with pytest.raises(train.UsageError, match=f"^{words} must be at least 4, got 3"):
+            train.cut_batch(3, images, accumulate=2)
     monkeypatch.setattr(train, "world_size", lambda: 2)
     assert train.cut_batch(64, 10**6) == (64, 2) and train.cut_batch(1026, 10**6) == (1026, 6)
 
@@ -642,9 +653,18 @@ def test_regions_of_files_are_computed_once_and_trained_on(call, method, columns
 
 def test_regions_can_be_prepared_ahead(call, tmp_path):
     flags = ["--workers", 2, "--region-cache", "cache", "--fh-scales", 30]
-    code, _, _, output = call("rmae", "--prepare", *flags)
+    code, out, _, output = call("rmae", "--prepare", *flags)
     assert code == 0 and not output.exists()
+    assert out.endswith("\nthe regions are ready: without --prepare the run starts\n")
     assert len(list((tmp_path / "cache" / "fh-0.8-30").rglob("*.npz"))) == 24
+
+
+@pytest.mark.parametrize("given, used", [([], 5), (["--workers", 2], 2), (["--workers", 0], 0)])
+def test_regions_are_computed_on_all_cores(call, monkeypatch, given, used):
+    workers = []
+    monkeypatch.setattr(train, "cores", lambda: 5)
+    monkeypatch.setattr(datasets.ComputedRegions, "fill", lambda self, number, *_: workers.append(number))
+    assert call("rmae", "--prepare", *given)[0] == 0 and workers == [used]
 
 
 DVAE = ["--image-size", 32, "--hidden-dim", 8, "--groups", 3, "--vocab-size", 16, "--batch-size", 8]
