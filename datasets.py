@@ -459,6 +459,13 @@ def find_labelled(folder):
     return paths, [path.split(os.sep)[0] for path in paths]
 
 
+def check_labelled(root, folder, paths):
+    """Raises UsageError if an image, of the paths below the folder, has no class."""
+    if any(os.sep not in path for path in paths):
+        raise UsageError(f"--data {root}: images lie directly in {folder}, which must have a folder per "
+                         "class")
+
+
 def load_folder(root, split):
     """Opens a folder of one of these layouts -> Files. The split "pretrain" is all that may be trained on.
 
@@ -474,19 +481,16 @@ def load_folder(root, split):
     if os.path.isdir(train):
         folder, layout = train, "train/ and val/ with a folder per class"
     paths, names = find_labelled(folder)
-    if any(os.sep not in path for path in paths) or folder == root and len(set(names)) < 2:
-        if folder == train and split != "pretrain":
-            raise UsageError(f"--data {root}: images lie directly in {train}, which must have a folder per "
-                             "class")
+    if folder == train and split != "pretrain":
+        check_labelled(root, folder, paths)
+    elif any(os.sep not in path for path in paths) or folder == root and len(set(names)) < 2:
         names, layout = [], "plain images, no labels"
     classes = sorted(set(names))
     if folder == train and split == "val":
         folder = os.path.join(root, "val")
         paths, names = find_labelled(folder)
+        check_labelled(root, folder, paths)
         unknown = sorted(set(names) - set(classes))
-        if any(os.sep not in path for path in paths):
-            raise UsageError(f"--data {root}: images lie directly in {folder}, which must have a folder per "
-                             "class")
         if unknown:
             raise UsageError(f"{folder} has the class {unknown[0]!r}, which {train} does not have")
     labels = np.searchsorted(classes, names)
