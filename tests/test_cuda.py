@@ -412,3 +412,24 @@ def test_every_evaluation_keeps_to_its_device(task, monkeypatch):
     with fake_cuda() as waits:
         task()
     assert set(waits) == TASKS[task]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_a_cuda_device_is_used_with(monkeypatch, native):
+    """bf16 where the GPU has it (it can be emulated, slowly, on any), TF32, and workers for all cores."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", done.append)
+    monkeypatch.setattr(train, "cores", lambda: 20)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with FakeCuda():
+        usual = train.open_device()
+        assert usual == (CUDA, "bf16" if native else "fp16", 16) and done == ["cuda:0", "high"]
+        assert train.open_device("cuda:1", "fp32", 3) == (torch.device("cuda:1"), "fp32", 3)
+        assert train.open_device("cpu") == (torch.device("cpu"), "fp32", 0)
+        monkeypatch.setenv("LOCAL_RANK", "5")  # of torchrun
+        monkeypatch.setattr(train, "cores", lambda: 2)
+        assert train.open_device() == (torch.device("cuda:5"), usual[1], 2)
+    assert done == ["cuda:0", "high", "cuda:1", "high", "cuda:5", "high"]
