@@ -86,6 +86,13 @@ def check_transformer(dim, num_heads, depth, names=("embed_dim", "num_heads", "d
         raise ValueError(f"{names[0]} must be divisible by 4 and by {names[1]}={num_heads}, got {dim}")
 
 
+def no_mask(ids_visible, ids_masked):
+    """True if a mask is to be drawn, as neither is given. Raises a ValueError if one is given alone."""
+    if (ids_visible is None) != (ids_masked is None):
+        raise ValueError("ids_visible and ids_masked must be given together or not at all")
+    return ids_visible is None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 2. Patches and index tensors
 
@@ -685,7 +692,7 @@ class MAE(nn.Module):
 
     def forward(self, images, ids_visible=None, ids_masked=None):
         """images [B, C, H, W], and optionally the mask to use -> loss, pred, ids_visible, ids_masked."""
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             ids_visible, ids_masked = random_masking(
                 len(images), self.encoder.num_patches, self.mask_ratio, images.device)
         latents = self.encoder(images, ids_visible)
@@ -756,7 +763,7 @@ class SimMIM(nn.Module):
 
         Patches in neither index tensor (AMT's thrown ones) do not enter the encoder.
         """
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             ids_visible, ids_masked = unit_masking(
                 len(images), self.encoder.grid, self.unit_size, self.mask_ratio, images.device)
         tokens = put(self.encoder.embed(images), ids_masked, self.mask_token)
@@ -884,7 +891,7 @@ class BEiT(nn.Module):
 
         tokens: [B, N] int64, of all patches.
         """
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             ids_visible, ids_masked = block_masking(
                 len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
         x = put(self.encoder.embed(images), ids_masked, self.mask_token)
@@ -1023,7 +1030,7 @@ class CAE(nn.Module):
 
         tokens: [B, N] of all patches, where it was built with vocab_size.
         """
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             ids_visible, ids_masked = block_masking(
                 len(images), self.encoder.grid, self.num_masked, self.min_block, device=images.device)
         embedded = self.encoder.embed(images)
@@ -1255,7 +1262,7 @@ class AMT(nn.Module):
         if index is not None and (box is None or flip is None):
             raise ValueError("index needs box and flip, to cut the maps as the images were cut")
         ids_thrown = images.new_zeros(len(images), 0, dtype=torch.int64)
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             weights = self.patch_weights(images, index, box, flip)
             if weights is not None:
                 ids_visible, ids_masked, ids_thrown = self.draw(weights)
@@ -1368,7 +1375,7 @@ class LoMaR(nn.Module):
         tokens: [B, N] of all patches, if it was built with vocab_size; they add loss_token and accuracy.
         The index tensors are as from `window_masking`, one window after the other.
         """
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             ids_visible, ids_masked = window_masking(
                 len(images), self.encoder.grid, self.window_size, self.num_windows, self.mask_ratio,
                 images.device)
@@ -1652,7 +1659,7 @@ class ObjMAE(MAE):
         """
         if regions is not None:
             check_maps(images, regions)
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             source, target = self.split(regions, len(images))
             ids_visible, ids_masked, keep_visible, keep_masked = align_patches(
                 source, target, self.count, self.alignment)
@@ -1942,7 +1949,7 @@ class RAE(nn.Module):
         """
         check_maps(images, regions if region_maps is None else region_maps)
         p = self.encoder.patch_size
-        if ids_visible is None:
+        if no_mask(ids_visible, ids_masked):
             ids_visible, ids_masked = random_masking(
                 len(images), self.encoder.num_patches, self.mask_ratio, images.device)
         shown = self.region_branch.num_visible or ids_visible.shape[1]

@@ -1217,6 +1217,19 @@ def test_every_method_takes_images_of_any_number_of_channels(name, channels):
     assert again.channels == channels and torch.equal(again(x), encoder(x)) and names[0] == []
 
 
+@pytest.mark.parametrize("name", AROUND)
+def test_every_method_refuses_half_a_mask(name):
+    method, inputs = AROUND[name](vit(relative_position=name == "lomar")), {}
+    if name in ("objmae", "rae", "rmae"):
+        inputs = dict(regions=REGIONS.repeat(2, 1, 2, 2))
+    if name == "beit":
+        inputs = dict(tokens=torch.zeros(2, 64, dtype=torch.int64))
+    mask = method(images(2), **inputs)
+    for given in ("ids_visible", "ids_masked"):
+        with pytest.raises(ValueError, match="ids_visible and ids_masked must be given together"):
+            method(images(2), **inputs, **{given: mask[given]})
+
+
 @pytest.mark.parametrize("name", [name for name in AROUND if name != "cae"])  # CAE's: see test_cae.py
 def test_every_linear_layer_starts_xavier_uniform(name):
     method = AROUND[name](vit(relative_position=name == "lomar"))
