@@ -118,7 +118,7 @@ RECIPES = {
     "mae": MAE_RECIPE,
     "simmim": SIMMIM_RECIPE,
     "cae": CAE_RECIPE,
-    # BEiT: Table 6, but without colour jitter, as CAE trains it
+    # BEiT: Table 6, but without colour jitter, as CAE's own pre-training (§5.1)
     "beit": CAE_RECIPE | dict(warmup_epochs={300: 10.0, 800: 10.0}),
     # AMT: "the settings of pre-training follow the original works strictly", for 400 and 200 epochs (§4.1).
     # Its baselines are MAE with --epochs 400 and SimMIM with --epochs 200.
@@ -128,12 +128,13 @@ RECIPES = {
     # epochs of 1600, 20 of 800 and 10 of 400 (supplement, §6.1).
     "lomar": MAE_RECIPE | dict(epochs=1600, warmup_epochs=40.0, flip=False),
     # ObjMAE: Tables 1, 2 and 3. Images are "randomly cropped" and not flipped. The learning rate is that of a
-    # batch of 128, for COCO and ImageNet-100. For CLEVR: --epochs 300 --batch-size 256 --lr 1.5e-4.
+    # batch of 128, for COCO and ImageNet-100. For CLEVR: --epochs 300 --batch-size 256 --lr 1.5e-4. Ours:
+    # Lookahead's 5 steps, which the paper does not give; and that Table 2's layer decay is fine-tuning's.
     "objmae": MAE_RECIPE | dict(model="small", batch_size=128, lr_batch=128,
                                 warmup_epochs={300: 40.0, 800: 40.0}, min_lr=1e-5, betas=(0.9, 0.999),
                                 lookahead=5, flip=False),
     # R-MAE: "we exactly follow MAE for hyper-parameters. Our base learning rate is set to 1e-4" (§4). On COCO
-    # it trains for 4000 epochs.
+    # it trains for 4000 epochs. Its baseline is MAE with --base-lr 1e-4 (Table 7).
     "rae": MAE_RECIPE | dict(base_lr=1e-4),
     "rmae": MAE_RECIPE | dict(base_lr=1e-4),
     # The tokenizer: Appendix A.2 of DALL-E, but for its 3 million steps
@@ -142,8 +143,8 @@ RECIPES = {
 }
 
 # Our settings, not the papers', for images of up to 96 pixels. The patch size is then an eighth of the longer
-# side (`small_patch`). NANO_RECIPE is for the built-in scenes and for --model nano. `recipe` leaves out the
-# settings for which a method has no flag.
+# side (`small_patch`). NANO_RECIPE is for the built-in scenes and for --model nano; CAE's decoder then has 2
+# blocks, too, beside the regressor's 4. `recipe` leaves out the settings for which a method has no flag.
 SMALL_RECIPE = dict(model="tiny", epochs=200, batch_size=512, base_lr=1e-3, lr_batch=256, warmup_epochs=10.0,
                     decoder_dim=192, decoder_depth=4, decoder_heads=3, window_size=5)
 NANO_RECIPE = dict(model="nano", epochs=5, batch_size=64, base_lr=4e-3, lr_batch=256, warmup_epochs=0.5,
@@ -396,7 +397,8 @@ def main(argv):
     if rank() == 0:
         print(source.description)
         if args["method"] == "cae" and tokenizer is None:
-            print("without --tokenizer CAE predicts pixels: Table 9's variant, and normalising them is ours")
+            print("without --tokenizer CAE predicts pixels: Table 9's variant"
+                  + ", and normalising them is ours" * method.norm_pix)
         for name, value in args.items():
             value = getattr(method, name, None) if value is None else value
             if value is not None:
@@ -503,9 +505,9 @@ def update_maps(method, source, epoch, device, precision, workers):
 
     with autocast(device, precision):
         method.update_maps(batches(), len(whole))
-    if rank() == 0:
-        print(f"epoch {epoch + 1}: new attention maps decide which patches are masked and thrown, so the "
-              "loss may rise")
+    if rank() == 0 and method.throw != "random":
+        print(f"epoch {epoch + 1}: new attention maps decide which patches are masked"
+              f"{' and thrown' * (method.num_thrown > 0)}, so the loss may rise")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -962,8 +964,6 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         """The images with the patches `ids` as predicted. Tokens are drawn by their tokenizer."""
         if tokenizer is None:
             return denormalize(mim.reconstruct(images, pred.float(), ids, p, method.norm_pix))
-        if tokenizer.decoder is None:
-            return 0 * white  # DALL-E's encoder alone cannot draw tokens
         drawn = tokenizer.decode(inputs["tokens"].scatter(1, ids, pred.argmax(-1)), grid)
         return denormalize(F.interpolate(drawn.float(), image.shape[-2:], mode="bicubic", antialias=True))
 
@@ -973,14 +973,20 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         hidden = put_patches(0 * white, white, ids_masked, p)  # 1 where hidden; some ids are there twice
         out[error] = (hidden * (shown - image).square()).sum() / hidden.sum()
 
+    def some_left_out(ids):  # a patch may be there twice
+        return not torch.zeros(len(image), num_patches, device=image.device).scatter(1, ids, 1.0).all()
+
     tiles, legend, given = dict(image=image), HIDDEN, ""
-    if "ids_thrown" in out and method.throw != "random" and not mask:
-        tiles["attention"], legend = heat(image, mim.attention_map(method.encoder, images)), SCALE | HIDDEN
-    elif ids_visible.shape[1] + ids_masked.shape[1] < num_patches:
-        title = "object: source and target" if windows == 1 else "all windows"
+    if "ids_thrown" in out:
+        if method.throw != "random" and not mask:
+            tiles["attention"] = heat(image, mim.attention_map(method.encoder, images))
+            legend = SCALE | HIDDEN
+    elif some_left_out(ids_used):
+        title = "all windows" if hasattr(method, "num_windows") else "source and target"
         tiles[title] = show_mask(image, ids_used, ids_used[:, :0], p)
     tiles["masked" if windows == 1 else "masked: one window"] = masked
-    if "pred" in out:
+    can_draw = tokenizer is None or tokenizer.decoder is not None  # not with DALL-E's encoder alone
+    if "pred" in out and can_draw:
         pred = out["pred"][:, :ids_masked.shape[1]]
         if tokenizer is None and method.norm_pix:
             given = ", true mean and contrast given"
@@ -990,7 +996,8 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         everything = torch.arange(num_patches, device=image.device).expand(len(image), -1)
         full = method.predict_whole(images)
         out["loss_full"] = method.head.loss(full, images, inputs.get("tokens"), everything)[0]
-        tiles["from all patches" + given] = predicted(full, everything)
+        if can_draw:
+            tiles["from all patches" + given] = predicted(full, everything)
     if "pred_regions" in out:
         maps = out["region_maps"]
         colours = class_colours(1 + maps.shape[1])[1:]
@@ -999,7 +1006,7 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         tiles["masked regions"] = put_patches(tiles["regions"], white / 2, ids, p)
         completed = mim.reconstruct_regions(maps, out["pred_regions"], ids, p)
         tiles["completed regions"] = paint(white, completed, colours)
-    if ids_visible.shape[1] + ids_masked.shape[1] < num_patches:
+    if some_left_out(torch.cat([ids_visible, ids_masked], dim=1)):
         legend = legend | LEFT_OUT
     return picture(tiles, legend), out
 
@@ -1101,6 +1108,9 @@ def settle(given, source):
     warmup = warmup if isinstance(warmup, dict) else {chosen["epochs"]: warmup}
     length = min((length for length in warmup if length >= epochs), default=max(warmup))
     chosen["warmup_epochs"] = warmup[length] * min(1.0, epochs / length)
+    if "window_size" in chosen:  # LoMaR's, which may be larger than a small grid
+        longest = min(size) // (chosen | given)["patch_size"]
+        chosen["window_size"] = max(1, min(chosen["window_size"], longest))
     args = chosen | given | dict(image_size=size)
     args |= call(settle_batch, args, num_images=len(source), chosen="batch_size" in given)
     if "min_lr" not in given:

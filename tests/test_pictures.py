@@ -105,10 +105,10 @@ def test_visible_patches_stay_masked_ones_are_grey_and_the_prediction_is_in_its_
     pixels, normalised = images
     pred = torch.tensor([[-0.5, 0.1], [0.3, 0.7]])[..., None].expand(-1, -1, 3 * P * P)
     shown = tiles(Painter(IDS_VISIBLE, IDS_MASKED, pred=pred), normalised)
-    assert list(shown) == ["image", "object: source and target", "masked", "reconstruction"]
+    assert list(shown) == ["image", "source and target", "masked", "reconstruction"]
     assert tiles.legend == ["hidden, to be predicted", "left out, enters nothing"]
     both = visible(pixels, lambda s, i: patch(pixels, s, int(IDS_MASKED[s, i])))
-    assert_patches(shown["object: source and target"], both)
+    assert_patches(shown["source and target"], both)
     assert_patches(shown["image"], lambda sample, number: patch(pixels, sample, number))
     assert_patches(shown["masked"], visible(pixels, grey))
     assert_patches(shown["reconstruction"], visible(pixels, lambda s, i: pred[s, i, 0] * STD[0] + MEAN[0]))
@@ -183,9 +183,11 @@ def test_predicted_tokens_are_drawn_by_their_tokenizer(tiles, images):
     shown = tiles(method, normalised, tokenizer=tokenizer)["reconstruction"]
     assert tokenizer.got is normalised and method.given["tokens"][0, :3].tolist() == [9, 8, 7]
     assert_patches(shown, visible(pixels, lambda s, i: tokens[s, i] / 10))
-    tokenizer.decoder = None  # DALL-E's encoder alone
-    shown = tiles(method, normalised, tokenizer=tokenizer)["reconstruction"]
-    assert_patches(shown, visible(pixels, lambda *_: 0.0))
+    tokenizer.decoder = None  # DALL-E's encoder alone, which draws nothing
+    method.predict_whole = lambda images: torch.zeros(2, 16, 10)
+    method.head = types.SimpleNamespace(loss=lambda *_: (torch.tensor(7.0), {}))
+    assert list(tiles(method, normalised, tokenizer=tokenizer)) == ["image", "source and target", "masked"]
+    assert "error" not in tiles.out and tiles.out["loss_full"] == 7
 
 
 def test_a_picture_from_all_patches_has_them_all_predicted(tiles, images):
@@ -252,7 +254,25 @@ def test_thrown_patches_are_hatched_and_the_attention_is_what_drew_them(tiles):
                 assert torch.equal(patch(shown[title], sample, number)[0], hatched())
     assert all((patch(shown["masked"], s, k) == 0.5).all() for s in range(2) for k in masked[s].tolist())
     amt = mim.AMT(mim.MAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2), throw="random").eval()
-    assert "attention" not in tiles(amt, images)  # it draws nothing
+    assert list(tiles(amt, images))[:2] == ["image", "masked"]  # the attention draws nothing
+    assert tiles.legend == ["hidden, to be predicted", "left out, enters nothing"]
+
+
+def test_what_is_left_out_is_said_where_patches_are_repeated(tiles, images):
+    """ObjMAE's lists are as long as the image has patches at alpha 0.5, its object may have fewer."""
+    ids_visible, ids_masked = (ids[:, :1].repeat(1, 8) for ids in (IDS_VISIBLE, IDS_MASKED))
+    method = Painter(ids_visible, ids_masked, pred=torch.zeros(2, 8, 3 * P * P))
+    assert list(tiles(method, images[1])) == ["image", "source and target", "masked", "reconstruction"]
+    assert tiles.legend == ["hidden, to be predicted", "left out, enters nothing"]
+    everything = torch.arange(16).expand(2, -1)
+    method = Painter(everything[:, 8:], everything[:, :8], pred=torch.zeros(2, 8, 3 * P * P))
+    assert list(tiles(method, images[1])) == ["image", "masked", "reconstruction"]
+    assert tiles.legend == ["hidden, to be predicted"]
+
+
+def test_one_window_is_no_object(tiles):
+    method = mim.LoMaR(mim.ViT(32, 8, 32, 1, 2, relative_position=True), window_size=3, num_windows=1).eval()
+    assert list(tiles(method, torch.zeros(2, 3, 32, 32)))[:3] == ["image", "all windows", "masked"]
 
 
 def test_tiles_stand_in_rows_below_their_titles():

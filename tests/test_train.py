@@ -62,16 +62,30 @@ def weights(output):
 
 
 def test_a_run_says_what_made_its_encoder(call):
-    """In encoder.pt's metadata; CAE on pixels also says which of the paper's variants it is."""
+    """In encoder.pt's metadata."""
     for method, flags, kept in (("cae", [], dict(method="cae")), ("amt", ["--base", "simmim"], dict(
             method="amt", base="simmim"))):
         code, out, err, output = call(method, *flags, "--epochs", 1, out=method)
         assert code == 0, err
         state = load(output / "encoder.pt")
         assert kept.items() <= state._metadata[""].items() and state._metadata[""]["image_size"] == [32, 32]
-        assert ("Table 9's variant" in out) == (method == "cae")
         vit = mim.ViT(32, 4, **mim.SIZES["nano"], layer_scale=0.1)
         assert not any(vit.load_state_dict(state, strict=True))
+
+
+def test_a_run_says_what_new_maps_decide(call):
+    for number, (flags, expected) in enumerate((
+            ([], ["masked and thrown"]), (["--throw-ratio", 0], ["masked"]), (["--throw", "random"], []))):
+        code, out, err, _ = call("amt", "--epochs", 2, "--interval", 1, *flags, out=f"amt-{number}")
+        assert code == 0, err
+        assert re.findall("epoch 2: new attention maps decide which patches are (.*), so", out) == expected
+
+
+def test_cae_says_what_its_pixels_are(call):
+    for flag, end in (("--norm-pix", ", and normalising them is ours"), ("--no-norm-pix", "")):
+        code, out, err, _ = call("cae", "--epochs", 1, flag, out=f"cae{flag}")
+        assert code == 0, err
+        assert f"without --tokenizer CAE predicts pixels: Table 9's variant{end}\n" in out
 
 
 def test_learning_rate_by_hand():

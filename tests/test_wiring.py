@@ -513,6 +513,9 @@ SCENES = dict(norm_pix=False)
     ("mae --model nano --data x", 8192, 64, MAE | NANO),
     ("lomar --data stl10", 105_000, 96, dict(window_size=5, patch_size=12, base_lr=1e-3, flip=False)),
     ("lomar", 4096, 64, dict(window_size=5, base_lr=4e-3)),
+    ("lomar --patch-size 16", 4096, 64, dict(window_size=4)),  # no window is larger than the grid
+    ("lomar --data x --image-size 32 64", 8192, 300, dict(window_size=4)),
+    ("lomar --data x --image-size 64 128", 8192, 300, dict(window_size=4)),
     ("amt", 4096, 64, MAE | NANO | SCENES | AMT_ALONE),
     ("mae --norm-pix", 4096, 64, MAE | NANO),
     ("rmae", 4096, 64, RMAE | NANO | SCENES | dict(region_dim=64, regions="instances")),
@@ -526,7 +529,7 @@ SCENES = dict(norm_pix=False)
 ])
 def test_recipes_shrink_for_small_images(flags, images, size, expected):
     settings = settle("--method", *flags.split(), images=images, size=size)
-    given = [32, 64] if "--image-size" in flags else [size, size]
+    given = [int(n) for n in flags.split("--image-size")[1].split()] if "--image-size" in flags else 2 * [size]
     for name, value in (expected | dict(image_size=given)).items():
         assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
 
