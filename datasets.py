@@ -1152,8 +1152,8 @@ class ComputedRegions(Dataset):
 def fh_maps(image, scales):
     """Computes FH segments of an image, uint8 [3, H, W] -> int32 [scales, h, w], numbered from 1.
 
-    Maps with a side of more than 640 pixels are made smaller. A crop of a fifth of their area still has more
-    than 224 pixels per side.
+    Maps with a side of more than 640 pixels are made smaller. Of 640x480, a square crop of a fifth of the
+    area has 248 pixels per side.
     """
     maps = felzenszwalb(image.numpy(), scales) + 1
     step = max(1.0, max(maps.shape[1:]) / 640)

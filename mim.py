@@ -863,7 +863,7 @@ class BEiT(nn.Module):
     min_block: smallest block of masked patches
 
     The paper's encoder has layer scale 0.1 (ViT-L: 1e-5). Departs from it in the position embedding, here the
-    sine-cosine table, and in the augmentation, which has no colour jitter here, as in CAE's training of BEiT.
+    sine-cosine table, and in the augmentation, which has no colour jitter here, as in CAE's own pre-training.
     """
 
     inputs = ()
@@ -1167,8 +1167,8 @@ class AMT(nn.Module):
     The released runs differ besides: the targets are raw pixels (the paper does not say which); on SimMIM the
     ratio is 0.44 in the random phase, too, positions are learned, and the rate ends at 5e-6 per 512 images.
     The command in their README sets neither ratio.
-    The nine updates in 400 epochs are 2.1% of the run's operations (the paper says about 1%), because a pass
-    of the encoder over all patches of an image is as much as a training step of AMT.
+    The nine updates in 400 epochs are 1.9% of the run's operations (the paper says about 1%), because the map
+    of an image, a pass of the encoder over all patches, is nearly as much as a training step of AMT.
     """
 
     inputs = ("index", "box", "flip")
@@ -1257,7 +1257,8 @@ class AMT(nn.Module):
 
         index: [B], each image's number among the training images; with it box [B, 4] and flip [B] must be
             given, see `crop_maps`. None: maps are computed on the spot.
-        ids_visible, ids_masked: the mask to use.
+        ids_visible, ids_masked: the mask to use. With it, and with the base's random masks, ids_thrown is
+            empty.
         """
         if index is not None and (box is None or flip is None):
             raise ValueError("index needs box and flip, to cut the maps as the images were cut")
@@ -1379,6 +1380,7 @@ class LoMaR(nn.Module):
             ids_visible, ids_masked = window_masking(
                 len(images), self.encoder.grid, self.window_size, self.num_windows, self.mask_ratio,
                 images.device)
+        ids_visible, ids_masked = (ids.expand(len(images), -1) for ids in (ids_visible, ids_masked))
         # A window is a sequence of its own, [B*W, K*K]. Sorting brings its patches into raster order: then
         # the buckets of one K*K grid hold for every window and every mask.
         visible, masked = ids_visible.reshape(-1, self.num_visible), ids_masked.reshape(-1, self.num_masked)
@@ -1578,8 +1580,8 @@ class ObjMAE(MAE):
     alignment: how all images come to this length (§3.3): throwout cuts to the batch's smallest (beyond its
         recompile limit torch.compile runs new lengths eagerly), zero pads with tokens that take part in
         nothing, replicate repeats patches, random adds patches of neither list (the paper: of all)
-    selection: intra is source and target from one object; inter is target from another, or the background
-        (§4.5)
+    selection: intra is source and target from one object; inter is each from another object, or one of them
+        from the background (§4.5, Figure 6)
     object_floor: smallest object, as a share of the image; with 1 no object is large enough, and all of each
         image is its object, which is Table 9's MAE with an alpha (not with regions=cam)
     patch_share: share of a patch's pixels that makes it the object's
@@ -1646,6 +1648,8 @@ class ObjMAE(MAE):
         unusable = ~(first.any(1, keepdim=True) & second.any(1, keepdim=True))
         half, other = divide_patches(torch.ones_like(first), self.count)
         source, target = torch.where(unusable, half, first), torch.where(unusable, other, second)
+        swap = torch.rand(unusable.shape, device=unusable.device) < 0.5  # either is the source (Figure 6)
+        source, target = torch.where(swap, target, source), torch.where(swap, source, target)
         return keep_patches(source, self.count), keep_patches(target, self.count)
 
     def forward(self, images, regions=None, ids_visible=None, ids_masked=None, keep_visible=None,
@@ -1909,12 +1913,13 @@ class RAE(nn.Module):
 
     Where the paper is silent: maps enter as -0.5 and 0.5; a norm ends the region encoder (in the length
     variant after the mean, as in the authors' code) and the neck; the class token goes through the neck
-    (length) or the decoder (batch, channel); the last block of the length variant has no MLP but the
-    predictor, whose layers have GELU between; the batch and the channel variant have no block in the neck.
-    Departs from the paper: p_E and p_D are one number, region_dim (Table 8 has 128 and 256). The authors'
-    released configuration has a base learning rate of 1.5e-4 and 8 blocks in the neck, draws regions without
-    replacement where an image has eight and without the rule of visible foreground, and warms up for 8% of
-    the epochs on COCO; here as in the paper. With its `num_region: 0` it trains no regions as it stands.
+    (length) or the decoder (batch, channel); the predictor's layers have GELU between. The batch and the
+    channel variant have no block in the neck: Eq. 3 and 6 name none, §3.1 has one before all variants.
+    Departs from the paper: p_E and p_D are one number, region_dim (Table 8 has 128 and 256); the last block
+    of the length variant has no MLP but the predictor (in Appendix A each block has a feed-forward). The
+    authors' released configuration has a base learning rate of 1.5e-4 and 8 blocks in the neck, draws regions
+    without replacement where an image has eight and without the rule of visible foreground, and warms up for
+    8% of the epochs on COCO; here as in the paper. With its `num_region: 0` it trains no regions as it stands.
     In small trainings the encoder can collapse: the maps' visible patches and usual shapes lower the loss,
     which is then the same with another image. So a low loss shows little without this control.
     """
@@ -1983,6 +1988,7 @@ class RAE(nn.Module):
             pre-training (Figure 6 gives the whole image).
         """
         check_maps(images, hints)
+        check_range(1, visible_patches=ids_visible.shape[1])
         ids_image = ids_visible if ids_image is None else ids_image
         k, channels = hints.shape[1], self.region_branch.channels
         if k < channels:  # the channel variant: the hints are repeated to fill its channels

@@ -782,6 +782,9 @@ def test_windows_are_sequences_of_their_own():
     out = method(x)
     one = {k: out[k][:, : out[k].shape[1] // 2] for k in ("ids_visible", "ids_masked")}
     assert torch.allclose(method(x, **one)["pred"], out["pred"][:, : one["ids_masked"].shape[1]], atol=1e-5)
+    shared = {k: out[k][:1] for k in one}  # [1, n], for all images
+    again, each = method(x, **shared), method(x, **{k: ids.expand(2, -1) for k, ids in shared.items()})
+    assert torch.equal(again["loss"], each["loss"]) and torch.equal(again["pred"], each["pred"])
 
 
 def test_lomar_defaults_and_cost_are_the_papers():
@@ -1054,7 +1057,7 @@ def test_alignment_brings_source_and_target_to_one_length(alignment, selection):
     """Two images, n = 16 patches each: an object of 16 patches beside one of 12; one of 4 patches alone."""
     boxes = [[(0, 0, 16, 16), (16, 0, 28, 16)], [(8, 8, 16, 16)]]
     regions = torch.cat([squares(*b) for b in boxes])
-    method = objmae(alignment=alignment, selection=selection)
+    method, sources = objmae(alignment=alignment, selection=selection), set()
     for _ in range(20):
         out = method(images(2), regions)
         visible, masked = out["ids_visible"], out["ids_masked"]
@@ -1072,11 +1075,14 @@ def test_alignment_brings_source_and_target_to_one_length(alignment, selection):
                 assert any(source | target <= o for o in objects)
             else:
                 assert [source <= o for o in objects] == [not target <= o for o in objects]
+                sources.add((b, source <= objects[0]))
             if alignment == "zero":
                 assert out["keep_visible"][b].sum() == len(source)
                 assert out["keep_masked"][b].sum() == len(target)
             else:
                 assert out["keep_visible"] is None
+    if sources:  # either is the source, the background too (Figure 6)
+        assert sources == {(b, first) for b in (0, 1) for first in (True, False)}
 
 
 def test_source_and_target_have_the_whole_number_below_alpha_of_all_patches():

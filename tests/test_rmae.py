@@ -359,8 +359,8 @@ def test_complete_reads_only_visible_hints(variant):
     other = method.complete(images, maps, v, shown)
     assert torch.equal(other, method.complete(repaint(images, hidden), maps, v, shown))
     assert not torch.allclose(whole, other, atol=1e-4)
-    nothing = method.complete(images, maps, v[:, :0], v)  # without a hint the truth is not given away
-    assert not torch.equal(nothing, maps.float())
+    with pytest.raises(ValueError, match="visible_patches must be at least 1, got 0"):
+        method.complete(images, maps, v[:, :0], v)
 
 
 def test_cross_attention_is_pytorchs():
