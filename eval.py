@@ -77,12 +77,14 @@ PAPER_RECIPES = {
     "finetune amt": dict(base_lr=1e-3, layer_decay=0.75, pool="cls"),
     "finetune amt-simmim": dict(base_lr=1.25e-3, lr_batch=512, usual_warmup=20, pool="cls"),
     "detect amt": dict(epochs=12, batch_size=16),
-    # LoMaR: §6.1 and §6.2; the decay is MAE's for this rate. No loss reaches the class token's output.
+    # LoMaR: §6.1 and §6.2; the decay is MAE's for this rate. The pool of the probes is ours, as no loss
+    # reaches the class token's output.
     "knn lomar": dict(pool="mean"),
     "linear lomar": dict(pool="mean"),
     "finetune lomar": dict(base_lr=1e-3, layer_decay=0.75),
     "detect lomar": dict(epochs=25),
-    # ObjMAE: Tables 2 and 3; for CIFAR-100 it has --epochs 90.
+    # ObjMAE: Tables 2 and 3; for CIFAR-100 it has --epochs 90. The augmentation is MAE's, and the centre is
+    # cut out as in MAE's evaluation; §4.2 follows Kolesnikov et al. (2020) there.
     "finetune objmae": dict(batch_size=256, base_lr=1e-3, min_lr=1e-5, lookahead=5),
     # R-MAE: §4.2, following MAE
     "semseg rae": dict(epochs=100),
@@ -857,7 +859,8 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
     freeze: train the head alone
     epochs: passes over the training images (127 of ADE20K are 160,000 steps; R-MAE has 100)
     batch_size: images a step, over all processes
-    base_lr: learning rate per 16 images of the batch; it falls linearly to 0
+    base_lr: learning rate per 16 images of the batch (CAE takes the best of 1e-4 to 4e-4); it falls linearly
+        to 0
     warmup_epochs: epochs of linear warm-up; default: 1,500 steps, but at most a ninth of the epochs
     weight_decay: of AdamW
     layer_decay: learning rate of a block over that of the one above (not with --freeze)
@@ -1194,7 +1197,7 @@ def detect(encoder, train, val, freeze: bool = False, epochs: PositiveInt = 100,
     width: channels of the feature pyramid and the heads
     window: patches on the side of the windows that most blocks attend in
     accumulate: number of micro-batches of a step, over all processes; default: the smallest that leaves at
-        most 8 images in each (at 1024 pixels in bf16 ViT-B needs about 2.5 GiB an image)
+        most 8 images in each (at 1024 pixels in bf16 ViT-B needs about 2.5 GiB an image, LoMaR's about 4)
     eval_every: evaluate after every so many epochs, too
     resume: go on from --output
     seed: of everything random
@@ -1499,7 +1502,8 @@ def reconstruct(method, images, regions=None, tokenizer=None, hide: Literal["obj
         parts = [] if hide else [draw_reconstruction(method, images, regions, tokenizer)]
         for i, hidden in enumerate(one_object(regions, method.encoder.patch_size) if hide else ()):
             if 0 < hidden.sum() < len(hidden):
-                ids_visible, ids_masked = (member.nonzero().T for member in (~hidden, hidden))
+                order = torch.randperm(len(hidden), device=device)  # region maps may show only the first
+                ids_visible, ids_masked = (order[member[order]][None] for member in (~hidden, hidden))
                 parts.append(draw_reconstruction(method, images[i, None], regions[i, None], tokenizer,
                                                  ids_visible=ids_visible, ids_masked=ids_masked))
     if not parts:

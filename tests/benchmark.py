@@ -290,7 +290,7 @@ ABLATIONS = {
     "rmae-figure-4": "rmae:region_mask_ratio=0.6 rmae rmae:region_mask_ratio=0.9 rmae:mask_ratio=0.6",
     "cae-table-2": "cae-token:decoder_depth=0,alignment_weight=0 cae-token:alignment_weight=0 cae-token",
     "cae-table-5": "cae-token:mask_ratio=0.4 cae-token cae-token:mask_ratio=0.6",
-    "cae-table-6": "cae-token:regressor_depth=1,decoder_depth=1 cae-token",
+    "cae-table-6": "cae-token:regressor_depth=1,decoder_depth=1 cae-token:regressor_depth=4,decoder_depth=4",
 }
 # What can be measured of an encoder: the task of eval.py with its flags, and its figures by their column
 MEASURES = {
@@ -375,23 +375,29 @@ def eval_commands(folder, measures, finetune_epochs, probe_epochs, untrained=Fal
 
 
 def plain_gmac(encoder):
-    """10^9 multiply-adds of an encoder's pass over all patches of an image: forward alone, forward and
-    backward."""
-    return count_gmac(Plain(encoder), dict(images=torch.zeros(1, 3, *encoder.image_size)))
+    """10^9 multiply-adds of an encoder's pass over all patches of an image, forward and backward."""
+    return count_gmac(Plain(encoder), dict(images=torch.zeros(1, 3, *encoder.image_size)))[1]
+
+
+def map_gmac(encoder):
+    """10^9 multiply-adds of AMT's map of an image. Most of the last block takes no part in it."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder.last_attention(torch.zeros(1, 3, *encoder.image_size))
+    return counter.get_total_flops() / 2e9
 
 
 def training_gmac(method, epochs):
     """10^9 multiply-adds that an image costs in pre-training, the mean over the epochs: forward, backward
     and AMT's passes for its maps.
 
-    Those of a tokenizer are left out, as BEiT's and CAE's papers do.
+    Those of a tokenizer are left out.
     """
     gmac = count_gmac(method, synthetic_batch(method, 1))[1]
     if hasattr(method, "maps_due"):
         first = min(epochs, method.interval_for(epochs))  # epochs of the base's own masks, before the maps
         due = sum(method.maps_due(epoch, epochs) for epoch in range(epochs)) * (method.throw != "random")
         base = count_gmac(method.base, synthetic_batch(method.base, 1))[1]
-        gmac = (first * base + (epochs - first) * gmac + due * plain_gmac(method.encoder)[0]) / epochs
+        gmac = (first * base + (epochs - first) * gmac + due * map_gmac(method.encoder)) / epochs
     return gmac
 
 
@@ -514,7 +520,7 @@ def compare(methods: list[str] | None = None, ablation: Literal[tuple(ABLATIONS)
         gmac[name] = training_gmac(method, epochs)
         if name == "mae":  # its encoder is that of all
             common |= dict(model=args["model"], patch_size=args["patch_size"])
-            plain = plain_gmac(method.encoder)[1]
+            plain = plain_gmac(method.encoder)
     share = {name: some / gmac["mae"] for name, some in gmac.items()}
     scratch = epochs * gmac["mae"] * len(source) / (plain * len(labelled))
     if any("--tokenizer" in COMPARED[split_row(name)[0]] for name in names):
@@ -560,7 +566,7 @@ class Imagined:
 
 def costs(model: Literal[tuple(mim.SIZES)] = "base", image_size: PositiveInt = 224):
     """Multiply-adds of an image, forward, and forward and backward over MAE's, by the settings that the
-    papers vary: LoMaR's Figure 5, ObjMAE's Tables 4 and 9, R-MAE's Tables 1b and 8.
+    papers vary: LoMaR's Figure 5, ObjMAE's Tables 4 and 9, R-MAE's Tables 1b and 8 (where p_E stays 128).
 
     ObjMAE has the whole image as its object, the most that alpha leaves.
 
@@ -734,20 +740,21 @@ PLACES = {
     "pretrain amt-mae": {"AMT: §4.1": "epochs"},
     "pretrain amt-simmim": {"AMT: §4.1": "epochs"},
     "pretrain lomar": {
-        "LoMaR: §6.1": "epochs batch_size base_lr lr_batch warmup_epochs weight_decay flip",
+        "LoMaR: §6.1": "epochs batch_size base_lr warmup_epochs weight_decay flip",
         "LoMaR: §3.2": "relative_position"},
     "pretrain objmae": {
         "ObjMAE: Table 1": "model",
-        "ObjMAE: Table 2": "min_lr betas weight_decay lookahead",
+        "ObjMAE: Table 2": "min_lr betas weight_decay",
+        "ObjMAE: Table 2, but its 5 steps are ours": "lookahead",
         "ObjMAE: Table 3": "epochs batch_size base_lr lr_batch warmup_epochs",
         "ObjMAE: §4.2": "flip"},
     "pretrain rae": {"R-MAE: §4.1": "epochs base_lr"},
     "pretrain rmae": {"R-MAE: §4.1": "epochs base_lr"},
     "knn mae": {
         "DINO, arXiv:2104.14294": "k", "Wu et al., arXiv:1805.01978": "temperature", "ours": "pool"},
-    "knn lomar": {"LoMaR: §6.1": "pool"},
+    "knn lomar": {"ours": "pool"},
     "linear mae": {"MAE: Table 10": "epochs batch_size base_lr lr_batch usual_warmup pool"},
-    "linear lomar": {"LoMaR: §6.1": "pool"},
+    "linear lomar": {"ours": "pool"},
     "attentive mae": {"CAE: Appendix A": "epochs batch_size base_lr lr_batch usual_warmup"},
     "finetune mae": {
         "MAE: Table 9": "epochs batch_size lr_batch usual_warmup weight_decay drop_path label_smoothing",
@@ -760,7 +767,9 @@ PLACES = {
     "finetune amt-simmim": {
         "SimMIM: the released configuration of ViT-B": "base_lr lr_batch usual_warmup", "AMT: §4.1": "pool"},
     "finetune lomar": {"LoMaR: §6.1": "base_lr", "MAE: Table 9": "layer_decay"},
-    "finetune objmae": {"ObjMAE: Table 2": "min_lr lookahead", "ObjMAE: Table 3": "batch_size base_lr"},
+    "finetune objmae": {
+        "ObjMAE: Table 2": "min_lr", "ObjMAE: Table 2, but its 5 steps are ours": "lookahead",
+        "ObjMAE: Table 3": "batch_size base_lr"},
     "finetune cae": {"CAE: Appendix A": "epochs batch_size base_lr lr_batch layer_decay"},
     "finetune cae-base": {"CAE: Appendix A": "epochs base_lr layer_decay"},
     "finetune cae-large": {"CAE: Appendix A": "epochs base_lr layer_decay"},

@@ -1670,8 +1670,9 @@ def test_an_object_is_hidden_and_all_the_rest_is_shown(name, regions, runs, monk
     losses = []
     for i, (image, region, mask) in enumerate(seen):
         assert torch.equal(image[0], images[i]) and torch.equal(region[0], maps[i])
-        assert mask["ids_masked"].tolist() == [hidden[i]]
-        assert mask["ids_visible"].tolist() == [[n for n in range(16) if n not in hidden[i]]]
+        assert sorted(mask["ids_masked"].tolist()[0]) == hidden[i]
+        visible = mask["ids_visible"].tolist()[0]  # in random order, see below
+        assert visible != sorted(visible) == [n for n in range(16) if n not in hidden[i]]
         torch.manual_seed(0)
         if name != "rmae":  # which draws regions
             losses.append(method.eval()(image, **mask)["loss"].item())
@@ -1679,6 +1680,23 @@ def test_an_object_is_hidden_and_all_the_rest_is_shown(name, regions, runs, monk
         assert result["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
     one = draw(method, images[:1], maps[:1], None, **seen[0][2])[0]
     assert result["picture"].shape == (3, 2 * one.shape[1], one.shape[2])
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+def test_region_maps_show_random_patches_beside_a_hidden_object(ratio):
+    """With a mask of their own they show the first of the visible patches, and then of the hidden ones."""
+    method = mim.RAE(mim.ViT(32, 4, 32, 1, 2), region_mask_ratio=ratio, region_dim=16, region_heads=2)
+    maps = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    maps[..., :16, :] = 1
+    encode, seen = method.region_branch.encode, []
+    method.region_branch.encode = lambda maps, ids: seen.append(ids) or encode(maps, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "frozen", lambda model, device: model)
+        evaluation.reconstruct(method, torch.randn(1, 3, 32, 32), maps, hide="object")
+    shown = sorted(seen[0][0].tolist())
+    assert len(shown) == 64 * (1 - ratio) and set(shown) - set(range(32, 64)) <= set(range(32))
+    few = [n for n in shown if (n < 32) == (ratio < 0.5)]  # 16 of the 32 that are not all shown
+    assert len(few) == 16 and few not in (list(range(16)), list(range(32, 48)))
 
 
 def test_objects_are_hidden_on_the_command_line(handed, call, runs, folder, masks):
