@@ -411,9 +411,14 @@ def decode(path, turn=True):
         if image.format in ("JPEG", "MPO") and decode_image:
             data = torch.from_numpy(np.fromfile(path, np.uint8))
             return decode_image(data, "RGB", apply_exif_orientation=turn)
-        image = ImageOps.exif_transpose(image) if turn else image
+        if turn:
+            with contextlib.suppress(Exception):  # broken EXIF data, which decode_image ignores
+                image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which convert("RGB") would clip
-            image = Image.fromarray(to_bytes(np.asarray(image)))
+            pixels = np.asarray(image)
+            if image.format == "PNG":  # these have 16 bits; Pillow before 11 widens them
+                pixels = pixels.astype(np.uint16)
+            image = Image.fromarray(to_bytes(pixels))
         return TF.pil_to_tensor(image.convert("RGB"))
 
 
@@ -439,10 +444,11 @@ def find_files(folder, extensions=EXTENSIONS):
                 path = os.path.join(below, entry.name)
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
-                    heapq.heappush(folders, (entry.is_symlink(), path))
-                elif path.lower().endswith(extensions) and entry.is_file():
-                    found.append(path)
+                with contextlib.suppress(OSError):  # a link to itself
+                    if entry.is_dir():
+                        heapq.heappush(folders, (entry.is_symlink(), path))
+                    elif path.lower().endswith(extensions) and entry.is_file():
+                        found.append(path)
     return sorted(found)
 
 
@@ -452,9 +458,10 @@ def find_labelled(folder):
     The class is the first folder of the path. In the val folder of Tiny ImageNet a list has the classes.
     """
     annotations = Path(folder, "val_annotations.txt")
-    if annotations.is_file():  # file name, class, box
-        rows = [line.split("\t") for line in annotations.read_text().splitlines()]
-        return [f"images/{row[0]}" for row in rows], [row[1] for row in rows]
+    if annotations.is_file() and Path(folder, "images").is_dir():
+        with explained("--data", f"{annotations} has no line of file name, class and box for each image"):
+            rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
+            return [f"images/{row[0]}" for row in rows], [row[1] for row in rows]
     paths = find_files(folder)
     return paths, [path.split(os.sep)[0] for path in paths]
 
@@ -470,13 +477,18 @@ def load_folder(root, split):
     """Opens a folder of one of these layouts -> Files. The split "pretrain" is all that may be trained on.
 
     - COCO's own: train2017/, val2017/ and annotations/; without labels;
+    - images with masks, see `mask_layout`; without labels;
     - train/ and val/ with a folder per class (ImageNet; Tiny ImageNet with its val_annotations.txt);
     - a folder per class, at least two; every tenth image of a class belongs to the val split;
     - plain images at any depth; without labels, and with one split.
     """
     check_folder("--data", root, NAMED)
-    if coco_folder(root, "train"):
+    if coco_folder(root, "train") or coco_folder(root, split):
         return load_coco(root, split)
+    if layout := mask_layout(root, "val" if split == "val" else "train"):
+        folder = os.path.join(root, layout[0])
+        paths = find_files(folder)
+        return Files(folder, paths, description=f"{folder}: {counted(len(paths), 'images')}, no labels")
     folder, layout, train = root, "a folder per class", os.path.join(root, "train")
     if os.path.isdir(train):
         folder, layout = train, "train/ and val/ with a folder per class"
@@ -495,8 +507,10 @@ def load_folder(root, split):
             raise UsageError(f"{folder} has the class {unknown[0]!r}, which {train} does not have")
     labels = np.searchsorted(classes, names)
     if layout == "a folder per class" and split != "pretrain":
-        _, first = np.unique(labels, return_index=True)
-        place = np.arange(len(labels)) - first[labels]  # the number of each image within its class
+        order = np.argsort(labels, kind="stable")
+        _, first = np.unique(labels[order], return_index=True)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(labels)) - first[labels[order]]  # the number of an image within its class
         kept = np.flatnonzero((place % 10 == 9) == (split == "val"))
         paths, labels = [paths[i] for i in kept], labels[kept]
     if not paths:
@@ -847,12 +861,13 @@ class SceneInstances:
 def coco_folder(root, split):
     """The newest image folder of a split, such as root/train2017; None if root is not in COCO's layout.
 
-    There are images in it, or annotations that have its name.
+    There are annotations that have its name or, if there are for none, images in it.
     """
     annotations = Path(root, "annotations")
-    folders = Path(root).glob("val*" if split == "val" else "train*") if annotations.is_dir() else ()
-    return max((folder for folder in folders if any(annotations.glob(f"*_{folder.name}.json"))
-                or any(path.suffix.lower() in EXTENSIONS for path in folder.glob("*"))), default=None)
+    folders = [*Path(root).glob("val*" if split == "val" else "train*")] if annotations.is_dir() else []
+    annotated = [folder for folder in folders if any(annotations.glob(f"*_{folder.name}.json"))]
+    return max(annotated or [folder for folder in folders if any(
+        path.suffix.lower() in EXTENSIONS for path in folder.glob("*"))], default=None)
 
 
 def load_coco(root, split, lvis=False):
@@ -1076,6 +1091,8 @@ class MaskFolder:
             raise UsageError(f"--regions {folder} is among the images of --data, and its masks would be "
                              "images: give a folder of images alone")
         self.source, self.files = source, find_masks(source, folder, (".png", ".npz"))
+        if inside == "." and hasattr(source, "root") and any(p.endswith(".png") for p in self.files.values()):
+            raise UsageError(f"--regions {folder} is the folder of --data, and its PNG files are images")
         self.known = in_entries(source, self.files, f"--regions {folder} (PNG and npz files)")
 
     def read(self, index, item):
@@ -1113,6 +1130,7 @@ class ComputedRegions(Dataset):
         if os.path.isfile(name):  # not of the scenes and of other sources in memory
             status = os.stat(name)
             name = f"{os.path.abspath(name)}-{status.st_size}-{status.st_mtime_ns}"
+            name += "" if getattr(self.source, "turn", True) else "-stored"
         return os.path.join(self.folder, name.lstrip(os.sep) + ".npz")
 
     def fill(self, workers=0, rank=0, world_size=1):
@@ -1152,13 +1170,12 @@ class ComputedRegions(Dataset):
 def fh_maps(image, scales):
     """Computes FH segments of an image, uint8 [3, H, W] -> int32 [scales, h, w], numbered from 1.
 
-    Maps with a side of more than 640 pixels are made smaller. Of 640x480, a square crop of a fifth of the
-    area has 248 pixels per side.
+    An image with a side of more than 640 pixels, COCO's largest, is made smaller first: the scales are for
+    such images, and the time grows with the pixels.
     """
-    maps = felzenszwalb(image.numpy(), scales) + 1
-    step = max(1.0, max(maps.shape[1:]) / 640)
-    rows, columns = (((np.arange(int(n / step)) + 0.5) * step).astype(int) for n in maps.shape[1:])
-    return maps[:, rows[:, None], columns]
+    share = min(1, 640 / max(image.shape[1:]))
+    sides = [max(1, round(share * side)) for side in image.shape[1:]]
+    return felzenszwalb(TF.resize(image, sides, antialias=True).numpy(), scales) + 1
 
 
 def resnet50(weights=None):
@@ -1392,23 +1409,31 @@ def scene_classes(index, item):
     return np.array([0, *(shape + 1 for shape in item["shapes"])], np.int16)[item["instances"].numpy()]
 
 
-def open_masks(data, split, categories):
-    """Opens images with a label PNG for each (`find_masks`): ADE20K's layout, Pascal VOC's, or one's own.
-
-    One's own lie in images/train and masks/train or in train/images and train/masks, likewise for val. Line k
-    of classes.txt names label k, from 0. Without it, the classes are the labels that the training masks have.
-    255 does not count, unless there are two classes and the masks have 0 and 255 alone.
-    """
+def mask_layout(data, split):
+    """The folders of a split's images and of their masks, below the folder `data`, and the names of their
+    classes: of ADE20K's layout, of Pascal VOC's, or of one's own, images/train and masks/train or train/images
+    and train/masks, likewise for val, without names. None if it has another layout."""
     root, part = Path(data), "training" if split == "train" else "validation"
     for images, masks, names in (
             (f"images/{part}", f"annotations/{part}", ADE20K_CLASSES),
             ("JPEGImages", "SegmentationClass", VOC_CLASSES),
             (f"images/{split}", f"masks/{split}", {}), (f"{split}/images", f"{split}/masks", {})):
         if (root / images).is_dir() and (root / masks).is_dir():
-            break
-    else:
+            return images, masks, names
+    return None
+
+
+def open_masks(data, split, categories):
+    """Opens images with a label PNG for each (`find_masks`) in one of the layouts of `mask_layout`.
+
+    Line k of classes.txt names label k, from 0. Without it, the classes are the labels that the training masks
+    have. 255 does not count, unless there are two classes and the masks have 0 and 255 alone.
+    """
+    root, layout = Path(data), mask_layout(data, split)
+    if layout is None:
         raise UsageError(f"--data {data}: it has no classes of pixels for the {split} split; give shapes, or "
                          "a folder of COCO, ADE20K or Pascal VOC, or with images/train and masks/train")
+    images, masks, names = layout
     with explained(f"--data {data}", "it cannot be read"):
         paths = find_files(root / images)
         if images == "JPEGImages":
@@ -1419,11 +1444,16 @@ def open_masks(data, split, categories):
         if (root / "classes.txt").exists():
             names = dict(enumerate((root / "classes.txt").read_text("utf-8-sig").rstrip().splitlines()))
         if categories is None and len(names) in (0, 2):
-            labels = {k for file in files.values() for k in np.unique(read_ids(file)).tolist()}
+            labels = set()
+            for file in files.values():
+                with explained(f"--data {data}", f"{file} cannot be read"):
+                    labels |= {*np.unique(read_ids(file)).tolist()}
             if labels == {0, 255}:
                 names = dict(zip((0, 255), names.values() or ("0", "255")))
             elif not names:
                 names = {k: str(k) for k in sorted(labels - {255})}
+                if not names:
+                    raise UsageError(f"--data {data}: no pixel of {root / masks} counts, all labels are 255")
         if categories and names and [*categories.values()] != [*names.values()]:
             raise UsageError(f"--data {data}: its classes are not those of the training data")
     known = in_entries(source, files, root / masks)

@@ -1701,7 +1701,7 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
     given = {name: value for name, value in sizes.items() if value}
     if checkpoint == "random":
         with first_process_first():
-            size = size or image_pair([load_unlabelled(data).image_size])
+            size = size or image_pair([load_unlabelled(data)[0].image_size])
         torch.manual_seed(seed)
         with explained("--image-size", "there is no such ViT"):
             settings = run_recipe(dict(method="mae", data=data), size) | given
@@ -1812,11 +1812,12 @@ def open_pair(data, task, size, finished=None, limit=None, val_limit: PositiveIn
 
 
 def load_unlabelled(data, size=None, limit=None):
-    """The images that --data names, for what needs no labels: the val split or, where there is none, all."""
+    """The images that --data names, for what needs no labels, and their split: val, or where there is none,
+    pretrain, which is all."""
     try:
-        return load_data(data, "val", size, limit)
+        return load_data(data, "val", size, limit), "val"
     except UsageError:
-        return load_data(data, "pretrain", size, limit)
+        return load_data(data, "pretrain", size, limit), "pretrain"
 
 
 def open_photo(path):
@@ -1837,10 +1838,11 @@ def open_images(data, size, settings, images: list[str] | None = None, count: Po
     """
     for path in images or ():
         open_photo(path)
-    source = Files("", images) if images else load_unlabelled(data, size, settings.get("limit"))
+    limit = settings.get("limit")
+    source, split = (Files("", images), "val") if images else load_unlabelled(data, size, limit)
     if images and settings.get("regions") not in (None, "fh"):
         raise UsageError(f"--regions {settings['regions']}: single images have no regions but fh")
-    regions = call(open_regions, settings, source=source, split="val")
+    regions = call(open_regions, settings, source=source, split=split)
     task = settings.get("task")
     scored = task == "segment" or task == "attention" and not settings.get("rollout")
     if hasattr(regions, "fill") and not images and (scored or settings["regions"] == "cam"):

@@ -6,6 +6,7 @@ Which images a split has, with which labels and dense truth, is tested in test_s
 import math
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,9 +88,47 @@ def test_a_class_of_val_that_train_lacks_is_named(tmp_path, listed):
     write(tmp_path / "train" / "n01" / "1.png")
     write(tmp_path / "val" / "n03" / "1.png")
     if listed:  # as in Tiny ImageNet
-        (tmp_path / "val" / "val_annotations.txt").write_text("1.png\tn03\t0\t0\t9\t9\n")
+        (tmp_path / "val" / "images").mkdir()
+        (tmp_path / "val" / "val_annotations.txt").write_text("1.png\tn03\t0\t0\t9\t9\n\n")
     with pytest.raises(UsageError, match="val has the class 'n03', which .*train does not have"):
         load_data(str(tmp_path), "val")
+
+
+def test_tiny_imagenets_list_as_it_is_found(tmp_path):
+    """Its val folder alone, images of a class scattered; a line that is none; sorted into folders already."""
+    names = [f"n0{1 + k % 3}" for k in range(30)]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "val_annotations.txt").write_text("".join(f"{k}.png\t{n}\t0\n" for k, n in enumerate(names)))
+    for k in range(30):
+        write(tmp_path / "images" / f"{k}.png")
+    val = load_data(str(tmp_path), "val")
+    assert [val.path(i) for i in range(3)] == ["images/27.png", "images/28.png", "images/29.png"]
+    assert val.labels.tolist() == [0, 1, 2] and len(load_data(str(tmp_path), "train")) == 27
+    (tmp_path / "val_annotations.txt").write_text("0.png n01\n")
+    with pytest.raises(UsageError, match="val_annotations.txt has no line of file name, class and box"):
+        load_data(str(tmp_path), "val")
+    shutil.rmtree(tmp_path / "images")
+    write(tmp_path / "train" / "n01" / "1.png")
+    write(tmp_path / "val" / "n01" / "2.png")
+    (tmp_path / "val_annotations.txt").rename(tmp_path / "val" / "val_annotations.txt")
+    assert load_data(str(tmp_path), "val").path(0) == "n01/2.png"
+
+
+def test_the_images_of_coco_are_those_that_its_annotations_name(tmp_path):
+    for folder in ("train2014", "train2017", "train2017_sam"):
+        write(tmp_path / folder / "1.png")
+    (tmp_path / "annotations").mkdir()
+    assert datasets.coco_folder(tmp_path, "train").name == "train2017_sam"
+    for year in (2014, 2017):
+        (tmp_path / "annotations" / f"captions_train{year}.json").touch()
+    assert datasets.coco_folder(tmp_path, "train").name == "train2017"
+
+
+def test_a_link_to_itself_is_no_image(tmp_path):
+    write(tmp_path / "1.png")
+    for name in ("2.png", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    assert datasets.find_files(tmp_path) == ["1.png"]
 
 
 def test_every_extension_is_found_in_small_and_capital_letters(tmp_path):
@@ -236,6 +275,23 @@ def test_exif_rotation_is_applied_where_it_is_asked_for(tmp_path, kind, decoder,
     if kind != "tiff":
         out = decode(str(path), turn=False).float()
         assert out.shape == (3, 12, 16) and out[:, :3].mean() > 240 and out[:, 6:].mean() < 15
+
+
+def test_broken_exif_data_are_ignored(tmp_path):
+    path = tmp_path / "1.png"
+    Image.fromarray(np.full((12, 16, 3), 7, np.uint8)).save(path, exif=b"Exif\0\0no TIFF header")
+    assert (decode(str(path)) == 7).all()
+
+
+def test_pngs_of_16_bits_are_read_alike_by_every_pillow(tmp_path, monkeypatch):
+    """Pillow before 11 widens their pixels to 32 bits; white is 65535 all the same."""
+    path = str(tmp_path / "1.png")
+    Image.fromarray(np.full((12, 16), 20000, np.uint16)).save(path)
+    assert (decode(path) == 78).all()
+    wide = Image.fromarray(np.full((12, 16), 20000, np.int32))
+    wide.format = "PNG"
+    monkeypatch.setattr(datasets, "open_image", lambda path: wide)
+    assert (decode(path, turn=False) == 78).all()
 
 
 def test_normalize_is_imagenets_and_invertible():
@@ -534,18 +590,31 @@ def test_scales_of_segments_by_default(image_size, scales, tmp_path):
     assert open_regions("fh", source, str(tmp_path), fh_scales=[50, 9.5]).scales == [9.5, 50]
 
 
-def test_segments_of_large_images_are_kept_smaller(monkeypatch):
-    """A side of 640 pixels at most, read at the pixels' centres, numbered from 1."""
+def test_regions_of_turned_images_are_not_those_of_stored_ones(tmp_path):
+    write(tmp_path / "1.png")
+    stored, turned = (datasets.ComputedRegions(datasets.Files(str(tmp_path), ["1.png"], turn=turn), "cache", [9])
+                      for turn in (False, True))
+    assert stored.path(0) != turned.path(0)
+
+
+def test_segments_are_of_images_of_640_pixels_at_most(monkeypatch):
+    """Numbered from 1."""
+    seen = []
+
     def number_pixels(image, scales):
+        seen.append(image)
         return np.stack([scale + np.arange(image[0].size).reshape(image.shape[1:]) for scale in scales])
 
     monkeypatch.setattr(datasets, "felzenszwalb", number_pixels)
-    maps = datasets.fh_maps(torch.zeros(3, 12, 1600, dtype=torch.uint8), [0, 5])
-    rows, columns = np.array([1, 3, 6, 8]), ((np.arange(640) + 0.5) * 2.5).astype(int)  # 2.5 pixels each way
-    assert np.array_equal(maps[0], 1 + rows[:, None] * 1600 + columns)
+    large = torch.zeros(3, 12, 1600, dtype=torch.uint8)
+    large[:, :, 800:] = 200
+    maps = datasets.fh_maps(large, [0, 5])
+    assert np.array_equal(maps[0], 1 + np.arange(5 * 640).reshape(5, 640))
     assert np.array_equal(maps[1], maps[0] + 5)
-    whole = datasets.fh_maps(torch.zeros(3, 640, 12, dtype=torch.uint8), [0])[0]
-    assert np.array_equal(whole, 1 + np.arange(640 * 12).reshape(640, 12))
+    assert not seen[0][..., :319].any() and (seen[0][..., 321:] == 200).all()
+    assert datasets.fh_maps(torch.zeros(3, 8, 6000, dtype=torch.uint8), [0]).shape == (1, 1, 640)
+    small = noise(640, 12)
+    assert datasets.fh_maps(small, [0]).shape == (1, 640, 12) and np.array_equal(seen[-1], small)
 
 
 @pytest.fixture

@@ -304,7 +304,8 @@ def test_a_picture_gets_the_name_it_was_given(run, cli, mistake, tmp_path):
     ("train/a/0 val/a/0 val/a/1 val/a/2", 3)])
 def test_images_without_labels_or_a_val_split_are_drawn(names, drawn, tmp_path):
     write_images(tmp_path, *names.split())
-    assert len(evaluation.load_unlabelled(str(tmp_path))) == drawn
+    source, split = evaluation.load_unlabelled(str(tmp_path))
+    assert len(source) == drawn and split in ("val", "pretrain")
 
 
 @pytest.mark.parametrize("file, task", [("checkpoint.pt", "reconstruct"), ("encoder.pt", "attention")])

@@ -421,6 +421,8 @@ def test_masks_are_not_among_the_images(cli, images):
     code, _, err = cli(train, *flags, "--data", "photos", "--regions", "photos/masks")
     assert code == 2 and "--regions photos/masks is among the images of --data" in err
     shutil.move("photos/masks", "masks")
+    code, _, err = cli(train, *flags, "--data", "photos", "--regions", "photos")
+    assert code == 2 and "--regions photos is the folder of --data, and its PNG files are images" in err
     code, out, err = cli(train, *flags, "--data", "photos", "--regions", "masks")
     assert code == 0 and "images without regions" not in out, err
     next(Path("masks").glob("*.png")).unlink()

@@ -7,12 +7,14 @@ compared with what it must hold, and an image with its label, however the data a
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torchvision
 from PIL import Image
 
+import eval as evaluation
 from datasets import IGNORED, SHAPE_CLASSES, UsageError, load_data, load_dense, open_regions, render_scene
 
 WRITTEN_FOR = ("train", "val", "unlabelled")
@@ -249,6 +251,21 @@ def test_every_split_is_the_split_that_it_says(kind, tmp_path, trusting):
     assert [part.name(i) for i in range(2)] == [sources["train"].name(k) for k in places]
 
 
+@pytest.mark.parametrize("split, other", [("train", "val"), ("val", "train")])
+def test_a_coco_root_with_one_split_is_cocos(tmp_path, split, other):
+    expected = write_coco(tmp_path)
+    for folder in tmp_path.glob(f"{other}20*"):
+        shutil.rmtree(folder)
+    for file in (tmp_path / "annotations").glob(f"*_{other}2017.json"):
+        file.unlink()
+    source, found = evaluation.load_unlabelled(str(tmp_path))
+    assert found == ("val" if split == "val" else "pretrain") and not source.turn
+    assert set(codes_of(source)) == expected[split]
+    settings = dict(data=str(tmp_path), regions="instances", workers=0)
+    drawn = evaluation.open_images(str(tmp_path), [16, 16], settings, count=2)
+    assert drawn["regions"].any()
+
+
 @pytest.mark.parametrize("objects", [False, True])
 @pytest.mark.parametrize("kind", DENSE_WRITERS)
 def test_every_dense_split_is_the_split_that_it_says(kind, objects, tmp_path):
@@ -451,6 +468,30 @@ def test_masks_of_0_and_255_are_two_classes(tmp_path, names, last, expected):
     assert train.classes == val.classes == (names or ["0", "1" if last else "255"])
 
 
+@pytest.mark.parametrize("layout", ["{what}/{split}", "{split}/{what}", "ade20k", "pascal_voc"])
+def test_masks_are_no_images_to_pretrain_on(tmp_path, layout):
+    """In the layouts of semantic segmentation all images are for pre-training, without labels."""
+    if layout in DENSE_WRITERS:
+        expected = DENSE_WRITERS[layout](tmp_path)["train"]
+    else:
+        write_own(tmp_path, dict(train=[(0, 1), (1, 0)], val=[(0, 0)]), layout)
+        expected = {("train", 0, 0), ("train", 1, 0)}
+    source = load_data(str(tmp_path))
+    codes = {(split, number) for split, number, _ in codes_of(source)}
+    wanted = {(split, number) for split, number, _ in expected}
+    if layout == "pascal_voc":  # its splits share a folder
+        assert codes > wanted and len(source) == len(list((tmp_path / "JPEGImages").iterdir()))
+    else:
+        assert codes == wanted
+        assert {split for split, *_ in codes_of(load_data(str(tmp_path), "val"))} == {"val"}
+    assert source.classes == [] and source.description.endswith("images, no labels")
+
+
+def test_masks_of_255_alone_have_no_classes(tmp_path):
+    with pytest.raises(UsageError, match="no pixel of .*masks/train counts, all labels are 255"):
+        load_dense(write_own(tmp_path, dict(train=[(255, 255)])), False)
+
+
 def test_images_without_a_mask_are_left_out(tmp_path):
     root = write_own(tmp_path, dict(train=[(0, 1), (1, 0), (2, 2)]))
     (tmp_path / "masks" / "train" / "1" / "1.png").unlink()
@@ -458,7 +499,7 @@ def test_images_without_a_mask_are_left_out(tmp_path):
     assert codes_of(source) == [("train", 0, 0), ("train", 2, 0)] and labels_of(source) == [(0, 1), (2, 2)]
     assert source.description == f"{root}: images/train, 2 images, 3 classes, images without mask: 1"
     (tmp_path / "masks" / "train" / "2" / "1.png").write_bytes(b"no mask")
-    with pytest.raises(UsageError, match="--data .*: it cannot be read .cannot identify image file"):
+    with pytest.raises(UsageError, match="--data .*: .*train/2/1.png cannot be read .cannot identify"):
         load_dense(root, False)
 
 
