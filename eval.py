@@ -553,9 +553,10 @@ def augmentation():
     """RandAugment and random erasing for uint8 images (MAE, Table 9): `augment` of the training Images.
 
     Each of the two operations is applied with probability 0.5, as in timm, which MAE's code uses.
-    Departs from timm in three ways: the magnitude is always 9 (there it varies, with a deviation of 0.5);
-    torchvision's 14 operations have the identity in place of timm's inversion and addition of brightness
-    below a threshold (SolarizeAdd); and erased boxes are ImageNet's mean, not noise.
+    Departs from timm: the magnitude is always 9 (there it varies, with a deviation of 0.5); torchvision's 14
+    operations have the identity in place of timm's inversion and addition of brightness below a threshold
+    (SolarizeAdd), Posterize keeps 4 bits (1), and images are turned and sheared bilinearly (bicubic); erased
+    boxes are ImageNet's mean, not noise.
     """
     bilinear = v2.InterpolationMode.BILINEAR
     operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=bilinear, fill=MEAN_COLOUR)
@@ -776,7 +777,7 @@ class DenseImages(torch.utils.data.Dataset):
         self.source, self.size, self.seed, self.scale = source, list(size), seed, scale
         fill = {tv_tensors.Mask: 0, "others": MEAN_COLOUR}
         self.crop = v2.RandomCrop(self.size, pad_if_needed=True, fill=fill)
-        jitters = [dict(brightness=0.125), dict(contrast=0.5), dict(saturation=0.5), dict(hue=0.05)]
+        jitters = [dict(brightness=0.125), dict(contrast=0.5), dict(saturation=0.5), dict(hue=0.1)]
         colours = [v2.RandomApply([v2.ColorJitter(**jitter)]) for jitter in jitters] * distort
         self.transform = v2.Compose([v2.RandomHorizontalFlip(), *colours])
 
@@ -853,6 +854,7 @@ def semseg(encoder, train, val, head: Literal["upernet", "linear"] = "upernet", 
 
     encoder: a mim.ViT. train, val: `DenseImages` of `load_dense(data, objects=False)`. Returns miou, the mean
     over the classes that val has of intersection over union, and pixel_accuracy, in percent, and a picture.
+    The loss is the mean over the pixels that count (mmsegmentation: their sum over the number of all pixels).
     Images of any size are segmented as a whole (`Segmenter.predict`).
 
     head: what is trained on the encoder's outputs: upernet, or linear (batch norm and one linear layer)
@@ -1036,6 +1038,18 @@ class AlignedPool(MultiScaleRoIAlign):
         return super().forward(maps, moved, image_shapes)
 
 
+class Anchors(AnchorGenerator):
+    """torchvision's anchors, at the strides of the maps; it would guess these from the maps' sizes, and too low
+    where an odd size was rounded up."""
+
+    def __init__(self, strides):
+        super().__init__([(8 * stride,) for stride in strides], len(strides) * [(0.5, 1.0, 2.0)])
+        self.strides = [(stride, stride) for stride in strides]
+
+    def grid_anchors(self, grid_sizes, strides):
+        return super().grid_anchors(grid_sizes, self.strides)
+
+
 def federated_loss(logits, labels, weights, count=50):
     """Federated loss (Zhou et al., "Probabilistic two-stage detection", arXiv:2103.07461): binary
     cross-entropy, summed over some classes, averaged over the regions.
@@ -1117,8 +1131,7 @@ class Detector(MaskRCNN):
             more = dict(box_score_thresh=0.02, box_detections_per_img=300)
         super().__init__(
             ViTDet(encoder, width, window, norm),
-            rpn_anchor_generator=AnchorGenerator([(8 * stride,) for stride in strides],
-                                                 5 * [(0.5, 1.0, 2.0)]),
+            rpn_anchor_generator=Anchors(strides),
             rpn_head=RPNHead(width, 3, conv_depth=2),
             rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
             rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
@@ -1637,19 +1650,23 @@ def predict(model, image, precision="fp32"):
 
 def predict_images(model, output, images: list[str] | None = None, precision="fp32") -> dict:
     """Writes what a finished model says of image files beside its picture, which has the first 16: everything
-    in COCO's result format, as JSON; of a `Segmenter` the labels of pixels, too, a PNG for each image.
+    in COCO's result format, as JSON; of a `Segmenter` the labels of pixels, too, a PNG for each image. An
+    image's id is its file name without the ending or, if two share that, its path. Photographs are turned as
+    their EXIF data say, COCO's as data are not.
 
     images: image files to predict: the checkpoint is then a model that the task has trained
     """
     results, shown, path = [], [], output.with_suffix(".json")
+    stems = [Path(name).stem for name in images]
+    image_ids = [int(stem) if stem.isdecimal() else stem for stem in stems]
     with explained(f"--output {output}", f"{path} is there, and no result of eval.py"):
         entries = json.loads(path.read_bytes()) if path.exists() else []
         if not isinstance(entries, list) or not all("category_name" in entry for entry in entries):
             raise ValueError("it has other entries")
     ids = [0, *(model.categories or range(len(model.classes)))][-len(model.classes):]  # 0: the background
-    for number, name in enumerate(images, start=1):
-        image, stem = open_photo(name), Path(name).stem
-        known = dict(image_id=int(stem) if stem.isdecimal() else stem, file_name=name)
+    for number, (name, stem, image_id) in enumerate(zip(images, stems, image_ids), start=1):
+        image = open_photo(name)
+        known = dict(image_id=image_id if image_ids.count(image_id) == 1 else name, file_name=name)
         found = predict(model, image, precision)
         if "classes" in found:
             file = output.with_name(f"{output.stem}-{number}-{stem}.png")
@@ -1726,7 +1743,8 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
         if size is None and not any(name.endswith("pos_embed") for name in state):
             raise UsageError(f"--image-size is needed: {checkpoint} has relative positions and does not tell "
                              "it")
-        encoder, names = mim.vit_from_checkpoint(state, size, run.get("num_heads"))
+        state._metadata = {"": run}  # where vit_from_checkpoint looks for these
+        encoder, names = mim.vit_from_checkpoint(state, size)
         if encoder.channels != 3:
             raise ValueError(f"its images have {encoder.channels} channels, and not 3")
         method = run.get("method")
@@ -1856,7 +1874,7 @@ def task_of(path):
     for read in (lambda: Image.open(path).info, lambda: mim.load_file(path)["args"],
                  lambda: json.loads(open(path).readline())):
         with contextlib.suppress(Exception):  # on others' files, readers raise anything
-            return read()["task"]
+            return str(read()["task"])
 
 
 def check_output(path, checkpoint=None):
@@ -1981,6 +1999,8 @@ def main(argv):
         run, functions = FINISHED[task][1], [open_pair, open_picture]
         settings["output"] = beside(checkpoint, f"{Path(checkpoint).stem}.png")
         if "images" in given:
+            for flag in {"val_limit", "per_class"} & given.keys():
+                raise UsageError(f"--{flag.replace('_', '-')} is for figures, and --images are only predicted")
             settings["output"] = beside(checkpoint, f"{Path(checkpoint).stem}-predictions.png")
             run, functions = predict_images, [open_picture]
     elif "images" in given and task in FINISHED:

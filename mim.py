@@ -2370,17 +2370,19 @@ def grid_of(table, likely=(0, 0)):
     raise ValueError(f"a position table of {N} patches, neither sine-cosine nor of a square grid")
 
 
-def resize_position_embedding(table, grid):
-    """Bicubic resizing of a position table [1, 1+N, D] (class token first) to a (gh, gw) grid."""
-    patches = table[:, 1:].float().unflatten(1, grid_of(table)).permute(0, 3, 1, 2)
+def resize_position_embedding(table, grid, likely=(0, 0)):
+    """Bicubic resizing of a position table [1, 1+N, D] (class token first) to a (gh, gw) grid; likely: see
+    `grid_of`."""
+    patches = table[:, 1:].float().unflatten(1, grid_of(table, likely)).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
-def load_weights(module, state, grid, may_miss=()):
+def load_weights(module, state, grid, likely=None, may_miss=()):
     """Loads `state` into `module` and returns (missing, left_over), two lists of names.
 
-    Position tables of another grid are resized to `grid`. Raises ValueError, and loads nothing, if a shape
+    Position tables of another grid are resized to `grid`; likely: that of a learned table, see `grid_of`; None
+    for `grid`. Raises ValueError, and loads nothing, if a shape
     differs, if a parameter is missing whose name does not start with one of `may_miss`, or if the state has a
     block, or a parameter in a block, that the module has not.
     """
@@ -2388,8 +2390,8 @@ def load_weights(module, state, grid, may_miss=()):
     for key in [k for k in own if k in state]:
         new, shape = state[key], own[key].shape
         same_width = new.shape[::2] == shape[::2]  # [1, 1+N, D], but for N
-        if key.endswith("pos_embed") and same_width and grid_of(new, grid) != grid:
-            state[key] = resize_position_embedding(new, grid)
+        if key.endswith("pos_embed") and same_width and grid_of(new, likely or grid) != grid:
+            state[key] = resize_position_embedding(new, grid, likely or grid)
         elif new.shape != shape:
             raise ValueError(f"{key} is {list(new.shape)} in the checkpoint, {list(shape)} here: "
                              "another model or patch size")
@@ -2412,8 +2414,11 @@ def load_encoder(encoder, source):
     A missing last norm is allowed: models fine-tuned with mean pooling have none. What is not the ViT's, such
     as a decoder, is left over.
     """
-    inside, outside = split_encoder(read_checkpoint(source))
-    missing, left_over = load_weights(encoder, inside, encoder.grid, may_miss=("norm.",))
+    state = read_checkpoint(source)
+    inside, outside = split_encoder(state)
+    size = state._metadata.get("", {}).get("image_size", encoder.image_size)  # encoder.pt tells it
+    likely = tuple(side // encoder.patch_size for side in size)
+    missing, left_over = load_weights(encoder, inside, encoder.grid, likely, may_miss=("norm.",))
     return missing, left_over + outside
 
 

@@ -91,6 +91,18 @@ def test_a_polygon_holds_the_pixels_whose_centres_it_holds():
     assert not fill_polygon([3, 3, 8, 3], H, W).any()  # a line
 
 
+def test_polygons_are_filled_as_by_cocos_own_tools():
+    """60 polygons in and around an image, with whole coordinates to thousandths. The digest is that of
+    pycocotools 2.0.11's masks; by the centres alone 1 pixel of 433 differs."""
+    rng, data, area = np.random.RandomState(0), b"", 0
+    for k in range(60):
+        points = (rng.uniform(-0.2, 1.2, (3 + k % 9, 2)) * [80, 60]).round(k % 4)
+        mask = fill_polygon(points.ravel().tolist(), 60, 80)
+        data, area = data + np.ascontiguousarray(mask).tobytes(), area + mask.sum()
+    assert area == 76902 and datasets.digest(data) == "187e0f50adf3"
+    assert fill_polygon([0, 0, 10, 0, 10, 7], 10, 10).sum() == 34  # 35 centres are inside
+
+
 def test_parts_of_a_polygon_are_a_union():
     left, right = [0, 0, 4, 0, 4, 4, 0, 4], [2, 0, 6, 0, 6, 4, 2, 4]
     assert coco_mask([left, right], H, W).sum() == 24  # and not 16, as even-odd over both would give

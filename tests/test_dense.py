@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -252,7 +253,7 @@ def test_small_images_have_fewer_regions_and_shallower_heads(size, patch, rois, 
         assert sum(isinstance(module, torch.nn.Conv2d) for module in head.modules()) == convs
 
 
-@pytest.mark.parametrize("size, patch", [((32, 48), 4), ((64, 96), 8), (96, 12), (128, 16)])
+@pytest.mark.parametrize("size, patch", [((32, 48), 4), ((64, 96), 8), (96, 12), (128, 16), ((96, 160), 16)])
 def test_anchors_and_pools_know_the_strides(size, patch):
     model = Detector(make_encoder(size, patch), 3, width=8).eval()
     H, W = mim.pair(size)
@@ -265,6 +266,11 @@ def test_anchors_and_pools_know_the_strides(size, patch):
     finest, second = seen["anchors"][:3 * sum(cells[:2])].split([3 * cells[0], 3 * cells[1]])
     centres = (second[:, :2] + second[:, 2:]) / 2
     assert centres.amax(0).tolist() == [W - patch // 2, H - patch // 2]  # strides of half a patch
+    rows, columns = (math.ceil(n / patch / 4) for n in (H, W))  # an odd number of cells is rounded up
+    coarsest = seen["anchors"][-3 * rows * columns::3].unflatten(0, (rows, columns))
+    places = (coarsest[..., :2] + coarsest[..., 2:]) / 2
+    assert places[0, :, 0].tolist() == [4 * patch * k for k in range(columns)]
+    assert places[:, 0, 1].tolist() == [4 * patch * k for k in range(rows)]
     sides = (finest[1::3, 2:] - finest[1::3, :2]).unique()
     assert sides.tolist() == [2 * patch]  # eight strides of a quarter of a patch
     # Feature Pyramid Networks, Eq. 1, where 224 is 14 patches of 16.
@@ -1031,7 +1037,7 @@ def test_files_are_predicted(finished, cli, folder, tmp_path):
             labels = found["labels"] if task != "semseg" else np.unique(found["classes"])
             assert [e["category_id"] for e in own] == labels.tolist() and len(labels) > 0
             assert [e["category_name"] for e in own] == [model.classes[label] for label in labels]
-            assert {e["image_id"] for e in own} == {0}
+            assert {e["image_id"] for e in own} == {str(file)}  # a name of both would join them
             if task == "semseg":
                 assert np.array_equal(datasets.read_ids(own[0]["labels"]), found["classes"])
                 masks = [found["classes"] == k for k in labels]
@@ -1081,6 +1087,8 @@ def test_other_classes_than_the_models_are_refused(finished, cli, tmp_path):
     ("{semseg} --task semseg --limit 3", "--limit is for training"),
     ("{semseg} --task semseg --overwrite", "--overwrite is for training"),
     ("{semseg} --task semseg --limit 3 --epochs 3 --overwrite", "--limit is for training"),
+    ("{semseg} --task semseg --images {image} --val-limit 3", "--val-limit is for figures, and --images are"),
+    ("{semseg} --task semseg --images {image} --per-class", "--per-class is for figures, and --images are"),
     ("{semseg} --task detect --images {image}", "{semseg} is no model that --task detect has trained"),
     ("random --task detect --images {image}", "--images: random is no model"),
     ("{detect} --task detect --images {image} --data shapes", "leave one out"),

@@ -1429,6 +1429,20 @@ def test_gradients_of_relative_positions_add_up_in_full_precision():
     assert attn.relative_table.grad[0].tolist() == pytest.approx(4 * [2000], rel=0.01)
 
 
+@pytest.mark.parametrize("size, grid", [((64, 64), (8, 8)), ((128, 64), (16, 8)), ((128, 32), (16, 4))])
+def test_a_learned_table_is_resized_from_the_grid_that_its_file_tells(size, grid):
+    """16 x 4 patches are as many as 8 x 8. Columns 0 to 3 of the table become 0 to 3 of any grid."""
+    vit = ViT((128, 32), 8, 16, 1, 2)
+    column = torch.arange(4.0).expand(16, -1).reshape(1, 64, 1).expand(-1, -1, 16)
+    vit.pos_embed.data = torch.nn.functional.pad(column, (0, 0, 1, 0))
+    state = vit.state_dict()
+    state._metadata[""]["image_size"] = [128, 32]
+    found, _ = mim.vit_from_checkpoint(state, size)
+    rows = found.pos_embed[0, 1:, 0].view(grid)
+    assert found.grid == grid and torch.allclose(rows, rows[:1].expand(grid), atol=1e-5)
+    assert (rows[0].diff() > 0).all() and rows[0, 0] < 0.5 and rows[0, -1] > 2.5
+
+
 def test_a_head_has_64_channels_where_nothing_else_is_known():
     state = ViT(16, 16, embed_dim=256, depth=1, num_heads=2).state_dict()
     assert mim.vit_from_checkpoint(state)[0].num_heads == 4

@@ -175,10 +175,11 @@ def test_an_evaluation_does_not_overwrite_what_is_not_its_own(evaluate, kept, im
     os.mkdir("beside")
     for name, task in (("attention.png", "attention"), ("finetune.pt", "finetune"), ("semseg.png", "semseg"),
                        ("detect.jsonl", "detect")):
-        Path(name).write_text("mine")  # where the result would lie if --output were not given
+        # where the result would lie if --output were not given
+        Path(name).write_text(mine := '{"task": ["mine"]}' if name == "detect.jsonl" else "mine")
         code, err = evaluate(task)
         assert code == 2 and f"--output {name}: it is no result of eval.py" in err
-        assert Path(name).read_text() == "mine"
+        assert Path(name).read_text() == mine
     assert all(Path(name).read_bytes() == content for name, content in before.items())
 
 
