@@ -510,7 +510,7 @@ def load_folder(root, split):
         order = np.argsort(labels, kind="stable")
         _, first = np.unique(labels[order], return_index=True)
         place = np.empty_like(order)
-        place[order] = np.arange(len(labels)) - first[labels[order]]  # the number of an image within its class
+        place[order] = np.arange(len(labels)) - first[labels[order]]  # an image's number within its class
         kept = np.flatnonzero((place % 10 == 9) == (split == "val"))
         paths, labels = [paths[i] for i in kept], labels[kept]
     if not paths:
@@ -1237,8 +1237,8 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
 
     regions: maps of the images' regions: instances, panoptic (with COCO; the built-in scenes have instances),
         fh (Felzenszwalb-Huttenlocher segments), cam (class activation maps), or a folder of masks; default
-        in eval.py: those of the run, if any (of attention none); in train.py: instances for the built-in scenes and for objmae on
-        COCO, else cam for objmae, fh for rae and rmae
+        in eval.py: those of the run, if any (with --images fh, of attention none); in train.py: instances for
+        the built-in scenes and for objmae on COCO, else cam for objmae, fh for rae and rmae
     fh_scales: scales of fh, which are minimum sizes in pixels too; default: 500 1000 1500 for COCO, 1000 for
         other large images, in proportion to their area for small ones
     region_cache: folder for computed regions (not with --images, not with --regions instances, not with
@@ -1420,8 +1420,8 @@ def scene_classes(index, item):
 
 def mask_layout(data, split):
     """The folders of a split's images and of their masks, below the folder `data`, and the names of their
-    classes: of ADE20K's layout, of Pascal VOC's, or of one's own, images/train and masks/train or train/images
-    and train/masks, likewise for val, without names. None if it has another layout."""
+    classes: of ADE20K's layout, of Pascal VOC's, or of one's own, images/train and masks/train or
+    train/images and train/masks, likewise for val, without names. None if it has another layout."""
     root, part = Path(data), "training" if split == "train" else "validation"
     for images, masks, names in (
             (f"images/{part}", f"annotations/{part}", ADE20K_CLASSES),
@@ -1435,8 +1435,8 @@ def mask_layout(data, split):
 def open_masks(data, split, categories):
     """Opens images with a label PNG for each (`find_masks`) in one of the layouts of `mask_layout`.
 
-    Line k of classes.txt names label k, from 0. Without it, the classes are the labels that the training masks
-    have. 255 does not count, unless there are two classes and the masks have 0 and 255 alone.
+    Line k of classes.txt names label k, from 0. Without it, the classes are the labels that the training
+    masks have. 255 does not count, unless there are two classes and the masks have 0 and 255 alone.
     """
     root, layout = Path(data), mask_layout(data, split)
     if layout is None:

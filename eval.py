@@ -1039,8 +1039,8 @@ class AlignedPool(MultiScaleRoIAlign):
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors, at the strides of the maps; it would guess these from the maps' sizes, and too low
-    where an odd size was rounded up."""
+    """torchvision's anchors, at the strides of the maps, which it would guess from the maps' sizes, and too
+    low where an odd size was rounded up."""
 
     def __init__(self, strides):
         super().__init__([(8 * stride,) for stride in strides], len(strides) * [(0.5, 1.0, 2.0)])
@@ -1459,7 +1459,7 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     query: whose attention: 0 the class token, 1+i patch i, which the picture marks (default: the class token;
         for LoMaR, where no loss reaches it, the patch in the middle)
     rollout: the attention rolled out through all blocks instead (see mim.ViT.rollout)
-    seed: of the choice of the object
+    seed: of the choice of the object, and of an untrained encoder
     """
     encoder, images = frozen(encoder, device), prepare(images, device)
     (gh, gw), p, more = encoder.grid, encoder.patch_size, {}
@@ -1502,7 +1502,7 @@ def reconstruct(method, images, regions=None, tokenizer=None, hide: Literal["obj
     regions, tokenizer: for methods that take them; regions also for hide.
 
     hide: object hides an object of each image and shows all the rest (ObjMAE, Figure 7). The objects are
-        those of --regions, by default the run's, else objmae's; not for lomar and dvae
+        those of --regions, by default the run's, else objmae's (with --images fh); not for lomar and dvae
     seed: of the masks
     """
     method, images = frozen(method, device), prepare(images, device)
@@ -1661,7 +1661,8 @@ def predict_images(model, output, images: list[str] | None = None, precision="fp
     image_ids = [int(stem) if stem.isdecimal() else stem for stem in stems]
     with explained(f"--output {output}", f"{path} is there, and no result of eval.py"):
         entries = json.loads(path.read_bytes()) if path.exists() else []
-        if not isinstance(entries, list) or not all("category_name" in entry for entry in entries):
+        own = {"image_id", "file_name", "category_id", "category_name"}
+        if not isinstance(entries, list) or not all(own <= entry.keys() for entry in entries):
             raise ValueError("it has other entries")
     ids = [0, *(model.categories or range(len(model.classes)))][-len(model.classes):]  # 0: the background
     for number, (name, stem, image_id) in enumerate(zip(images, stems, image_ids), start=1):
@@ -1707,8 +1708,8 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
     """(the ViT of a checkpoint, or an untrained one; the method that made it, for `recipe`).
 
     image_size: pixels, one number or height and width (default: the checkpoint's)
-    model: size of an untrained encoder (default: that of a run on these images: nano for the scenes, tiny
-        for images of up to 96 pixels, else base)
+    model: size of an untrained encoder (default: that of a run on these images: nano for scenes, tiny for
+        other images of up to 96 pixels, base for larger ones)
     patch_size: of an untrained encoder, pixels (default: 16; of images of up to 96 pixels an eighth)
     relative_position: an untrained encoder with LoMaR's relative positions
     seed: of an untrained encoder
@@ -1910,7 +1911,8 @@ def open_picture(checkpoint, task, output: str | None = None):
 def open_result(checkpoint, task, output: str | None = None, resume=False, overwrite: bool = False):
     """The file of a trained model. A task's picture lies beside it, under the same name but for .png.
 
-    output: file of the trained model; default: TASK.pt beside the checkpoint
+    output: file of the trained model; default: TASK.pt beside the checkpoint (given a trained model, that of
+        its picture, PNG)
     overwrite: start anew where --output already holds a trained model (not with --resume)
     """
     path = check_output(Path(output or beside(checkpoint, f"{task}.pt")), checkpoint)
@@ -2000,7 +2002,8 @@ def main(argv):
         settings["output"] = beside(checkpoint, f"{Path(checkpoint).stem}.png")
         if "images" in given:
             for flag in {"val_limit", "per_class"} & given.keys():
-                raise UsageError(f"--{flag.replace('_', '-')} is for figures, and --images are only predicted")
+                flag = flag.replace("_", "-")
+                raise UsageError(f"--{flag} is for figures, and --images are only predicted")
             settings["output"] = beside(checkpoint, f"{Path(checkpoint).stem}-predictions.png")
             run, functions = predict_images, [open_picture]
     elif "images" in given and task in FINISHED:

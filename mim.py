@@ -6,7 +6,7 @@ Contents. To copy a paper, copy the imports, the paper's section and the section
      1. Checks of arguments        errors that name the argument
      2. Patches and index tensors  patchify, take, put
      3. Vision Transformer         ViT, its blocks and attentions                          1, 2
-     4. Losses and pictures        pixel, token and region loss; what a prediction shows   2, 3
+     4. Losses and pictures        pixel, token and region loss; what a prediction shows   1-3
      5. Random masking             counts, random_masking, units of patches                1, 2
      6. MAE                        MAE                                                     1-5
      7. SimMIM                     unit_masking, SimMIM                                    1-5
@@ -1919,7 +1919,7 @@ class RAE(nn.Module):
     of the length variant has no MLP but the predictor (in Appendix A each block has a feed-forward). The
     authors' released configuration has a base learning rate of 1.5e-4 and 8 blocks in the neck, draws regions
     without replacement where an image has eight and without the rule of visible foreground, and warms up for
-    8% of the epochs on COCO; here as in the paper. With its `num_region: 0` it trains no regions as it stands.
+    8% of the epochs on COCO; here as in the paper. With its `num_region: 0` it trains none as it stands.
     In small trainings the encoder can collapse: the maps' visible patches and usual shapes lower the loss,
     which is then the same with another image. So a low loss shows little without this control.
     """
@@ -2381,8 +2381,8 @@ def resize_position_embedding(table, grid, likely=(0, 0)):
 def load_weights(module, state, grid, likely=None, may_miss=()):
     """Loads `state` into `module` and returns (missing, left_over), two lists of names.
 
-    Position tables of another grid are resized to `grid`; likely: that of a learned table, see `grid_of`; None
-    for `grid`. Raises ValueError, and loads nothing, if a shape
+    Position tables of another grid are resized to `grid`; likely: that of a learned table, see `grid_of`
+    (None: `grid`). Raises ValueError, and loads nothing, if a shape
     differs, if a parameter is missing whose name does not start with one of `may_miss`, or if the state has a
     block, or a parameter in a block, that the module has not.
     """

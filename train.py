@@ -1120,6 +1120,8 @@ def settle(given, source):
         args["regions"] = args["regions"] or default_regions(args["method"], args["data"])
         if args["regions"] == "cam" and args["method"] != "objmae":
             raise UsageError("--regions cam is for objmae; rae, rmae take fh, panoptic, instances, folders")
+        if args["regions"] == "cam" and "object_floor" in given:
+            raise UsageError("--object-floor has no effect with --regions cam, the default for these --data")
     return args
 
 

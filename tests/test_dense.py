@@ -1067,7 +1067,7 @@ def test_predicted_labels_are_the_datas_own(finished, folder, tmp_path):
     shorter = evaluation.predict_images(model, tmp_path / "b.png", 16 * [file])
     assert torch.equal(result["picture"], shorter["picture"])  # it has the first 16
     evaluation.predict_images(model, tmp_path / "b.png", [file])  # its own file
-    for mine in ('[{"name": "mine"}]', "mine", '{"mine": 1}'):
+    for mine in ('[{"name": "mine"}]', '[{"category_name": "mine"}]', "mine", '{"mine": 1}'):
         (tmp_path / "b.json").write_text(mine)
         with pytest.raises(datasets.UsageError, match="b.json is there, and no result of eval.py"):
             evaluation.predict_images(model, tmp_path / "b.png", [file])

@@ -534,6 +534,13 @@ def test_recipes_shrink_for_small_images(flags, images, size, expected):
         assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
 
 
+def test_a_floor_of_objects_is_not_for_the_class_activation_maps_that_are_the_default():
+    with pytest.raises(datasets.UsageError, match="--object-floor has no effect with --regions cam"):
+        settle("--method", "objmae", "--data", "x", "--object-floor", "0.1")
+    floor = settle("--method", "objmae", "--data", "x", "--object-floor", "0.1", "--regions", "fh")
+    assert floor["object_floor"] == 0.1
+
+
 @pytest.mark.parametrize("flags, expected", [
     ("--epochs 80", dict(warmup_epochs=8)),  # a shorter run warms up for the share of the next longer, 400,
     ("--epochs 1600", dict(warmup_epochs=40)),  # a longer one for as long
