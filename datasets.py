@@ -1134,6 +1134,10 @@ class ComputedRegions(Dataset):
     scales: list | None = None  # of FH; None for class activation maps
     open_classifier: object = None  # called if maps are missing; returns the function of `open_cam`
 
+    @property
+    def title(self):
+        return os.path.basename(self.folder)
+
     def path(self, index):
         name = self.source.name(index)
         if os.path.isfile(name):  # not of the scenes and of other sources in memory
@@ -1149,7 +1153,7 @@ class ComputedRegions(Dataset):
             return
         classify = self.open_classifier and self.open_classifier()
         loader = make_loader(Subset(self, missing), workers, batch_size=8)
-        for batch in tqdm(loader, f"regions ({os.path.basename(self.folder)})", disable=rank > 0 or None):
+        for batch in tqdm(loader, f"regions ({self.title})", disable=rank > 0 or None):
             if classify:
                 for index, maps in zip(batch["index"].tolist(), classify(batch)):
                     self.save(index, maps)
@@ -1193,8 +1197,9 @@ def resnet50(weights=None):
     with explained(f"--cam-weights {weights or 'is not given, so there was a download'}",
                    "the weights of torchvision's ResNet-50 could not be loaded"):
         network = torchvision.models.resnet50(weights=None if weights else "IMAGENET1K_V1")
-        if weights:
-            network.load_state_dict(mim.read_checkpoint(weights))
+        if weights:  # which may count the batches of their norms, or not
+            counts = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+            network.load_state_dict(counts | mim.read_checkpoint(weights))
     return network
 
 

@@ -23,7 +23,7 @@ Contents. To copy a paper, copy the imports, the paper's section and the section
     18. The methods by name        METHODS                                                 all
 
 Notation: B images [B, C, H, W] of C channels; p the side of a patch in pixels; N = gh * gw patches on a
-(gh, gw) grid, numbered in raster order; D the encoder's width; V the size of a vocabulary; `ids_*` integer
+(gh, gw) grid, numbered in raster order; D the encoder's width; V the size of a vocabulary; `ids_*` int64
 index tensors [B, n] with values in 0..N-1. Each paper's section begins with a table of the paper's symbols.
 
 A method is built around an encoder: `MAE(ViT(...))`. Its forward takes the images, whatever else the paper
@@ -89,7 +89,7 @@ def check_transformer(dim, num_heads, depth, names=("embed_dim", "num_heads", "d
 def no_mask(ids_visible, ids_masked):
     """True if a mask is to be drawn, as neither is given. Raises a ValueError if one is given alone."""
     if (ids_visible is None) != (ids_masked is None):
-        raise ValueError("ids_visible and ids_masked must be given together or not at all")
+        raise ValueError("ids_visible and ids_masked must be given together, or neither")
     return ids_visible is None
 
 
@@ -118,8 +118,8 @@ def unpatchify(patches, patch_size, grid):
     >>> unpatchify(torch.tensor([[[0, 1, 4, 5], [2, 3, 6, 7]]]), patch_size=2, grid=(1, 2)).tolist()
     [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]
     """
-    B, (gh, gw), p = len(patches), grid, patch_size
-    x = patches.reshape(B, gh, gw, p, p, -1)
+    (B, _, width), (gh, gw), p = patches.shape, grid, patch_size
+    x = patches.reshape(B, gh, gw, p, p, width // p**2)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, gh * p, gw * p)
 
 
@@ -343,6 +343,9 @@ def rescale_projections(blocks):
             layer.weight.data /= math.sqrt(2 * i)
 
 
+Pool = Literal["cls", "mean"]
+
+
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., ICLR 2021, arXiv:2010.11929) as MAE sets it up.
 
@@ -442,7 +445,7 @@ class ViT(nn.Module):
 
         MAE's and BEiT's own global pooling takes the mean before the norm.
         """
-        check_choice("pool", pool, Literal["cls", "mean"])
+        check_choice("pool", pool, Pool)
         x = self(images)
         return x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
 
@@ -679,7 +682,7 @@ class MAE(nn.Module):
         x = x + F.embedding(positions, self.decoder_pos_embed[0])
         for block in self.decoder_blocks:
             x = block(x, keep=keep)
-        return self.decoder_pred(self.decoder_norm(x[:, -ids_masked.shape[1] :]))
+        return self.decoder_pred(self.decoder_norm(x[:, latents.shape[1] :]))
 
     def predict(self, images, latents, ids_visible, ids_masked, keep=None, keep_masked=None):
         """Latents [B, 1 + n_visible, D] -> the loss on the masked patches of the images, and pred.
@@ -768,7 +771,7 @@ class SimMIM(nn.Module):
                 len(images), self.encoder.grid, self.unit_size, self.mask_ratio, images.device)
         tokens = put(self.encoder.embed(images), ids_masked, self.mask_token)
         latents = self.encoder.encode(tokens, torch.cat([ids_visible, ids_masked], dim=1))
-        pred = self.head(latents[:, -ids_masked.shape[1] :])
+        pred = self.head(latents[:, 1 + ids_visible.shape[1] :])
         target = take(patchify(images, self.encoder.patch_size), ids_masked)
         loss = pixel_loss(pred, target, distance=F.l1_loss)
         return dict(loss=loss, pred=pred, ids_visible=ids_visible, ids_masked=ids_masked)
@@ -1072,11 +1075,12 @@ def attention_map(encoder, images):
     The encoder works without drop path. Departs from the paper as the authors' code does: every head is
     scaled to [0, 1] before the mean of heads, where §3.2 scales the mean once.
     """
-    training = encoder.training
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     attention = encoder.last_attention(images)  # Eq. 3, the class token's row: [B, heads, N]
     torch.clear_autocast_cache()  # older torch would use the weights that were cast here, without gradients
-    encoder.train(training)
+    for module, training in modes:
+        module.training = training
     low, high = attention.aminmax(dim=-1, keepdim=True)
     attention = (attention - low) / (high - low).clamp_min(1e-12)
     return attention.mean(1).unflatten(1, encoder.grid)  # Eq. 4
@@ -1097,6 +1101,7 @@ def attention_masking(weights, num_masked, num_thrown, throw="middle", generator
     [[[3]], [[1]], [[2, 0]]]
     """
     check_choice("throw", throw, Throw)
+    check_range(0, weights.shape[1], num_thrown=num_thrown)
     check_range(0, weights.shape[1] - num_thrown, num_masked=num_masked)
     if throw == "random":
         weights = torch.ones_like(weights)
@@ -1359,8 +1364,8 @@ class LoMaR(nn.Module):
             raise ValueError("LoMaR needs an encoder with relative positions: relative_position=True")
         if num_windows is None:
             num_windows = math.ceil(min(encoder.num_patches, 196) / max(1, window_size) ** 2)  # Table 4
-            if (window_size, encoder.patch_size) == (7, 16):
-                num_windows = {(384, 384): 6, (448, 448): 9}.get(encoder.image_size, num_windows)  # §4.1
+            if (window_size, encoder.patch_size) == (7, 16):  # §4.1
+                num_windows = {(384, 384): 6, (448, 448): 9}.get(pair(encoder.image_size), num_windows)
         window_places(encoder.grid, window_size, num_windows)
         self.encoder, self.mask_ratio, self.norm_pix = encoder, mask_ratio, norm_pix
         self.vocab_size, self.window_size, self.num_windows = vocab_size, window_size, num_windows
@@ -1417,7 +1422,7 @@ def region_areas(regions):
     [0.0, 2.0, 1.0]
     """
     labels = regions.long().flatten(2)
-    areas = torch.zeros(*labels.shape[:2], NUM_LABELS, device=regions.device)
+    areas = torch.zeros(*labels.shape[:2], NUM_LABELS, device=regions.device, dtype=torch.float32)
     return areas.scatter_add(2, labels, (labels > 0).float()).flatten(1)
 
 
@@ -1453,7 +1458,8 @@ Selection = Literal["intra", "inter"]
 
 @torch.no_grad()
 def class_activation_map(network, images, labels=None):
-    """Class activation maps [B, 1, h, w] with maximum 1, as fine as the last features (ObjMAE, Eq. 2).
+    """Class activation maps [B, 1, h, w] in 0..1, as fine as the last features (ObjMAE, Eq. 2). The maximum
+    of each is 1; what speaks against the class is 0.
 
     network: a classifier in eval mode whose last two children are a global average pool and a linear layer,
         as of torchvision's ResNets.
@@ -1463,7 +1469,7 @@ def class_activation_map(network, images, labels=None):
     x = nn.Sequential(*features)(images)
     if labels is None:
         labels = head(x.mean((2, 3))).argmax(1)
-    maps = torch.einsum("bchw,bc->bhw", x, head.weight[labels])[:, None]
+    maps = torch.einsum("bchw,bc->bhw", x, head.weight[labels])[:, None].clamp(min=0)
     return maps / maps.amax((2, 3), keepdim=True).clamp_min(1e-12)
 
 
@@ -1663,6 +1669,9 @@ class ObjMAE(MAE):
         """
         if regions is not None:
             check_maps(images, regions)
+        kept = keep_visible is not None
+        if kept != (keep_masked is not None) or kept and ids_visible is None:
+            raise ValueError("keep_visible and keep_masked must be given together and with ids, or neither")
         if no_mask(ids_visible, ids_masked):
             source, target = self.split(regions, len(images))
             ids_visible, ids_masked, keep_visible, keep_masked = align_patches(
@@ -1957,6 +1966,7 @@ class RAE(nn.Module):
         if no_mask(ids_visible, ids_masked):
             ids_visible, ids_masked = random_masking(
                 len(images), self.encoder.num_patches, self.mask_ratio, images.device)
+        ids_visible, ids_masked = (ids.expand(len(images), -1) for ids in (ids_visible, ids_masked))
         shown = self.region_branch.num_visible or ids_visible.shape[1]
         ids_shown, ids_hidden = torch.cat([ids_visible, ids_masked], dim=1).tensor_split([shown], dim=1)
         if region_maps is None:
@@ -1990,6 +2000,7 @@ class RAE(nn.Module):
         check_maps(images, hints)
         check_range(1, visible_patches=ids_visible.shape[1])
         ids_image = ids_visible if ids_image is None else ids_image
+        ids_visible, ids_image = (ids.expand(len(images), -1) for ids in (ids_visible, ids_image))
         k, channels = hints.shape[1], self.region_branch.channels
         if k < channels:  # the channel variant: the hints are repeated to fill its channels
             hints = hints.repeat(1, channels, 1, 1)[:, :channels]
@@ -2221,7 +2232,8 @@ class DVAE(nn.Module):
         if H % self.factor or W % self.factor:
             raise ValueError(f"image height and width must be divisible by {self.factor}, got {H}x{W}")
         pixels = (images.float() * self.std + self.mean).clamp(0, 1)
-        return self.encoder(0.8 * pixels + 0.1).float()  # DALL-E's map_pixels, App. A.3
+        pixels = 0.8 * pixels + 0.1  # DALL-E's map_pixels, App. A.3
+        return self.encoder(pixels.to(self.mean.dtype)).float()
 
     @torch.no_grad()
     def tokens(self, images):
@@ -2264,7 +2276,7 @@ class DVAE(nn.Module):
             words = F.gumbel_softmax(logits, tau, dim=1)
         else:
             words = torch.zeros_like(logits).scatter_(1, ids.unsqueeze(1), 1.0)
-        pred = self.decoder(words)
+        pred = self.decoder(words.to(self.mean.dtype))
         loss_pixel = F.mse_loss(pred.float(), images.float())
         log_q = logits.log_softmax(1)
         loss_kl = (log_q.exp() * (log_q + math.log(self.vocab_size))).sum(1).mean()
@@ -2302,7 +2314,7 @@ def read_checkpoint(source):
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    if not any(isinstance(v, torch.Tensor) for v in state.values()):
+    if not any(isinstance(v, torch.Tensor) and v.ndim > 0 for v in state.values()):
         for name, part in list(state.items()):
             if isinstance(part, dict):
                 state = state | {f"{name}.{k}": v for k, v in part.items()}
@@ -2345,7 +2357,8 @@ def split_encoder(state):
         q, v = inside.pop(name), inside.pop(name.replace("q_bias", "v_bias"))
         inside[name.replace("q_bias", "qkv.bias")] = torch.cat([q, 0 * q, v])
     for name in inside:
-        if name.startswith(("reg_token", "register_tokens", "dist_token", "norm_pre.", "rel_pos_bias.")):
+        if name.startswith(("reg_token", "register_tokens", "dist_token", "norm_pre.", "rel_pos_bias.",
+                            "rope", "patch_embed.norm", "patch_embed.backbone")):
             raise ValueError(f"another architecture: there is no {name} here")
     return inside, [k for k in state if not k.startswith(prefix)]
 
@@ -2367,7 +2380,8 @@ def grid_of(table, likely=(0, 0)):
     side = math.isqrt(N)
     if side**2 == N:
         return side, side
-    raise ValueError(f"a position table of {N} patches, neither sine-cosine nor of a square grid")
+    raise ValueError(f"a position table of a class token and {N} patches, neither sine-cosine nor of a "
+                     "square grid")
 
 
 def resize_position_embedding(table, grid, likely=(0, 0)):
@@ -2435,9 +2449,9 @@ def load_mae(mae, source):
 def vit_from_checkpoint(source, image_size=None, num_heads=None):
     """Builds the ViT that fits a checkpoint and loads it: (vit, (missing, left_over)).
 
-    All sizes are read off the tensors but the number of heads, which the literature's sizes imply. MoCo v3's
-    ViT-S has 12 heads, not 6; its full checkpoints are recognised, for others give num_heads. The metadata of
-    train.py's encoder.pt tell image size and heads.
+    All sizes are read off the tensors but the number of heads, which the literature's sizes imply; other
+    ViTs are taken to have 64 channels a head. MoCo v3's ViT-S has 12 heads, not 6; its full checkpoints are
+    recognised, for others give num_heads. The metadata of train.py's encoder.pt tell image size and heads.
     image_size: None for what the position table was made for.
     """
     state = read_checkpoint(source)
@@ -2461,7 +2475,8 @@ def vit_from_checkpoint(source, image_size=None, num_heads=None):
     if hidden is None:
         raise ValueError("another architecture: no parameter is named blocks.0.mlp.fc1.weight")
     layer_scale = 0.1 if "blocks.0.ls1.gamma" in inside else None  # its value is loaded
-    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, len(hidden) / embed_dim, 0.0,
+    mlp_ratio = (len(hidden) + 0.5) / embed_dim  # which is rounded down
+    vit = ViT(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, 0.0,
               relative is not None, layer_scale, channels)
     return vit, load_encoder(vit, state)
 

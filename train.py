@@ -408,6 +408,8 @@ def main(argv):
     if missing and rank() == 0:
         print(f"images without regions: {missing} of {len(source)}")
     if hasattr(regions, "fill"):
+        if args.setdefault("region_maps", regions.title) != regions.title:
+            raise UsageError("--resume: the run was started with maps of other --cam-weights")
         regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
         gather(None)  # each process computes a part of the maps, and reads all
     if args["prepare"]:
@@ -482,8 +484,8 @@ def cut_batch(batch_size, num_images, accumulate=None, most=256):
                          "micro-batches evenly")
     if batch_size < 2 * pieces:
         what = "--batch-size" if num_images >= 2 * pieces else "the number of images"
-        raise UsageError(f"{what} must be at least {2 * pieces}, got {batch_size}: 2 images in each "
-                         "micro-batch")
+        got = batch_size if num_images >= 2 * pieces else num_images
+        raise UsageError(f"{what} must be at least {2 * pieces}, got {got}: 2 images in each micro-batch")
     return batch_size // pieces * pieces, pieces
 
 
@@ -747,7 +749,7 @@ def run_settings(content):
     for name, (flag, _) in flags.items():
         if name in args:
             check_setting(name, args[name], flag.annotation)
-    others = ("method", "vocab_size", "tokenizer_digest", "data_digest")
+    others = ("method", "vocab_size", "tokenizer_digest", "data_digest", "region_maps")
     return {name: args[name] for name in (*others, *flags) if name in args}
 
 
@@ -793,7 +795,7 @@ def check_place(path):
 
 
 def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,
-                prepare: bool = False, tokenizer=None):
+                prepare: bool = False, tokenizer=None, data=""):
     """Returns the folder of the run, and the checkpoint from which it goes on, or None. Raises UsageError
     rather than overwrite another run or files of another program.
 
@@ -804,8 +806,10 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     """
     output = Path(output or f"runs/{method}")
     path = output / "checkpoint.pt"
-    if tokenizer and Path(tokenizer).resolve() in (path.resolve(), (output / "encoder.pt").resolve()):
+    if tokenizer and Path(tokenizer).resolve() in [f.resolve() for f in (path, *output.glob("encoder*.pt"))]:
         raise UsageError(f"--output {output}: it holds the tokenizer, which the run would overwrite")
+    if os.path.isdir(data) and output.resolve() == Path(data).resolve():
+        raise UsageError(f"--output {output}: it is the folder of --data, where its picture would be an image")
     for file in (path, *output.glob("encoder*.pt"), output / "log.jsonl", output / "reconstruction.png"):
         check_place(file)
         if file.exists() and not path.exists():
@@ -1120,8 +1124,10 @@ def settle(given, source):
         args["regions"] = args["regions"] or default_regions(args["method"], args["data"])
         if args["regions"] == "cam" and args["method"] != "objmae":
             raise UsageError("--regions cam is for objmae; rae, rmae take fh, panoptic, instances, folders")
-        if args["regions"] == "cam" and "object_floor" in given:
-            raise UsageError("--object-floor has no effect with --regions cam, the default for these --data")
+        if args["regions"] == "cam" and "object_floor" in given and "regions" not in given:
+            raise UsageError("--object-floor has no effect with --regions cam, the default here")
+        if args["regions"] == "instances" and args["region_cache"] != defaults["region_cache"]:
+            raise UsageError("--region-cache has no effect with --regions instances, the default here")
     return args
 
 
@@ -1235,7 +1241,8 @@ def flag_options(annotation):
     if annotation is bool:
         return dict(action=argparse.BooleanOptionalAction)
     if annotation in (int, float):  # neither nan nor inf
-        return flag_options(Annotated[annotation, -LARGEST, LARGEST, "a finite number"])
+        words = "a whole number" if annotation is int else "a finite number"
+        return flag_options(Annotated[annotation, -LARGEST, LARGEST, words])
     return dict(type=not_empty, metavar=annotation.__name__.upper())
 
 
@@ -1266,7 +1273,7 @@ class Parser(argparse.ArgumentParser):
             flag = rest[0].split("=")[0]
             name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
             owners = [words for words, functions in others.items() if name in flags_of(functions)]
-            if owners:
+            if owners and flag.startswith("--") and name not in [action.dest for action in self._actions]:
                 raise UsageError(f"{flag} belongs to {' or '.join(owners)}")
             hint = did_you_mean(flag, self._option_string_actions)
             raise UsageError(f"unknown argument {flag}: see --help{hint}")

@@ -398,7 +398,7 @@ def detection():
 
 TASKS = {  # what is run, and the functions that may wait: those that end in numbers for the user
     attention_maps: set(), class_activation_maps: set(), attention_picture: set(), completed_regions: set(),
-    reconstructions: {"reconstruct"}, segmentation: set(), detection: set(),
+    reconstructions: {"reconstruct", "some_left_out"}, segmentation: set(), detection: set(),
     nearest_neighbours: {"accuracies"}, linear_probe: {"train_epochs", "all_finite", "accuracies"},
     attentive_probe: {"train_epochs", "all_finite", "accuracies", "train_probe"},  # features wait on the CPU
     fine_tuning: {"train_epochs", "all_finite", "accuracies"},

@@ -872,6 +872,19 @@ def test_regions_that_cannot_be_had(folder, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value) and not str(caught.value).endswith(":")
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_weights_of_the_classifier_may_count_batches(counted, tmp_path, monkeypatch):
+    """torchvision's older files do not."""
+    saved, network = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2)
+    saved.weight.data.fill_(7)
+    state = saved.state_dict()
+    if not counted:
+        del state["num_batches_tracked"]
+    torch.save(state, tmp_path / "w.pt")
+    monkeypatch.setattr(torchvision.models, "resnet50", lambda weights: network)
+    assert (datasets.resnet50(str(tmp_path / "w.pt")).weight == 7).all()
+
+
 # Maps of the whole image, cut out as an item
 
 

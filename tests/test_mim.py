@@ -911,7 +911,7 @@ def test_a_table_tells_its_grid():
         assert mim.grid_of(mim.sincos_position_embedding(16, grid)) == grid
     learned = torch.randn(1, 65, 16)
     assert mim.grid_of(learned) == (8, 8) and mim.grid_of(torch.randn(1, 16, 16), likely=(3, 5)) == (3, 5)
-    with pytest.raises(ValueError, match="position table of 15 patches"):
+    with pytest.raises(ValueError, match="position table of a class token and 15 patches"):
         mim.grid_of(torch.randn(1, 16, 16))
     vit, _ = mim.vit_from_checkpoint(ViT((16, 64), 4, 32, 1, 1).state_dict())
     assert vit.grid == (4, 16)
@@ -1150,7 +1150,10 @@ def test_class_activation_maps_by_hand_and_their_strongest_patches():
     maps, features = mim.class_activation_map(network, x, torch.arange(6)), network[0](x)
     for b in range(6):
         expected = sum(network[2].weight[b, k] * features[b, k] for k in range(5))
-        assert torch.allclose(maps[b, 0], expected / expected.max(), atol=1e-5)
+        assert torch.allclose(maps[b, 0], (expected / expected.max()).clamp(min=0), atol=1e-5)
+    network[2].weight.data[6], features = -1.0, features.relu()  # a class that everything speaks against
+    network[0].register_forward_hook(lambda *args: args[-1].relu())
+    assert not mim.class_activation_map(network, x, torch.full((6,), 6)).any()
     predicted = network[2](features.mean((2, 3))).argmax(1)
     assert torch.equal(mim.class_activation_map(network, x), mim.class_activation_map(network, x, predicted))
     response = torch.arange(64.0).view(1, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3) / 63
@@ -1221,6 +1224,81 @@ def test_every_method_takes_images_of_any_number_of_channels(name, channels):
         assert torch.equal(same, torch.ones(2, 64, dtype=torch.bool).scatter(1, out["ids_masked"], False))
     again, names = mim.vit_from_checkpoint(method.state_dict(), image_size=32, num_heads=4)
     assert again.channels == channels and torch.equal(again(x), encoder(x)) and names[0] == []
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_every_method_takes_one_mask_for_all_images(name):
+    """[1, n], as `take` and `put`."""
+    method, inputs = AROUND[name](vit(relative_position=name == "lomar")), {}
+    if name in ("rae", "rmae"):
+        inputs = dict(region_maps=(torch.rand(2, 3, 32, 32) < 0.5))
+    if name == "beit":
+        inputs = dict(tokens=torch.zeros(2, 64, dtype=torch.int64))
+    x = images(2)
+    mask = {k: v[:1] for k, v in method(x, **inputs).items() if k in ("ids_visible", "ids_masked")}
+    shared, each = method(x, **inputs, **mask), method(x, **inputs, **{k: v.expand(2, -1) for k, v in mask.items()})
+    assert torch.allclose(shared["loss"], each["loss"], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [mae(), simmim()])
+def test_a_mask_of_nothing_predicts_nothing(method):
+    ids = torch.arange(64).expand(2, -1)
+    latents = method.encoder(images(2), ids)
+    assert not isinstance(method, MAE) or method.decode(latents, ids, ids[:, :0]).shape == (2, 0, 48)
+    if isinstance(method, SimMIM):
+        assert method(images(2), ids, ids[:, :0])["pred"].shape == (2, 0, 48)
+
+
+def test_objmaes_padding_is_given_whole_and_with_its_ids():
+    out = objmae()(images(2), squares((8, 8, 16, 16)).expand(2, -1, -1, -1))
+    ids = {k: out[k] for k in ("ids_visible", "ids_masked")}
+    for keep in (dict(ids, keep_visible=out["keep_visible"]), dict(ids, keep_masked=out["keep_masked"]),
+                 {k: out[k] for k in ("keep_visible", "keep_masked")}):
+        with pytest.raises(ValueError, match="keep_visible and keep_masked must be given together and with ids"):
+            objmae()(images(2), **keep)
+
+
+def test_maps_leave_every_module_in_its_mode():
+    encoder = vit(drop_path=0.5).train()
+    encoder.blocks[1].eval()
+    before = [module.training for module in encoder.modules()]
+    mim.attention_map(encoder, images(2))
+    assert [module.training for module in encoder.modules()] == before
+
+
+def test_patches_of_another_grid_make_no_image():
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        mim.unpatchify(torch.randn(1, 8, 48), 4, (2, 2))
+
+
+def test_areas_are_counted_whatever_the_default_type():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert mim.region_areas(REGIONS).sum() == (REGIONS > 0).sum()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_lomar_takes_a_stranger_encoders_image_size_as_it_is():
+    for size in (384, [384, 384], (384, 384)):
+        with torch.device("meta"):
+            encoder = ViT(384, 16, 32, 1, 2, relative_position=True)
+            encoder.image_size = size
+            assert LoMaR(encoder).num_windows == 6
+
+
+@pytest.mark.parametrize("name", ["patch_embed.norm.weight", "patch_embed.backbone.conv.weight", "rope.freqs"])
+def test_what_would_change_the_output_is_refused(name):
+    with pytest.raises(ValueError, match=f"another architecture: there is no {name} here"):
+        mim.load_encoder(vit(), vit().state_dict() | {name: torch.zeros(3)})
+
+
+def test_a_hidden_layer_of_any_width_is_read_from_its_file():
+    state = ViT(32, 8, 152, 1, 4, mlp_ratio=8 / 3).state_dict()
+    assert len(state["blocks.0.mlp.fc1.weight"]) == 405
+    assert mim.vit_from_checkpoint(state, num_heads=4)[1] == ([], [])
+    # Numbers beside a state dict are no weights.
+    assert mim.vit_from_checkpoint(dict(net=state, best=torch.tensor(0.3)), num_heads=4)[1] == ([], ["best"])
 
 
 @pytest.mark.parametrize("name", AROUND)

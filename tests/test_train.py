@@ -528,6 +528,13 @@ MISTAKES = {
     "large batch": ("--method mae --batch-size 5000", "--batch-size 5000 is more than the 4096 images"),
     "small pieces": ("--method mae --batch-size 9 --accumulate 5", "--batch-size must be at least 10, got 9"),
     "one image": ("--method mae --limit 1", "the number of images must be at least 2, got 1"),
+    "few images": ("--method mae --limit 16 --accumulate 9", "the number of images must be at least 18, got 16"),
+    "part of an image": ("--method mae --limit 0.5", "--limit must be a whole number, got '0.5'"),
+    "underscores": (
+        "--method mae --mask_ratio 0.5", "unknown argument --mask_ratio: see --help; did you mean --mask-ratio"),
+    "a word": ("--method mae regions", "unknown argument regions: see --help"),
+    "a cache of nothing": (
+        "--method rmae --region-cache a", "--region-cache has no effect with --regions instances, the"),
     "two rates": ("--method mae --lr 1 --base-lr 1", "--lr and --base-lr exclude"),
     "patch": ("--method mae --patch-size 7", "multiple of patch_size=7, got 64x64"),
     "ratio": ("--method amt --mask-ratio 0.9", "mask_ratio=0.9 and throw_ratio=0.4"),
@@ -671,6 +678,21 @@ def test_regions_can_be_prepared_ahead(call, tmp_path):
     assert code == 0 and not output.exists()
     assert out.endswith("\nthe regions are ready: without --prepare the run starts\n")
     assert len(list((tmp_path / "cache" / "fh-0.8-30").rglob("*.npz"))) == 24
+
+
+def test_a_run_with_activation_maps_goes_on_with_those_of_the_same_network(call, tmp_path, monkeypatch):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 32, 32), torch.nn.AdaptiveAvgPool2d(1),
+                                  torch.nn.Linear(4, 1000))
+    monkeypatch.setattr(datasets, "resnet50", lambda weights: network)
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    flags = ["--cam-weights", tmp_path / "a"]
+    assert call("objmae", *flags, "--epochs", 1)[0] == 0
+    (tmp_path / "a").rename(tmp_path / "moved")
+    code, _, err, _ = call("objmae", "--cam-weights", tmp_path / "b", "--epochs", 2, "--resume")
+    assert code == 2 and "--resume: the run was started with maps of other --cam-weights" in err
+    code, _, err, output = call("objmae", "--cam-weights", tmp_path / "moved", "--epochs", 2, "--resume")
+    assert code == 0 and len(log(output)) == 2, err
 
 
 @pytest.mark.parametrize("given, used", [([], 5), (["--workers", 2], 2), (["--workers", 0], 0)])
