@@ -192,10 +192,12 @@ def test_costs_count_what_the_papers_vary(monkeypatch):
 def test_the_papers_ablations_can_be_run(tmp_path):
     """Every row is a command that train.py takes, and builds."""
     built = {}
+    for part in ("annotations", "train2017/1.jpg"):  # what COCO's layout is recognised by
+        (tmp_path / part).mkdir(parents=True)
     for name, rows in benchmark.ABLATIONS.items():
         source = benchmark.Imagined(64 if name.endswith("small") else 224)
         for row in rows.split():
-            words = benchmark.train_command(row, 200, tmp_path, data="/coco")[1:]
+            words = benchmark.train_command(row, 200, tmp_path / "out", data=tmp_path)[1:]
             args = train.settle(train.parse(words + ["--model", "nano"]), source)
             with torch.device("meta"):
                 vocabulary = dict(vocab_size=8192 if args.get("tokenizer") else None)
