@@ -809,7 +809,7 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     if tokenizer and Path(tokenizer).resolve() in [f.resolve() for f in (path, *output.glob("encoder*.pt"))]:
         raise UsageError(f"--output {output}: it holds the tokenizer, which the run would overwrite")
     if os.path.isdir(data) and output.resolve() == Path(data).resolve():
-        raise UsageError(f"--output {output}: it is the folder of --data, where its picture would be an image")
+        raise UsageError(f"--output {output}: it is the folder of --data, and its picture would be an image")
     for file in (path, *output.glob("encoder*.pt"), output / "log.jsonl", output / "reconstruction.png"):
         check_place(file)
         if file.exists() and not path.exists():

@@ -40,7 +40,7 @@ import eval as evaluation  # noqa: E402
 import mim  # noqa: E402
 import train  # noqa: E402
 from datasets import (MEAN, SMALL, STD, DeviceLoader, EpochBatches, Images, SceneInstances,  # noqa: E402
-                      UsageError, collate, default_regions, denormalize, load_data, normalize)
+                      UsageError, collate, default_regions, denormalize, explained, load_data, normalize)
 from train import NonNegativeInt, Parser, PositiveInt  # noqa: E402
 from train import autocast, call, exit_with_one_line  # noqa: E402
 
@@ -77,7 +77,8 @@ def build_variant(name, image_size, patch_size, model):
     """A variant by its name -> the method (or Plain), for ViT of that size."""
     method, options = VARIANTS[name]
     if method is None:
-        return Plain(mim.ViT(image_size, patch_size, **mim.SIZES[model]))
+        with explained(f"--image-size {image_size}", "there is no such ViT"):
+            return Plain(mim.ViT(image_size, patch_size, **mim.SIZES[model]))
     return train.build_method(method, image_size, patch_size=patch_size, model=model, **options)
 
 
@@ -329,6 +330,8 @@ def split_row(row):
         argument, _, value = option.partition("=")
         if not argument or not value:
             raise UsageError(f"--methods {row}: an option is NAME=VALUE, got {option!r}")
+        if argument == "epochs":
+            raise UsageError(f"--methods {row}: all rows have the same --epochs")
         flag = argument.replace("_", "-")
         words += dict(true=[f"--{flag}"], false=[f"--no-{flag}"]).get(value, [f"--{flag}", value])
     return name, words
@@ -364,7 +367,9 @@ def eval_commands(folder, measures, finetune_epochs, probe_epochs, untrained=Fal
         if whole and (untrained or not folder.name.startswith(("rae", "rmae"))):
             continue
         checkpoint = "random" if untrained else folder / ("checkpoint.pt" if whole else "encoder.pt")
-        known = train.flags_of(functions)
+        known = [*train.flags_of(functions)]
+        if evaluation.open_pair not in functions:  # the others have no training images to limit
+            known.remove("limit")
         words += flags(epochs=epochs.get(task))
         if "output" in known:
             words += flags(output=folder / f"{measure}.{'pt' if task in evaluation.FINISHED else 'png'}")
@@ -403,8 +408,13 @@ def training_gmac(method, epochs):
 
 def build_compared(name, source, **command):
     """The method that a row's command trains, and the settings that its run would take."""
-    args = train.settle(train.parse(train_command(name, **command)[1:]), source)
-    return train.build_method(**args | dict(vocab_size=512 if args.get("tokenizer") else None)), args
+    def settings(name):
+        return train.settle(train.parse(train_command(name, **command)[1:]), source)
+
+    args = settings(name)
+    if args.get("tokenizer"):
+        args["vocab_size"] = settings("dvae")["vocab_size"]
+    return train.build_method(**args), args
 
 
 def carry_out(command, log):
@@ -438,7 +448,7 @@ def carry_out(command, log):
 def compare_row(name, epochs, output, measures, finetune_epochs, probe_epochs, compile, small, **common):
     """Pre-trains and measures one encoder -> dict(name, epochs, seconds, the figures of each measure by their
     columns)."""
-    folder = output / name if name in ("random", "supervised") else folder_of(output, name, epochs)
+    folder = output / name if name == "random" else folder_of(output, name, epochs)
     row = dict(name=name, epochs=epochs, seconds=0.0)
     if name == "random":
         commands = eval_commands(folder, measures, finetune_epochs, probe_epochs, untrained=True, **common)
@@ -546,7 +556,8 @@ COSTS = {
     "AMT, share thrown": "mae amt:throw_ratio=0 amt:throw_ratio=0.2 amt",
     "LoMaR, side of a window": "lomar:window_size=5 lomar lomar:window_size=9 lomar:window_size=11 "
                                "lomar:window_size=14",
-    "ObjMAE, alpha": "objmae:alpha=0.5 objmae:alpha=0.25 objmae:alpha=0.17 objmae:alpha=0.05",
+    "ObjMAE, alpha": "objmae:alpha=0.5 objmae:alpha=0.25 objmae:alpha=0.17 objmae:alpha=0.125 "
+                     "objmae:alpha=0.0625 objmae:alpha=0.05",
     "R-MAE, number of regions": " ".join(
         f"rmae:variant={variant},num_regions={count}" for variant in ("length", "batch", "channel")
         for count in (1, 4, 8, 16)),
@@ -577,8 +588,12 @@ def costs(model: Literal[tuple(mim.SIZES)] = "base", image_size: PositiveInt = 2
     for title, names in COSTS.items():
         print(f"{title:40s}{'GMAC':>8s}{'x mae':>8s}")
         for name in names.split():
-            method, _ = build_compared(name, source, epochs=800, output=Path(), data="/imagenet", model=model,
-                                       image_size=image_size)
+            try:
+                method, _ = build_compared(name, source, epochs=800, output=Path(), data="/imagenet",
+                                           model=model, image_size=image_size)
+            except UsageError as error:  # a window that is larger than the image
+                print(f"  {name:38s}{error}")
+                continue
             gmac, whole = count_gmac(method, synthetic_batch(method, 1))
             mae = mae or whole
             rows.append(dict(group=title, name=name, gmac=round(gmac, 3), ratio=round(whole / mae, 3)))
@@ -753,7 +768,7 @@ PLACES = {
     "knn mae": {
         "DINO, arXiv:2104.14294": "k", "Wu et al., arXiv:1805.01978": "temperature", "ours": "pool"},
     "knn lomar": {"ours": "pool"},
-    "linear mae": {"MAE: Table 10": "epochs batch_size base_lr lr_batch usual_warmup pool"},
+    "linear mae": {"MAE: Table 10": "epochs batch_size base_lr lr_batch usual_warmup", "MAE: A.1": "pool"},
     "linear lomar": {"ours": "pool"},
     "attentive mae": {"CAE: Appendix A": "epochs batch_size base_lr lr_batch usual_warmup"},
     "finetune mae": {
@@ -930,7 +945,7 @@ def mask_tiles(image, regions, patch_size, checkpoint=None, seed=0):
         "image": shown,
         "MAE: random patches": mask("mae")[1],
         "SimMIM: larger units": mask("simmim")[1],
-        "BEiT, CAE: blocks": mask("cae")[1],
+        "CAE: blocks (BEiT: fewer)": mask("cae")[1],
         "R-MAE: regions, hidden as MAE's patches": train.put_patches(
             covered, torch.full_like(shown, 0.5), out["ids_masked"], p),
         "AMT: the attention" + " (here drawn by hand)" * (checkpoint is None): train.heat(shown, map),
@@ -946,7 +961,7 @@ def masks(images: list[str] | None = None, scene: NonNegativeInt = 0, image_size
     """A picture of one image under the mask of each method, with the settings of the papers.
 
     images: image files, instead of a built-in scene; their regions are Felzenszwalb-Huttenlocher segments
-    scene: number of the built-in scene among those for validation
+    scene: number of the built-in scene among those for validation (not with --images)
     image_size: pixels; a patch is a fourteenth
     checkpoint: whose encoder's attention draws AMT's mask (default: an attention that is drawn by hand)
     seed: of the masks
@@ -983,6 +998,9 @@ def attention(checkpoints: list[str] | None = None, data: str = "shapes", region
     seed: of an untrained encoder
     output: file of the picture, PNG
     """
+    if regions in ("fh", "cam"):
+        raise UsageError(f"--regions {regions}: their maps are of no objects; give instances, panoptic or a "
+                         "folder")
     path, size, rows, dataset = open_picture(output), None, [], None
     for checkpoint in checkpoints or ["random"]:
         encoder, _ = evaluation.open_encoder(checkpoint, data, image_size=size, seed=seed)
@@ -1024,13 +1042,17 @@ def main(argv):
     computes = "device" in inspect.signature(functions[0]).parameters if functions else False
     parser.add(functions + [train.open_device] * computes)
     given = parser.parse(argv)
+    takes = inspect.signature(BENCHMARKS[given["benchmark"]]).parameters
+    for name in ("precision", "workers"):
+        if name in given and not takes.keys() & {name, "chosen"}:
+            raise UsageError(f"--{name} is of no use to {given['benchmark']}")
     device, precision, workers = call(train.open_device, given) if computes else (None, None, None)
     chosen = {name: given[name] for name in ("device", "precision", "workers") if name in given}
     machine = dict(device=device, precision=precision, workers=workers, chosen=chosen)
     result = call(BENCHMARKS[given["benchmark"]], given | machine)
     result = dict(benchmark=given["benchmark"], **result)
     if computes:
-        result |= dict(device=str(device), precision=precision)
+        result |= dict(device=str(device)) | (dict(precision=precision) if "precision" in takes else {})
     print(json.dumps(result | dict(seconds=round(time.perf_counter() - began, 1)), default=str))
     if result.get("failed"):
         sys.exit(1)

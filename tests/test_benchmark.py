@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
+import datasets
 import eval as evaluation
 import mim
 import train
@@ -44,8 +45,26 @@ def test_speed_lists_what_was_asked(cli, small, monkeypatch):
     mae = mim.MAE(mim.ViT(32, 4, **mim.SIZES["nano"]), decoder_dim=32, decoder_depth=1, decoder_heads=2)
     assert rows[0]["parameters"] == sum(p.numel() for p in mae.parameters() if p.requires_grad)
     assert all(row["images_per_s"] > 0 and row["of_peak"] > 0 and row["rate"] > 0 for row in rows)
+    code, _, err = cli(benchmark, "speed", "--methods", "vit", "--reference", "vit", "--image-size", 30)
+    assert code == 2 and "--image-size 30: there is no such ViT (image_size must be a multiple" in err
+    code, _, err = cli(benchmark, "speed", "--methods", "mae", "--workers", 1)
+    assert code == 2 and "--workers is of no use to speed" in err
     assert rows[2]["gmac"] > rows[0]["gmac"] > rows[1]["gmac"]
     assert len(out.splitlines()) == 6
+
+
+def test_the_speed_of_a_variant_is_over_the_references(monkeypatch, small):
+    """MAE takes 2 seconds a step, ObjMAE 0.5: images a second, ratio, and share of a peak of 1 GMAC/s."""
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda *args: 1.0)
+    monkeypatch.setattr(benchmark, "make_step", lambda variant, *_: lambda function=None: 0.5 + 1.5 * (
+        type(variant) is mim.MAE))
+    row, = benchmark.speed(["objmae-1/4"], model="nano", image_size=32, patch_size=4, batch_size=8, repeats=1,
+                           device=torch.device("cpu"))["rows"]
+    assert row["images_per_s"] == 16 and row["ratio"] == 4
+    mae, own = (benchmark.build_variant(name, 32, 4, "nano") for name in ("mae", "objmae-1/4"))
+    whole = [benchmark.count_gmac(m, benchmark.synthetic_batch(m, 1))[1] for m in (mae, own)]
+    assert row["rate"] == pytest.approx(4 * whole[1] / whole[0], abs=1e-3)
+    assert row["of_peak"] == pytest.approx(16 * whole[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", [
@@ -109,9 +128,15 @@ def test_compare_gives_every_method_equal_epochs(cli, folder, tmp_path, in_proce
             assert epochs == 2
             log = (tmp_path / "table" / f"{name}-{epochs}" / "log.jsonl").read_text()
             assert len(log.splitlines()) == epochs
-    scratch = (tmp_path / "table" / "supervised" / "finetune.txt").read_text().split("\n")[0]
-    assert scratch.endswith("--layer-decay 1 --base-lr 0.001")
+    # `supervised` has MAE's compute, pre-training and one epoch of fine-tuning, in epochs on all patches.
+    (_, supervised), = [key for key in rows if key[0] == "supervised"]
+    plain = benchmark.plain_gmac(mim.ViT(32, 4, **mim.SIZES["nano"]))
+    assert supervised == 1 + round(2 * gmac["mae"] * 24 / (plain * 20)) > 1
+    scratch = (tmp_path / "table" / f"supervised-{supervised}" / "finetune.txt").read_text().split("\n")[0]
+    assert scratch.endswith("--layer-decay 1 --base-lr 0.001") and f"--epochs {supervised} " in scratch
     table = [line for line in out.splitlines() if line.startswith("|")]
+    compute = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in table)}
+    assert compute["objmae"] == f"{gmac['objmae'] / gmac['mae']:.2f}" and not compute["random"]
     assert len(table) == 2 + 2 + 2 and {line.count("|") for line in table} == {8}
     trained = [c for c in in_process if "train.py" in c[0]]
     assert any("--tokenizer" in c for c in trained) and all("fh" in c for c in trained if "objmae" in c)
@@ -143,6 +168,8 @@ def test_a_row_may_have_options(cli, folder, tmp_path, in_process):
     command = benchmark.train_command("objmae:alignment=random,norm_pix=true", 3, tmp_path, data="shapes")
     assert command == ["train.py", "--method", "objmae", "--epochs", "3", "--data", "shapes",
                        "--alignment", "random", "--norm-pix"]
+    with pytest.raises(datasets.UsageError, match="all rows have the same --epochs"):
+        benchmark.train_command("mae:epochs=1", 3, tmp_path, data="shapes")
     command = benchmark.train_command("mae:seed=1", 3, tmp_path, data="shapes", seed=0)
     assert train.parse(command[1:])["seed"] == 1
     assert benchmark.train_command("mae:norm_pix=false", 3, tmp_path)[-1] == "--no-norm-pix"
@@ -177,6 +204,7 @@ def test_every_measure_is_a_command_of_eval(tmp_path):
         for measure, words in commands.items():
             given = evaluation.parse(words[1:])
             assert given["seed"] == 0 and given["task"] == measure.removesuffix("-linear")
+            assert ("limit" in given) == (measure not in ("attention", "segment"))  # of the training images
             assert given.get("method", "mae") == "mae" and given.get("pool", "mean") == "mean"
 
 
@@ -185,8 +213,17 @@ def test_costs_count_what_the_papers_vary(monkeypatch):
     mae, nothing_thrown, little, lomar = benchmark.costs("nano")["rows"]
     assert mae["gmac"] == nothing_thrown["gmac"] and mae["ratio"] == 1.0
     assert little["ratio"] < lomar["ratio"] < 0.1  # MAE's decoder is far larger than a ViT-nano
-    monkeypatch.setattr(benchmark, "COSTS", {"some": "objmae:alpha=0.05"})
-    assert benchmark.costs("nano", 112)["rows"][0]["gmac"] < little["gmac"] / 3
+    monkeypatch.setattr(benchmark, "COSTS", {"some": "objmae:alpha=0.05 lomar:window_size=8"})
+    row, = benchmark.costs("nano", 112)["rows"]  # of 7 x 7 patches there is no window of 8 x 8
+    assert row["gmac"] < little["gmac"] / 3
+
+
+def test_compute_takes_the_tokenizers_own_vocabulary():
+    """512 tokens of small images, 8,192 of large ones."""
+    for size, count in ((64, 512), (224, 8192)):
+        command = dict(epochs=2, output=Path("none"), data="/imagenet", model="nano")
+        method, _ = benchmark.build_compared("beit", benchmark.Imagined(size), **command)
+        assert method.vocab_size == count
 
 
 def test_the_papers_ablations_can_be_run(tmp_path):
@@ -355,7 +392,7 @@ def test_one_image_under_the_mask_of_every_method(cli, folder, tmp_path):
 
     seen = {title: int((patches(title) == 1).all(1).sum()) for title in tiles if "attention" not in title}
     assert hidden("MAE") == 147 and seen["MAE: random patches"] == 49  # 75% of 196
-    assert hidden("SimMIM") == 120 and hidden("BEiT") == 98
+    assert hidden("SimMIM") == 120 and hidden("CAE") == 98
     assert hidden("AMT: attended") == 88 and seen["AMT: attended patches hidden, others thrown"] == 30  # 45, 40%
     assert hidden("LoMaR: a window") == 39  # 80% of 49
     assert 24 <= hidden("ObjMAE") <= 32  # half of the 49 to 64 patches of the object
