@@ -411,12 +411,13 @@ def decode(path, turn=True):
         if image.format in ("JPEG", "MPO") and decode_image:
             data = torch.from_numpy(np.fromfile(path, np.uint8))
             return decode_image(data, "RGB", apply_exif_orientation=turn)
+        kind = image.format
         if turn:
             with contextlib.suppress(Exception):  # broken EXIF data, which decode_image ignores
                 image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which convert("RGB") would clip
             pixels = np.asarray(image)
-            if image.format == "PNG":  # these have 16 bits; Pillow before 11 widens them
+            if kind == "PNG":  # these have 16 bits, which older Pillow widens
                 pixels = pixels.astype(np.uint16)
             image = Image.fromarray(to_bytes(pixels))
         return TF.pil_to_tensor(image.convert("RGB"))
@@ -483,9 +484,14 @@ def load_folder(root, split):
     - plain images at any depth; without labels, and with one split.
     """
     check_folder("--data", root, NAMED)
-    if coco_folder(root, "train") or coco_folder(root, split):
+    own = coco_folder(root, split)
+    if coco_folder(root, "train") or own and any(Path(root, "annotations").glob(f"*_{own.name}.json")):
         return load_coco(root, split)
-    if layout := mask_layout(root, "val" if split == "val" else "train"):
+    layouts = {part: mask_layout(root, part) for part in ("train", "val")}
+    if any(layouts.values()):
+        layout = layouts["val" if split == "val" else "train"]
+        if layout is None:
+            raise UsageError(f"--data {root}: it has images with masks, but none for the {split} split")
         folder = os.path.join(root, layout[0])
         paths = find_files(folder)
         return Files(folder, paths, description=f"{folder}: {counted(len(paths), 'images')}, no labels")
@@ -1271,7 +1277,7 @@ def open_regions(regions: str | None = None, source=None, data="shapes", split="
         scales = sorted(fh_scales or default_scales(source, data))
         if scales[0] <= 0:
             raise UsageError(f"--fh-scales must be positive, got {scales[0]:g}")
-        folder = os.path.join(region_cache, "fh-0.8-" + "-".join(f"{s:g}" for s in scales))
+        folder = os.path.join(region_cache, "fh-0.8-640-" + "-".join(f"{s:g}" for s in scales))
         return ComputedRegions(source, folder, scales)
     if regions == "cam":
         if cam_labels and len(source.classes) != 1000:

@@ -383,6 +383,8 @@ def main(argv):
     join_processes(device)
     with first_process_first():
         source = call(load_data, given, split="pretrain")
+    if hasattr(source, "root") and output.resolve() == Path(source.root).resolve():
+        raise UsageError(f"--output {output}: it is the folder of the images, and the picture would be one")
     images = source.digest()
     if given.setdefault("data_digest", images) != images:
         raise UsageError(f"--resume: the run was started with other images than {source.description}")
@@ -409,7 +411,7 @@ def main(argv):
         print(f"images without regions: {missing} of {len(source)}")
     if hasattr(regions, "fill"):
         if args.setdefault("region_maps", regions.title) != regions.title:
-            raise UsageError("--resume: the run was started with maps of other --cam-weights")
+            raise UsageError("--resume: the run was started with the maps of another network: --cam-weights")
         regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
         gather(None)  # each process computes a part of the maps, and reads all
     if args["prepare"]:
@@ -795,7 +797,7 @@ def check_place(path):
 
 
 def open_output(method, output: str | None = None, resume: bool = False, overwrite: bool = False,
-                prepare: bool = False, tokenizer=None, data=""):
+                prepare: bool = False, tokenizer=None):
     """Returns the folder of the run, and the checkpoint from which it goes on, or None. Raises UsageError
     rather than overwrite another run or files of another program.
 
@@ -808,8 +810,6 @@ def open_output(method, output: str | None = None, resume: bool = False, overwri
     path = output / "checkpoint.pt"
     if tokenizer and Path(tokenizer).resolve() in [f.resolve() for f in (path, *output.glob("encoder*.pt"))]:
         raise UsageError(f"--output {output}: it holds the tokenizer, which the run would overwrite")
-    if os.path.isdir(data) and output.resolve() == Path(data).resolve():
-        raise UsageError(f"--output {output}: it is the folder of --data, and its picture would be an image")
     for file in (path, *output.glob("encoder*.pt"), output / "log.jsonl", output / "reconstruction.png"):
         check_place(file)
         if file.exists() and not path.exists():
@@ -978,7 +978,8 @@ def draw_reconstruction(method, images, regions=None, tokenizer=None, **mask):
         out[error] = (hidden * (shown - image).square()).sum() / hidden.sum()
 
     def some_left_out(ids):  # a patch may be there twice
-        return not torch.zeros(len(image), num_patches, device=image.device).scatter(1, ids, 1.0).all()
+        used = torch.zeros(len(image), num_patches, device=image.device)
+        return not used.scatter(1, ids.expand(len(image), -1), 1.0).all()
 
     tiles, legend, given = dict(image=image), HIDDEN, ""
     if "ids_thrown" in out:
@@ -1126,7 +1127,7 @@ def settle(given, source):
             raise UsageError("--regions cam is for objmae; rae, rmae take fh, panoptic, instances, folders")
         if args["regions"] == "cam" and "object_floor" in given and "regions" not in given:
             raise UsageError("--object-floor has no effect with --regions cam, the default here")
-        if args["regions"] == "instances" and args["region_cache"] != defaults["region_cache"]:
+        if args["regions"] == "instances" and "region_cache" in given and "regions" not in given:
             raise UsageError("--region-cache has no effect with --regions instances, the default here")
     return args
 

@@ -124,6 +124,19 @@ def test_the_images_of_coco_are_those_that_its_annotations_name(tmp_path):
     assert datasets.coco_folder(tmp_path, "train").name == "train2017"
 
 
+def test_a_folder_named_annotations_alone_makes_no_coco(tmp_path):
+    """Classes in train and none in val; classes annotations, cat, valve, whose images are not a val split."""
+    for path in ("train/a/1", "train/b/1", "val/1", "annotations/1"):
+        write(tmp_path / "one" / f"{path}.png")
+    with pytest.raises(UsageError, match="images lie directly in .*val, which must have a folder per class"):
+        load_data(str(tmp_path / "one"), "val")
+    for k in range(10):
+        for name in ("annotations", "cat", "valve"):
+            write(tmp_path / "two" / name / f"{k}.png")
+    assert [load_data(str(tmp_path / "two"), "val").path(i) for i in range(3)] == [
+        "annotations/9.png", "cat/9.png", "valve/9.png"]
+
+
 def test_a_link_to_itself_is_no_image(tmp_path):
     write(tmp_path / "1.png")
     for name in ("2.png", "folder"):
@@ -145,7 +158,7 @@ def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
         write(tmp_path / root / "images" / "1.png")
     sources = [load_data(str(tmp_path / root / "images")) for root in "ab"]
     one, other = (open_regions("fh", source, region_cache="cache").path(0) for source in sources)
-    assert one != other and one.startswith(f"cache/fh-0.8-4-4-6{tmp_path}/a/images/1.png-")
+    assert one != other and one.startswith(f"cache/fh-0.8-640-4-4-6{tmp_path}/a/images/1.png-")
 
 
 @pytest.mark.parametrize("sides, size", [
@@ -291,7 +304,7 @@ def test_pngs_of_16_bits_are_read_alike_by_every_pillow(tmp_path, monkeypatch):
     wide = Image.fromarray(np.full((12, 16), 20000, np.int32))
     wide.format = "PNG"
     monkeypatch.setattr(datasets, "open_image", lambda path: wide)
-    assert (decode(path, turn=False) == 78).all()
+    assert (decode(path) == 78).all() and (decode(path, turn=False) == 78).all()
 
 
 def test_normalize_is_imagenets_and_invertible():

@@ -270,6 +270,13 @@ def test_what_is_left_out_is_said_where_patches_are_repeated(tiles, images):
     assert tiles.legend == ["hidden, to be predicted"]
 
 
+def test_one_mask_for_all_images_leaves_nothing_out(tiles):
+    method = mim.MAE(mim.ViT(32, 8, 32, 1, 2), decoder_dim=16, decoder_depth=1, decoder_heads=2).eval()
+    ids = torch.randperm(16)[None]
+    shown = tiles(method, torch.zeros(3, 3, 32, 32), ids_visible=ids[:, :4], ids_masked=ids[:, 4:])
+    assert "source and target" not in shown and tiles.legend == ["hidden, to be predicted"]
+
+
 def test_one_window_is_no_object(tiles):
     method = mim.LoMaR(mim.ViT(32, 8, 32, 1, 2, relative_position=True), window_size=3, num_windows=1).eval()
     assert list(tiles(method, torch.zeros(2, 3, 32, 32)))[:3] == ["image", "all windows", "masked"]

@@ -408,7 +408,7 @@ def test_a_run_is_not_among_its_images_and_not_written_over_its_tokenizer(cli, i
     code, out, err = cli(train, *flags, "--epochs", 2, "--resume")
     assert code == 0 and "8 images, 2 classes (a, b)" in out, err
     code, _, err = cli(train, *flags, "--epochs", 1, "--output", ".")
-    assert code == 2 and "--output .: it is the folder of --data, and its picture would be an image" in err
+    assert code == 2 and "--output .: it is the folder of the images, and the picture would be one" in err
     code, _, err = cli(train, "--method", "beit", "--tokenizer", "runs/mae/checkpoint.pt", "--output", "runs/mae",
                        "--overwrite")
     assert code == 2 and "--output runs/mae: it holds the tokenizer, which the run would overwrite" in err

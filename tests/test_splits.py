@@ -487,6 +487,14 @@ def test_masks_are_no_images_to_pretrain_on(tmp_path, layout):
     assert source.classes == [] and source.description.endswith("images, no labels")
 
 
+def test_images_with_masks_without_a_val_split_are_drawn_from_train(tmp_path):
+    root = write_own(tmp_path, dict(train=[(0, 1), (1, 0)]))
+    with pytest.raises(UsageError, match="it has images with masks, but none for the val split"):
+        load_data(root, "val")
+    source, split = evaluation.load_unlabelled(root)
+    assert split == "pretrain" and len(source) == 2
+
+
 def test_masks_of_255_alone_have_no_classes(tmp_path):
     with pytest.raises(UsageError, match="no pixel of .*masks/train counts, all labels are 255"):
         load_dense(write_own(tmp_path, dict(train=[(255, 255)])), False)

@@ -662,7 +662,7 @@ def test_regions_of_files_are_computed_once_and_trained_on(call, method, columns
     code, out, _, output = call(method, *flags)
     assert code == 0 and re.search("regions +fh", out)
     files = list((tmp_path / "data" / "regions").rglob("*.npz"))
-    assert len(files) == 24 and "fh-0.8-6-12-25" in str(files[0])
+    assert len(files) == 24 and "fh-0.8-640-6-12-25" in str(files[0])
     assert "loss_region" in log(output)[0] and ("loss_pixel" in log(output)[0]) == (method == "rmae")
     assert tiles_in(output / "reconstruction.png") == (8, columns)
     made = {f: f.stat().st_mtime_ns for f in files}
@@ -677,7 +677,7 @@ def test_regions_can_be_prepared_ahead(call, tmp_path):
     code, out, _, output = call("rmae", "--prepare", *flags)
     assert code == 0 and not output.exists()
     assert out.endswith("\nthe regions are ready: without --prepare the run starts\n")
-    assert len(list((tmp_path / "cache" / "fh-0.8-30").rglob("*.npz"))) == 24
+    assert len(list((tmp_path / "cache" / "fh-0.8-640-30").rglob("*.npz"))) == 24
 
 
 def test_a_run_with_activation_maps_goes_on_with_those_of_the_same_network(call, tmp_path, monkeypatch):
@@ -690,7 +690,7 @@ def test_a_run_with_activation_maps_goes_on_with_those_of_the_same_network(call,
     assert call("objmae", *flags, "--epochs", 1)[0] == 0
     (tmp_path / "a").rename(tmp_path / "moved")
     code, _, err, _ = call("objmae", "--cam-weights", tmp_path / "b", "--epochs", 2, "--resume")
-    assert code == 2 and "--resume: the run was started with maps of other --cam-weights" in err
+    assert code == 2 and "--resume: the run was started with the maps of another network: --cam-weights" in err
     code, _, err, output = call("objmae", "--cam-weights", tmp_path / "moved", "--epochs", 2, "--resume")
     assert code == 0 and len(log(output)) == 2, err
 
