@@ -1114,10 +1114,14 @@ class MaskFolder:
         path = self.files.get(self.source.path(index))
         if path is None:
             return torch.zeros(1, *item["image"].shape[1:], dtype=torch.int32)
-        with explained("--regions", f"{path} holds neither a label map nor masks [M, H, W]"):
+        must = "binary masks [M, H, W]" if path.endswith(".npz") else "labels, one for each pixel"
+        with explained("--regions", f"{path} must hold {must}"):
             if path.endswith(".npz"):
                 with np.load(path) as file:
-                    maps = file[file.files[0]] != 0
+                    values = file[file.files[0]]
+                maps = values != 0
+                if values.dtype.kind in "iu" and any(len(np.unique(v[m])) > 1 for v, m in zip(values, maps)):
+                    raise ValueError("a mask in it has several values")
             else:
                 maps = read_ids(path)[None]
                 if maps.max() >= 2**16:  # colours become small numbers; black stays 0

@@ -929,13 +929,19 @@ def draw_masks(shown, names):
 
     The last two are dicts of labels [n], the classes' numbers, and of masks [n, H, W], which are painted, and
     boxes [n, 4] (x, y, width, height), which are drawn with their names; with scores, only those that have
-    more than 0.5.
+    more than 0.5, and of a `Classifier` the likeliest.
     """
-    colours, rows, legend = class_colours(len(names)), [], {}
+    colours, rows, legend, title = class_colours(len(names)), [], {}, "prediction"
     for image, *parts in shown:
         row = [enlarge(image) / 255]
         for part in parts:
-            sure = part["scores"] > 0.5 if "scores" in part else ...
+            sure = ...
+            if "scores" in part:
+                sure = part["scores"] > 0.5
+                if "masks" in part:
+                    title = "prediction: scores above 0.5"
+                else:
+                    sure[0] = True
             part = {name: torch.as_tensor(values[sure]) for name, values in part.items()}
             labels, tile = part["labels"].long(), row[0]
             of = colours[labels]
@@ -950,7 +956,7 @@ def draw_masks(shown, names):
                 tile = write(tile, {tuple(corner): names[k] for corner, k in zip(corners, labels)})
             row.append(tile)
         rows.append(row)
-    return picture(dict(zip(("image", "prediction", "truth"), map(torch.stack, zip(*rows)))), legend)
+    return picture(dict(zip(("image", title, "truth"), map(torch.stack, zip(*rows)))), legend)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1388,12 +1394,13 @@ def average_precision(records, groups={}):
 # Pictures
 
 
-def attention_picture(images, maps, more={}):
+def attention_picture(images, maps, more={}, marked=None):
     """Images [n, 3, H, W] in [0, 1] and their attention maps [n, heads, gh, gw] -> a picture [3, h, w].
 
-    A row has an image, the mean of its maps over it, each map if there are several, and the columns `more`.
+    A row has an image (as it is `marked`, if it is), the mean of its maps over it, each map if there are
+    several, and the columns `more`.
     """
-    columns = dict(image=images, attention=heat(images, maps.mean(1)))
+    columns = dict(image=images if marked is None else marked, attention=heat(images, maps.mean(1)))
     if maps.shape[1] > 1:
         columns |= {f"head {i + 1}": heat(images, maps[:, i]) for i in range(maps.shape[1])}
     return picture(columns | more, SCALE)
@@ -1451,7 +1458,7 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
 
     encoder: a mim.ViT. images: [n, 3, H, W], uint8, or floats that are normalised.
     regions: maps of the images' regions, for rollout: one object (the rest is dark) and the rollout of its
-        patches are drawn too (ObjMAE, Figures 7 and 10).
+        patches are drawn too (ObjMAE, Figures 7 and 10), of the images that have one.
     dataset: datasets.Images with regions, label maps. Then the mean shares of the attention that fall on the
         largest object and on all objects, attention_main and attention_objects, are returned, too, and the
         objects' shares of the area, all in percent (not of a rollout). Attention that knows nothing of
@@ -1467,7 +1474,7 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     if query > gh * gw:
         raise UsageError(f"--query {query}: it may be 0 (class token) to {gh * gw} (the last patch)")
     torch.manual_seed(seed)
-    shown, result = denormalize(images), dict(query=query)
+    shown, marked, result = denormalize(images), None, dict(query=query)
     with autocast(device, precision):
         if rollout:
             flow = encoder.rollout(images)
@@ -1480,13 +1487,17 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     maps = maps.float().unflatten(2, (gh, gw))
     if rollout and regions is not None:
         flow, member = object_flow(flow, regions.to(device), p)
+        some = member.any(1)  # of the images, those with an object
+        if not some.any():
+            raise UsageError("--regions: no image has an object of at least 5% of it")
+        flow, member, shown, maps = flow[some], member[some], shown[some], maps[some]
         inside = F.interpolate(member.unflatten(1, (gh, gw))[:, None].float(), images.shape[-2:])
         more["object"] = shown * (0.3 + 0.7 * inside)
         more["of the object"] = heat(shown, flow.unflatten(1, (gh, gw)))
     if query > 0:
         red = paint(shown, torch.full_like(shown[:, :1], 0.5), torch.tensor([[1.0, 0.0, 0.0]]))
-        shown = put_patches(shown, red, torch.full((len(shown), 1), query - 1, device=device), p)
-    return result | dict(picture=attention_picture(shown, maps, more))
+        marked = put_patches(shown, red, torch.full((len(shown), 1), query - 1, device=device), p)
+    return result | dict(picture=attention_picture(shown, maps, more, marked))
 
 
 @torch.no_grad()
@@ -1524,6 +1535,8 @@ def reconstruct(method, images, regions=None, tokenizer=None, hide: Literal["obj
     pictures, outs = zip(*parts)
     losses = {name: round(sum(out[name].item() for out in outs) / len(outs), 5) for name in outs[0]
               if name.startswith(("loss", "error", "accuracy"))}
+    if hide:
+        losses["objects"] = len(parts)  # images without one are left out
     return losses | dict(picture=torch.cat(pictures, dim=1))
 
 
@@ -1702,6 +1715,12 @@ def loaded(model, path, missing=(), left_over=()):
     return model
 
 
+def warn_untrained(checkpoint, content):
+    """Says on stderr if a run was stopped in its first epoch."""
+    if content.get("args") and content.get("epoch") == 0:
+        print(f"{checkpoint}: its run has had no epoch yet, its weights are the first", file=sys.stderr)
+
+
 def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None = None,
                  model: Literal[tuple(mim.SIZES)] | None = None, patch_size: PositiveInt | None = None,
                  relative_position: bool = False, seed: NonNegativeInt = 0):
@@ -1737,6 +1756,7 @@ def open_encoder(checkpoint, data="shapes", image_size: list[PositiveInt] | None
         # What a run says of its encoder, in encoder.pt among the metadata, in what a task has trained in its
         # args. Nothing else tells a grid that is not square, the image size where positions are relative, or
         # an unusual number of heads.
+        warn_untrained(checkpoint, content)
         run, args = getattr(content, "_metadata", {}).get("", {}), content.get("args")
         if isinstance(args, dict):
             run = args if args.get("task") in FINISHED else run_settings(content)
@@ -1764,6 +1784,7 @@ def open_method(checkpoint, set: list[str] | None = None):
     with explained(checkpoint, "it cannot be used"):
         content = mim.load_file(checkpoint)
         args = run_settings(content)
+        warn_untrained(checkpoint, content)
         changes = call(read_changes, args, changes=set)
         if args:
             method = load_method(content, checkpoint, **changes)
@@ -2036,7 +2057,7 @@ def main(argv):
         if open_result in functions:  # it is the model's
             path = path.with_suffix(".png")
         names = ("checkpoint", *["method", "epoch"] * (open_method in functions), "task")
-        words = [f"{name} {settings[name]}" for name in names if settings.get(name)]
+        words = [f"{name} {settings[name]}" for name in names if settings.get(name) is not None]
         words += given.get("images", [settings["data"]])
         save_picture(path, result["picture"], task, ", ".join(words))
         result["picture"] = path

@@ -405,6 +405,10 @@ def main(argv):
             value = getattr(method, name, None) if value is None else value
             if value is not None:
                 print(f"  {name:16s} {value}")
+        epochs = args["epochs"]
+        if args["method"] == "amt" and not any(method.maps_due(epoch, epochs) for epoch in range(epochs)):
+            print(f"in {counted(epochs, 'epochs')} there are no attention maps, and all masks are the base's "
+                  "own: more --epochs or a smaller --interval change that")
     regions = call(open_regions, args, source=source, split="pretrain")  # None if the method takes none
     missing = getattr(regions, "known", []).count(False)
     if missing and rank() == 0:
@@ -428,7 +432,8 @@ def main(argv):
         print(f"{counted(args['epochs'], 'epochs')} done: {output}/ holds checkpoint.pt, encoder.pt, "
               "log.jsonl and reconstruction.png")
         command = ["python", "eval.py", f"{output}/{file}", "--task", task, "--data", args["data"]]
-        print("next:", shlex.join(command))
+        if labelled or type(method).__module__ == mim.__name__:  # eval.py cannot build a method of one's own
+            print("next:", shlex.join(command))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -680,6 +685,8 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
     with explained(f"--tokenizer {tokenizer}", "there is no tokenizer in it"):
         content = mim.load_file(tokenizer)
         if run_settings(content):
+            if content["epoch"] == 0:
+                raise ValueError("its run has had no epoch yet")
             module = load_method(content, tokenizer)
         else:
             module = mim.DVAE.from_encoder(mim.read_checkpoint(content))
@@ -873,7 +880,8 @@ def picture(columns, legend={}):
 
 def save_picture(path, image, task, heading=""):
     """Writes a picture [3, H, W] in 0..1 with a heading to a PNG file."""
-    image = write(F.pad(image, (0, 0, 17 * bool(heading), 0), value=1.0), {(4, 0): heading})
+    lines = textwrap.wrap(heading, image.shape[2] // 8)
+    image = write(F.pad(image, (0, 0, 17 * len(lines), 0), value=1.0), {(4, 0): "\n".join(lines)})
     save_png(path, TF.to_pil_image((255 * image).round().byte()), task)
 
 
@@ -895,8 +903,8 @@ def picture_items(dataset, count=8):
 
 def class_colours(count):
     """Different colours for `count` classes, [count, 3] in 0..1: silver for the first, which is mostly the
-    background, then hues that are 222 degrees apart, in turn light and dark."""
-    names = ["silver"] + [f"hsv({222 * k % 360},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
+    background, then hues that are 222.49 degrees apart, the golden angle, in turn light and dark."""
+    names = ["silver"] + [f"hsv({222.49 * k % 360:.1f},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
     return torch.tensor([ImageColor.getrgb(name) for name in names]) / 255
 
 

@@ -792,7 +792,7 @@ def test_the_picture_of_detections_shows_those_that_are_sure_beside_the_truth(mo
     tall = spots(32, 16)
     detection(monkeypatch, tall, *6 * [spots(16, 32)])
     (tiles, legend), = columns
-    assert list(tiles) == ["image", "prediction", "truth"] and list(legend) == ["red", "green"]
+    assert list(tiles) == ["image", "prediction: scores above 0.5", "truth"] and list(legend) == ["red", "green"]
     assert all(some.shape == (6, 3, 256, 256) for some in tiles.values())
     assert len(drawn) == 12 and drawn[0] == [[0, 0, 32, 128]] and drawn[2] == [[0, 0, 64, 64]]
     assert written[:2] == [["red"], ["red", "green"]]
@@ -804,6 +804,19 @@ def test_the_picture_of_detections_shows_those_that_are_sure_beside_the_truth(mo
     assert torch.equal(found[:, 100, 200], image[:, 100, 200])
     assert torch.allclose(truth[:, 100, 200], 0.4 * torch.tensor([0, 1.0, 0]) + 0.6 * green, atol=0.01)
     assert all((tile[:, 200, 100] == 1).all() for tile in (image, found, truth))  # the white below
+
+
+def test_a_classifiers_likeliest_class_is_drawn_however_low_its_score(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "picture", lambda tiles, legend: drawn.append((list(tiles), list(legend))))
+    found = dict(labels=np.array([2, 0]), scores=np.float32([0.3, 0.2]), boxes=np.array(2 * [[0, 0, 16, 16]]))
+    evaluation.draw_masks([(torch.zeros(3, 16, 16, dtype=torch.uint8), found)], ["a", "b", "c"])
+    assert drawn == [(["image", "prediction"], ["c"])]
+
+
+def test_every_class_has_a_colour_of_its_own():
+    colours = (255 * evaluation.class_colours(151)).round()
+    assert len(colours.unique(dim=0)) == 151
 
 
 def test_a_picture_of_nothing_is_the_image():

@@ -1047,7 +1047,7 @@ def test_attention_is_that_of_the_query_head_by_head(columns, query, relative):
     for head in range(4):
         maps[head, (taken + head) % 6] = 0.8
     for title, map in zip(list(drawn)[1:], [maps.mean(0), *maps]):
-        expected = evaluation.heat(shown, map.view(1, 2, 3).expand(2, 2, 3))
+        expected = evaluation.heat(images / 255, map.view(1, 2, 3).expand(2, 2, 3))  # without the mark
         assert torch.allclose(drawn[title], expected, atol=1e-5), title
 
 
@@ -1078,7 +1078,7 @@ def test_rollout_shows_what_reaches_the_query(columns):
     flow = encoder.rollout(images)
     evaluation.attention(encoder, images, query=3, rollout=True)
     row = flow[0, 3, 1:]
-    expected = evaluation.heat(columns[0]["image"], row.view(1, 2, 3))
+    expected = evaluation.heat(images / 255, row.view(1, 2, 3))
     assert list(columns[0]) == ["image", "attention"]
     assert torch.allclose(columns[0]["attention"], expected, atol=1e-5)
 
@@ -1096,6 +1096,10 @@ def test_rollout_of_an_object_is_the_mean_of_its_patches_rows(columns):
     expected = evaluation.heat(images / 255, row.view(1, 2, 3))
     assert torch.allclose(drawn["of the object"], expected, atol=1e-5)
     assert torch.allclose(drawn["object"], images / 255 * torch.where(regions > 0, 1.0, 0.3), atol=1e-5)
+    evaluation.attention(encoder, images.repeat(2, 1, 1, 1), torch.cat([0 * regions, regions]), rollout=True)
+    assert all(len(tile) == 1 for tile in columns[1].values())  # of the image that has an object
+    with pytest.raises(datasets.UsageError, match="no image has an object"):
+        evaluation.attention(encoder, images, 0 * regions, rollout=True)
 
 
 def test_an_activation_maps_object_is_where_it_responds():

@@ -282,6 +282,15 @@ def test_one_window_is_no_object(tiles):
     assert list(tiles(method, torch.zeros(2, 3, 32, 32)))[:3] == ["image", "all windows", "masked"]
 
 
+def test_a_long_heading_takes_several_lines(tmp_path):
+    for words, lines in (("", 0), ("short", 1), ("a heading of many more words than fit into one line", 4)):
+        train.save_picture(tmp_path / "a.png", torch.zeros(3, 50, 120), "reconstruct", words)
+        drawn = read_image(str(tmp_path / "a.png"))
+        assert drawn.shape[1:] == (17 * lines + 50, 120) and not drawn[:, 17 * lines:].any()
+        ink = (drawn[:, :17 * lines] < 128).any(0).any(1).view(lines, 17).any(1)
+        assert ink.all() and (drawn[:, :17 * lines, 116:] > 128).all()
+
+
 def test_tiles_stand_in_rows_below_their_titles():
     """Three tiles of a sample, two samples in a row of about 1,000 pixels. Small tiles are enlarged, at whole
     multiples, to 128 pixels at least."""

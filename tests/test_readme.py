@@ -60,7 +60,9 @@ def test_readmes_method_hides_blocks(monkeypatch, tmp_path, capsys):
 
     def run(flags):
         monkeypatch.setattr("sys.argv", ["mine.py", *flags])
-        exec(code, {})
+        with pytest.raises(SystemExit) as end:
+            exec(code, {})
+        assert not end.value.code
 
     method = trained(run, tmp_path, "blocks")
     assert type(method).__name__ == "BlockMAE"
@@ -70,8 +72,7 @@ def test_readmes_method_hides_blocks(monkeypatch, tmp_path, capsys):
     hidden = hidden.view(64, 4, 4)
     rows, columns = hidden.amax(2).sum(1), hidden.amax(1).sum(1)
     assert (rows * columns == 8).float().mean() > 0.3  # one block of 2 x 4 patches; at random 1 in 2,000
-    with pytest.raises(SystemExit):
-        run(["--method", "blocks", "--help"])
+    run(["--method", "blocks", "--help"])
     assert re.search(r"--decoder-depth INT\s+number of", capsys.readouterr().out)
 
 

@@ -79,6 +79,9 @@ def test_a_run_says_what_new_maps_decide(call):
         code, out, err, _ = call("amt", "--epochs", 2, "--interval", 1, *flags, out=f"amt-{number}")
         assert code == 0, err
         assert re.findall("epoch 2: new attention maps decide which patches are (.*), so", out) == expected
+        assert "there are no attention maps" not in out
+    code, out, err, _ = call("amt", "--epochs", 1, out="amt-short")
+    assert code == 0 and "in 1 epoch there are no attention maps, and all masks are the base's own" in out, err
 
 
 def test_cae_says_what_its_pixels_are(call):
@@ -758,6 +761,10 @@ def test_without_a_tokenizer_the_target_is_pixels(call, tokenizer, tmp_path):
                        (tmp_path / "none.pt", "No such file")):
         code, _, err, _ = call("beit", "--tokenizer", file, out="beit")
         assert code == 2 and says in err and len(err.strip().splitlines()) == 1
+    state = load(tokenizer / "checkpoint.pt")
+    torch.save(state | dict(epoch=0), tmp_path / "begun.pt")
+    code, _, err, _ = call("beit", "--tokenizer", tmp_path / "begun.pt", out="beit")
+    assert code == 2 and "there is no tokenizer in it (its run has had no epoch yet)" in err
     assert call("beit", "--tokenizer", tokenizer / "encoder.pt", out="beit")[0] == 0  # DALL-E's names
     code, _, err, _ = call("dvae", "--model", "tiny")
     assert code == 2 and "--model belongs to --method mae or" in err
