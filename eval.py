@@ -1457,8 +1457,8 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     each head.
 
     encoder: a mim.ViT. images: [n, 3, H, W], uint8, or floats that are normalised.
-    regions: maps of the images' regions, for rollout: one object (the rest is dark) and the rollout of its
-        patches are drawn too (ObjMAE, Figures 7 and 10), of the images that have one.
+    regions: maps of the images' regions, for rollout: one object (the rest is dark, all of an image without an
+        object) and the rollout of its patches are drawn too (ObjMAE, Figures 7 and 10).
     dataset: datasets.Images with regions, label maps. Then the mean shares of the attention that fall on the
         largest object and on all objects, attention_main and attention_objects, are returned, too, and the
         objects' shares of the area, all in percent (not of a rollout). Attention that knows nothing of
@@ -1487,10 +1487,6 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     maps = maps.float().unflatten(2, (gh, gw))
     if rollout and regions is not None:
         flow, member = object_flow(flow, regions.to(device), p)
-        some = member.any(1)  # of the images, those with an object
-        if not some.any():
-            raise UsageError("--regions: no image has an object of at least 5% of it")
-        flow, member, shown, maps = flow[some], member[some], shown[some], maps[some]
         inside = F.interpolate(member.unflatten(1, (gh, gw))[:, None].float(), images.shape[-2:])
         more["object"] = shown * (0.3 + 0.7 * inside)
         more["of the object"] = heat(shown, flow.unflatten(1, (gh, gw)))

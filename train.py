@@ -685,7 +685,7 @@ def load_tokenizer(tokenizer: str | None = None, tokenizer_digest=None):
     with explained(f"--tokenizer {tokenizer}", "there is no tokenizer in it"):
         content = mim.load_file(tokenizer)
         if run_settings(content):
-            if content["epoch"] == 0:
+            if content.get("epoch") == 0:
                 raise ValueError("its run has had no epoch yet")
             module = load_method(content, tokenizer)
         else:
