@@ -485,13 +485,12 @@ def load_folder(root, split):
     """
     check_folder("--data", root, NAMED)
     own = coco_folder(root, split)
-    if coco_folder(root, "train") or own and any(Path(root, "annotations").glob(f"*_{own.name}.json")):
+    if coco_folder(root, "train") or own and any(Path(root, "annotations").glob("*_val*.json")):
         return load_coco(root, split)
-    layouts = {part: mask_layout(root, part) for part in ("train", "val")}
-    if any(layouts.values()):
-        layout = layouts["val" if split == "val" else "train"]
-        if layout is None:
-            raise UsageError(f"--data {root}: it has images with masks, but none for the {split} split")
+    masked, layout = mask_layout(root, "train"), mask_layout(root, "val" if split == "val" else "train")
+    if masked and not layout:
+        raise UsageError(f"--data {root}: it has images with masks, but none for the {split} split")
+    if layout:
         folder = os.path.join(root, layout[0])
         paths = find_files(folder)
         return Files(folder, paths, description=f"{folder}: {counted(len(paths), 'images')}, no labels")

@@ -1457,8 +1457,8 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     each head.
 
     encoder: a mim.ViT. images: [n, 3, H, W], uint8, or floats that are normalised.
-    regions: maps of the images' regions, for rollout: one object (the rest is dark, all of an image without an
-        object) and the rollout of its patches are drawn too (ObjMAE, Figures 7 and 10).
+    regions: maps of the images' regions, for rollout: one object (the rest is dark, all of an image that has
+        none) and the rollout of its patches are drawn too (ObjMAE, Figures 7 and 10).
     dataset: datasets.Images with regions, label maps. Then the mean shares of the attention that fall on the
         largest object and on all objects, attention_main and attention_objects, are returned, too, and the
         objects' shares of the area, all in percent (not of a rollout). Attention that knows nothing of
@@ -1713,7 +1713,7 @@ def loaded(model, path, missing=(), left_over=()):
 
 def warn_untrained(checkpoint, content):
     """Says on stderr if a run was stopped in its first epoch."""
-    if content.get("args") and content.get("epoch") == 0:
+    if run_settings(content) and content.get("epoch") == 0:
         print(f"{checkpoint}: its run has had no epoch yet, its weights are the first", file=sys.stderr)
 
 

@@ -408,13 +408,13 @@ def main(argv):
         epochs = args["epochs"]
         if args["method"] == "amt" and not any(method.maps_due(epoch, epochs) for epoch in range(epochs)):
             print(f"in {counted(epochs, 'epochs')} there are no attention maps, and all masks are the base's "
-                  "own: more --epochs or a smaller --interval change that")
+                  f"own: more --epochs{' or a smaller --interval' * (epochs > 1)} change that")
     regions = call(open_regions, args, source=source, split="pretrain")  # None if the method takes none
     missing = getattr(regions, "known", []).count(False)
     if missing and rank() == 0:
         print(f"images without regions: {missing} of {len(source)}")
     if hasattr(regions, "fill"):
-        if args.setdefault("region_maps", regions.title) != regions.title:
+        if args["regions"] == "cam" and args.setdefault("region_maps", regions.title) != regions.title:
             raise UsageError("--resume: the run was started with the maps of another network: --cam-weights")
         regions.fill(cores() if given.get("workers") is None else workers, rank(), world_size())
         gather(None)  # each process computes a part of the maps, and reads all
@@ -902,8 +902,9 @@ def picture_items(dataset, count=8):
 
 
 def class_colours(count):
-    """Different colours for `count` classes, [count, 3] in 0..1: silver for the first, which is mostly the
-    background, then hues that are 222.49 degrees apart, the golden angle, in turn light and dark."""
+    """Colours for `count` classes, [count, 3] in 0..1, of up to 469 different ones: silver for the first, which
+    is mostly the background, then hues that are 222.49 degrees apart, the golden angle, in turn light and
+    dark."""
     names = ["silver"] + [f"hsv({222.49 * k % 360:.1f},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
     return torch.tensor([ImageColor.getrgb(name) for name in names]) / 255
 

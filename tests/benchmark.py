@@ -592,6 +592,8 @@ def costs(model: Literal[tuple(mim.SIZES)] = "base", image_size: PositiveInt = 2
                 method, _ = build_compared(name, source, epochs=800, output=Path(), data="/imagenet",
                                            model=model, image_size=image_size)
             except UsageError as error:  # a window that is larger than the image
+                if mae is None:
+                    raise
                 print(f"  {name:38s}{error}")
                 continue
             gmac, whole = count_gmac(method, synthetic_batch(method, 1))
@@ -1044,7 +1046,7 @@ def main(argv):
     given = parser.parse(argv)
     takes = inspect.signature(BENCHMARKS[given["benchmark"]]).parameters
     for name in ("precision", "workers"):
-        if name in given and not takes.keys() & {name, "chosen"}:
+        if name in given and name not in takes and given["benchmark"] != "compare":
             raise UsageError(f"--{name} is of no use to {given['benchmark']}")
     device, precision, workers = call(train.open_device, given) if computes else (None, None, None)
     chosen = {name: given[name] for name in ("device", "precision", "workers") if name in given}

@@ -487,6 +487,13 @@ def test_masks_are_no_images_to_pretrain_on(tmp_path, layout):
     assert source.classes == [] and source.description.endswith("images, no labels")
 
 
+def test_masks_of_the_val_split_alone_are_not_in_the_way(tmp_path):
+    write_train_and_val(tmp_path)
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    (tmp_path / "masks" / "val").mkdir(parents=True)
+    assert load_data(str(tmp_path)).description.startswith(f"{tmp_path}: train/ and val/ with a folder per class")
+
+
 def test_images_with_masks_without_a_val_split_are_drawn_from_train(tmp_path):
     root = write_own(tmp_path, dict(train=[(0, 1), (1, 0)]))
     with pytest.raises(UsageError, match="it has images with masks, but none for the val split"):
