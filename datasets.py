@@ -484,14 +484,14 @@ def load_folder(root, split):
     - plain images at any depth; without labels, and with one split.
     """
     check_folder("--data", root, NAMED)
-    own = coco_folder(root, split)
-    if coco_folder(root, "train") or own and any(Path(root, "annotations").glob("*_val*.json")):
+    only_val = coco_folder(root, split) and any(Path(root, "annotations").glob("*_val*.json"))
+    if coco_folder(root, "train") or only_val:
         return load_coco(root, split)
-    masked, layout = mask_layout(root, "train"), mask_layout(root, "val" if split == "val" else "train")
-    if masked and not layout:
+    masked = mask_layout(root, "val" if split == "val" else "train")
+    if masked is None and mask_layout(root, "train"):
         raise UsageError(f"--data {root}: it has images with masks, but none for the {split} split")
-    if layout:
-        folder = os.path.join(root, layout[0])
+    if masked:
+        folder = os.path.join(root, masked[0])
         paths = find_files(folder)
         return Files(folder, paths, description=f"{folder}: {counted(len(paths), 'images')}, no labels")
     folder, layout, train = root, "a folder per class", os.path.join(root, "train")
@@ -546,7 +546,7 @@ def load_data(data: str = "shapes", split="pretrain", image_size=None, limit: in
     """Opens the images that --data names -> a source.
 
     data: the images: shapes (built-in scenes), cifar10, cifar100, stl10 (downloaded), or a folder: train/ and
-        val/ with a folder per class, a folder per class, COCO's layout, or plain images
+        val/ with a folder per class, a folder per class, COCO's layout, images with masks, or plain images
     limit: use only so many of the images (where a task has training images, of those), evenly spread over
         all and so over the classes; default: all
 

@@ -1394,13 +1394,12 @@ def average_precision(records, groups={}):
 # Pictures
 
 
-def attention_picture(images, maps, more={}, marked=None):
+def attention_picture(images, maps, more={}):
     """Images [n, 3, H, W] in [0, 1] and their attention maps [n, heads, gh, gw] -> a picture [3, h, w].
 
-    A row has an image (as it is `marked`, if it is), the mean of its maps over it, each map if there are
-    several, and the columns `more`.
+    A row has an image, the mean of its maps over it, each map if there are several, and the columns `more`.
     """
-    columns = dict(image=images if marked is None else marked, attention=heat(images, maps.mean(1)))
+    columns = dict(image=images, attention=heat(images, maps.mean(1)))
     if maps.shape[1] > 1:
         columns |= {f"head {i + 1}": heat(images, maps[:, i]) for i in range(maps.shape[1])}
     return picture(columns | more, SCALE)
@@ -1474,7 +1473,7 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
     if query > gh * gw:
         raise UsageError(f"--query {query}: it may be 0 (class token) to {gh * gw} (the last patch)")
     torch.manual_seed(seed)
-    shown, marked, result = denormalize(images), None, dict(query=query)
+    shown, result = denormalize(images), dict(query=query)
     with autocast(device, precision):
         if rollout:
             flow = encoder.rollout(images)
@@ -1492,8 +1491,8 @@ def attention(encoder, images, regions=None, dataset=None, query: NonNegativeInt
         more["of the object"] = heat(shown, flow.unflatten(1, (gh, gw)))
     if query > 0:
         red = paint(shown, torch.full_like(shown[:, :1], 0.5), torch.tensor([[1.0, 0.0, 0.0]]))
-        marked = put_patches(shown, red, torch.full((len(shown), 1), query - 1, device=device), p)
-    return result | dict(picture=attention_picture(shown, maps, more, marked))
+        more["image"] = put_patches(shown, red, torch.full((len(shown), 1), query - 1, device=device), p)
+    return result | dict(picture=attention_picture(shown, maps, more))
 
 
 @torch.no_grad()

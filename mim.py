@@ -1459,7 +1459,7 @@ Selection = Literal["intra", "inter"]
 @torch.no_grad()
 def class_activation_map(network, images, labels=None):
     """Class activation maps [B, 1, h, w] in 0..1, as fine as the last features (ObjMAE, Eq. 2). The maximum
-    of each is 1; what speaks against the class is 0.
+    of each is 1, or 0 if all speaks against the class; what does is 0.
 
     network: a classifier in eval mode whose last two children are a global average pool and a linear layer,
         as of torchvision's ResNets.
@@ -2396,9 +2396,9 @@ def load_weights(module, state, grid, likely=None, may_miss=()):
     """Loads `state` into `module` and returns (missing, left_over), two lists of names.
 
     Position tables of another grid are resized to `grid`; likely: that of a learned table, see `grid_of`
-    (None: `grid`). Raises ValueError, and loads nothing, if a shape
-    differs, if a parameter is missing whose name does not start with one of `may_miss`, or if the state has a
-    block, or a parameter in a block, that the module has not.
+    (None: `grid`). Raises ValueError, and loads nothing, if a shape differs, if a parameter is missing whose
+    name does not start with one of `may_miss`, or if the state has a block, or a parameter in a block, that
+    the module has not.
     """
     own, state = module.state_dict(), dict(state)
     for key in [k for k in own if k in state]:
