@@ -902,7 +902,7 @@ def picture_items(dataset, count=8):
 
 
 def class_colours(count):
-    """Colours for `count` classes, [count, 3] in 0..1, of up to 469 different ones: silver for the first, which
+    """Colours for `count` classes, [count, 3] in 0..1, up to 469 different ones: silver for the first, which
     is mostly the background, then hues that are 222.49 degrees apart, the golden angle, in turn light and
     dark."""
     names = ["silver"] + [f"hsv({222.49 * k % 360:.1f},75%,{95 - 30 * (k % 2)}%)" for k in range(1, count)]
